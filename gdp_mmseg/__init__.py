@@ -1,0 +1,4 @@
+"""Lossless channel pruning for semantic segmentation, after GDP."""
+from .version import __version__
+
+__all__ = ['__version__']

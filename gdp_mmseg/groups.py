@@ -1,0 +1,271 @@
+"""Who shares a channel: integer labels that travel beside the activations.
+
+A model is run once, without computing anything (on the ``meta`` device, so at
+its true input size), and every slot of every channel axis of every parameter
+gets a label (see ``trace.py``). The connected components of the labels that
+live and die together are the *classes*. A class is prunable, and owns a gate,
+if layers write it, layers read it, and nothing else needs to know of it.
+
+Letters: ``N`` batch, ``C`` channels, ``H, W`` height and width, ``L`` labels,
+``G`` prunable classes (one gate each), ``S`` groups (classes with the same
+members, e.g. "the channels between conv1 and conv2").
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Iterable, Iterator
+
+import numpy as np
+import torch
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+from torch import Tensor, nn
+
+from .trace import Forward, Tracer
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer as the cost sees it.
+
+    Args:
+        name (str): Its module's name.
+        kernel (str): Its parameter's name.
+        positions (int): Multiply-adds per pair of channels: k^2 H W of a
+            convolution (H, W of its output), the rows of a linear layer.
+        inputs (Tensor): ``(C_in,)`` gate of each input channel, -1 for none.
+        outputs (Tensor): ``(C_out,)`` likewise.
+        depthwise (bool): Each output reads one input: multiply-adds are
+            ``positions * C_out``.
+        counted (bool): False for what only training runs.
+    """
+    name: str
+    kernel: str
+    positions: int
+    inputs: Tensor
+    outputs: Tensor
+    depthwise: bool
+    counted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Channels that stand in the same place: between the same layers.
+
+    Args:
+        gates (Tensor): ``(n,)`` its gates, ascending.
+        writers (tuple[str, ...]): Modules whose outputs they are.
+        readers (tuple[str, ...]): Modules that read them through a gate.
+        vanishes (bool): Whether all of them can be removed, not only all but
+            one, without an operator between that refuses no channels.
+    """
+    gates: Tensor
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    vanishes: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """Channels that are never pruned, and why.
+
+    Args:
+        reason (str): The operator and the module that it ran in.
+        writers (tuple[str, ...]): Modules whose outputs they are.
+        channels (int): Their number.
+    """
+    reason: str
+    writers: tuple[str, ...]
+    channels: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """What an analysis found; all that gates, cost and surgery need.
+
+    Args:
+        number (int): ``G``.
+        axes (dict[tuple[str, int], Tensor]): ``(tensor name, axis)`` to the
+            gate of each slot on that axis ``(size,)``, -1 for none. Slots of a
+            closed gate are cut out.
+        layers (tuple[Layer, ...]): In order of their first call.
+        groups (tuple[Group, ...]): Each gate is in exactly one.
+        frozen (tuple[Frozen, ...]): Most channels first.
+        norms (dict[str, str]): Layer to the batch norm that alone reads it.
+        input_shape (tuple[int, ...]): ``(N, C, H, W)`` that was analysed.
+    """
+    number: int
+    axes: dict[tuple[str, int], Tensor]
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    norms: dict[str, str]
+    input_shape: tuple[int, ...]
+
+    def readers(self) -> Iterator[Layer]:
+        """Layers with a gate on at least one input channel."""
+        for layer in self.layers:
+            if not layer.depthwise and bool((layer.inputs >= 0).any()):
+                yield layer
+
+
+def analyse(model: nn.Module,
+            input_shape: tuple[int, ...],
+            forward: Forward,
+            training_forward: Forward | None = None) -> Groups:
+    """Find the channels of a model that can be pruned without a change.
+
+    Args:
+        model (nn.Module): Left as it is; a copy is run.
+        input_shape (tuple[int, ...]): ``(C, H, W)`` of one input.
+        forward (Forward): Runs the copy as in inference, on an input
+            ``(N, C, H, W)``. What it returns is the model's output.
+        training_forward (Forward, optional): Runs what only training needs
+            (auxiliary heads), along with what feeds it. Layers that only it
+            reaches are never counted, and keep their own channels.
+
+    Returns:
+        Groups: See there.
+
+    Raises:
+        ValueError: If the model cannot take an input of this shape, or has no
+            channel that can be pruned.
+    """
+    for device in ('meta', 'cpu'):
+        # A model whose forward asks for values cannot run without them.
+        tracer = Tracer(copy.deepcopy(model).to(device).eval())
+        inputs = torch.zeros((2, *input_shape), device=device)
+        try:
+            tracer.run(forward, inputs, counted=True)
+            if training_forward is not None:
+                tracer.run(training_forward, inputs, counted=False)
+            break
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if device == 'cpu':
+                raise ValueError(
+                    f'expected the model to run on an input of shape (N, C, '
+                    f'H, W) = {tuple(inputs.shape)}, but got '
+                    f'{type(error).__name__}: {str(error).splitlines()[0]}; '
+                    'set input_shape to one that it can take') from error
+    found = _collect(tracer, (1, *input_shape))
+    if not found.number:
+        reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
+                            for frozen in found.frozen[:3])
+        raise ValueError('expected at least one prunable group of channels, '
+                         f'but got none ({reasons or "no convolution"})')
+    return found
+
+
+def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
+    """From labels to classes, gates and groups."""
+    classes = _classes(tracer)
+    axes = {key: classes[labels.numpy()]
+            for key, labels in tracer.axes.items()}
+    reasons = _reasons(tracer, classes, axes)
+    places = _places(axes, reasons)
+
+    # Gates are numbered group by group, in the order of the network.
+    gate_of = np.full(classes.max() + 1, -1)
+    members: dict[tuple[tuple[int, int], ...], list[int]] = {}
+    for index in sorted(places):
+        members.setdefault(places[index], []).append(index)
+    stopped = set(np.concatenate([np.zeros(0, int)] + [
+        classes[labels.numpy()] for labels in tracer.stops]).tolist())
+    keys, groups, number = list(axes), [], 0
+    for place, indices in members.items():
+        gates = np.arange(number, number + len(indices))
+        gate_of[indices] = gates
+        number += len(indices)
+        touched = [keys[key] for key, _ in place]
+        groups.append(
+            Group(
+                torch.from_numpy(gates),
+                _modules(key for key in touched if key in tracer.written_axes),
+                _modules(key for key in touched if key in tracer.read_axes),
+                stopped.isdisjoint(indices)))
+
+    gate_axes = {key: torch.from_numpy(gate_of[index])
+                 for key, index in axes.items()}
+    return Groups(number=number,
+                  axes={key: gates for key, gates in gate_axes.items()
+                        if bool((gates >= 0).any())},
+                  layers=_layers(tracer, gate_axes),
+                  groups=tuple(groups),
+                  frozen=_frozen(tracer, axes, reasons),
+                  norms={layer: norm for layer, norm in tracer.norms.items()
+                         if norm},
+                  input_shape=input_shape)
+
+
+def _classes(tracer: Tracer) -> np.ndarray:
+    """Class of each label, ``(labels,)``, numbered by first label."""
+    pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *tracer.pairs], 1)
+    size = tracer.next_label
+    graph = coo_matrix((np.ones(pairs.shape[1]), tuple(pairs.numpy())),
+                       shape=(size, size))
+    return connected_components(graph, directed=False)[1]
+
+
+def _reasons(tracer: Tracer, classes: np.ndarray,
+             axes: dict[tuple[str, int], np.ndarray]) -> dict[int, str]:
+    """Why a class has no gate, for each that has none."""
+    reasons = {}
+    for labels, reason in tracer.freezes:
+        for index in np.unique(classes[labels.numpy()]):
+            reasons.setdefault(int(index), reason)
+    reasons.setdefault(int(classes[0]), 'joined with channels of no layer')
+    for touched, reason in ((tracer.written_axes, 'written by no layer'),
+                            (tracer.read_axes, 'read by no layer')):
+        known = set(np.concatenate([np.zeros(0, int)] + [
+            axes[key] for key in touched]).tolist())
+        for index in set(classes.tolist()) - known:
+            reasons.setdefault(index, reason)
+    return reasons
+
+
+def _places(axes: dict[tuple[str, int], np.ndarray],
+            reasons: dict[int, str]
+            ) -> dict[int, tuple[tuple[int, int], ...]]:
+    """For each prunable class: on which axes it lies, and how often."""
+    places: dict[int, list[tuple[int, int]]] = {}
+    for key, index in enumerate(axes.values()):
+        for one, count in zip(*np.unique(index, return_counts=True)):
+            if int(one) not in reasons:
+                places.setdefault(int(one), []).append((key, int(count)))
+    return {index: tuple(place) for index, place in places.items()}
+
+
+def _modules(keys: Iterable[tuple[str, int]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.rpartition('.')[0] for name, _ in keys))
+
+
+def _layers(tracer: Tracer,
+            gate_axes: dict[tuple[str, int], Tensor]) -> tuple[Layer, ...]:
+    layers = []
+    for kernel, call in tracer.calls.items():
+        outputs = gate_axes[kernel, 0]
+        inputs = gate_axes.get((kernel, 1), torch.full((call.inputs, ), -1))
+        layers.append(
+            Layer(
+                kernel.rpartition('.')[0], kernel, call.positions,
+                outputs if call.depthwise else inputs, outputs,
+                call.depthwise, call.counted))
+    return tuple(layers)
+
+
+def _frozen(tracer: Tracer, axes: dict[tuple[str, int], np.ndarray],
+            reasons: dict[int, str]) -> tuple[Frozen, ...]:
+    """Written channels without a gate, by reason, most channels first."""
+    found: dict[str, tuple[set[int], set[tuple[str, int]]]] = {}
+    for key in axes:
+        for index in set(axes[key].tolist()) if (
+                key in tracer.written_axes) else ():
+            if index in reasons:
+                indices, keys = found.setdefault(reasons[index],
+                                                 (set(), set()))
+                indices.add(index)
+                keys.add(key)
+    frozen = [Frozen(reason, _modules(sorted(keys)), len(indices))
+              for reason, (indices, keys) in found.items()]
+    return tuple(sorted(frozen, key=lambda row: -row.channels))

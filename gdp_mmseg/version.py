@@ -1,0 +1,2 @@
+"""The one version."""
+__version__ = '0.1.0'
