@@ -1,0 +1,379 @@
+"""Gates: how open a channel is, over training, and the step that moves it.
+
+``G`` gates, one for each prunable class of channels (see ``groups.py``).
+Openness is formula (1) of "GDP: Stabilized Neural Network Pruning via Gates
+with Differentiable Polarization" (ICCV 2021); the schedule and the step are
+this project's own, because the paper's are not public.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Callable, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
+    """Smoothed L0 norm of ``theta``, element by element.
+
+    Source: GDP (ICCV 2021), section 3: theta^2 / (theta^2 + epsilon).
+
+    Args:
+        theta (Tensor): Any shape.
+        epsilon (Tensor | float): Positive; the smaller, the harder the gate.
+
+    Returns:
+        Tensor: In [0, 1), the shape of ``theta``; exactly 0 only at 0.
+
+    Examples:
+        >>> openness(torch.tensor([0., 1., 3.]), 1.).tolist()
+        [0.0, 0.5, 0.8999999761581421]
+    """
+    square = theta * theta
+    return square / (square + epsilon)
+
+
+def openness_slope(theta: Tensor, epsilon: Tensor | float) -> Tensor:
+    """Derivative of :func:`openness` with respect to ``theta``.
+
+    Returns:
+        Tensor: 2 theta epsilon / (theta^2 + epsilon)^2, zero at zero: a
+        closed gate feels no force and stays closed.
+    """
+    return 2 * theta * epsilon / (theta * theta + epsilon)**2
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What holds at which progress of training, as pure functions.
+
+    Args:
+        phases (tuple[float, float, float]): Shares of the training that are
+            warm-up (gates still), pruning (epsilon anneals, the budget closes
+            in) and settling (gates fixed, weights adapt). They add up to 1.
+        epsilon (tuple[float, float]): Its values at the start and at the end
+            of the pruning phase; geometric in between.
+        ramp (float): The share of the pruning phase over which the budget
+            falls linearly to the target; then it holds.
+
+    Examples:
+        >>> schedule = Schedule(phases=(0.1, 0.5, 0.4), epsilon=(0.1, 0.001))
+        >>> round(schedule.epsilon_at(0.35), 6)
+        0.01
+        >>> schedule.budget_at(0.0, 1.0, 0.4), schedule.budget_at(1., 1., 0.4)
+        (1.0, 0.4)
+    """
+    phases: tuple[float, float, float] = (0.1, 0.5, 0.4)
+    epsilon: tuple[float, float] = (0.1, 1e-4)
+    ramp: float = 0.9
+
+    def __post_init__(self) -> None:
+        if (len(self.phases) != 3 or min(self.phases) < 0
+                or self.phases[1] == 0
+                or not math.isclose(sum(self.phases), 1, abs_tol=1e-6)):
+            raise ValueError(
+                'phases: expected the shares of warm-up, pruning (above 0) '
+                'and settling, which add up to 1, e.g. (0.1, 0.5, 0.4), but '
+                f'got {self.phases}')
+        if len(self.epsilon) != 2 or not 0 < self.epsilon[1] <= self.epsilon[
+                0]:
+            raise ValueError(
+                'epsilon: expected (start, end) with 0 < end <= start, e.g. '
+                f'(0.1, 1e-4), but got {self.epsilon}')
+        if not 0 < self.ramp <= 1:
+            raise ValueError('ramp: expected a share in (0, 1], but got '
+                             f'{self.ramp}')
+
+    def pruned_share(self, progress: float) -> float:
+        """Share of the pruning phase that is over, 0 before, 1 after it."""
+        warmup, pruning, _ = self.phases
+        return min(max((progress - warmup) / pruning, 0.), 1.)
+
+    def phase_at(self, progress: float) -> str:
+        """``'warmup'``, ``'pruning'`` or ``'settling'``."""
+        if progress < self.phases[0]:
+            return 'warmup'
+        return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
+
+    def epsilon_at(self, progress: float) -> float:
+        """Epsilon at ``progress`` in [0, 1], falling geometrically."""
+        start, end = self.epsilon
+        return start * (end / start)**self.pruned_share(progress)
+
+    def budget_at(self, progress: float, start: float, target: float) -> float:
+        """Budget at ``progress`` in [0, 1], from ``start`` to ``target``."""
+        share = min(self.pruned_share(progress) / self.ramp, 1.)
+        return start + (target - start) * share
+
+
+class CostFunction(Protocol):
+    """What the gate step must know of the cost (see ``cost.py``)."""
+
+    def __call__(self, openness: Tensor) -> Tensor:
+        """Share of the dense cost at openness ``(G,)``, a scalar."""
+
+    def price(self, openness: Tensor) -> Tensor:
+        """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
+
+
+class Gates(nn.Module):
+    """All gates of a model in one flat vector, and the step that moves them.
+
+    A gate starts at theta = 1. A step of the pruning phase weighs, for every
+    gate, what opening it gains the task against what it costs:
+
+    .. code-block:: text
+
+        gain   m = mean of dL/dg,  v = mean of (dL/dg)^2, exponential
+        price  p = dF/dg, with the neighbours' openness
+        step   theta <- theta - lr (m + lambda p) / sqrt(v + (lambda p)^2)
+
+    and chooses the multiplier lambda >= 0 of that very step so that the cost
+    after it meets the budget of the moment. The quotient is free of the
+    scales of loss and cost, and every gate moves by at most ~lr. The cost
+    counts a half-open gate half as its openness and half as a whole channel,
+    because a whole channel is what it will be. A gate whose openness falls
+    below ``close_below`` is closed: exact zero, for good.
+
+    Args:
+        number (int): ``G``.
+        epsilon (float): At the start.
+        close_below (float): Openness under which a gate closes for good.
+        betas (tuple[float, float]): Decay of the means ``m`` and ``v``.
+
+    Attributes:
+        theta (nn.Parameter): ``(G,)``. Its gradient is read by :meth:`step_`;
+            no optimizer should move it.
+
+    Examples:
+        Two channels at the same price, budget for one; the task loses 1 for
+        closing the first, nothing for the second.
+
+        >>> class Half:
+        ...     def __call__(self, g): return g.mean()
+        ...     def price(self, g): return torch.full_like(g, 1 / len(g))
+        >>> gates = Gates(2)
+        >>> for step in range(200):
+        ...     loss = -gates.openness()[0]
+        ...     gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+        ...     gates.step_(Half(), max(0.9 - step / 100, 0.5), lr=0.05)
+        >>> (gates.openness() > 0).tolist()
+        [True, False]
+    """
+
+    theta: nn.Parameter
+    epsilon: Tensor
+    gain: Tensor
+    gain_square: Tensor
+    observed: Tensor
+    multiplier: Tensor
+    settled: Tensor
+
+    def __init__(self,
+                 number: int,
+                 epsilon: float = 0.1,
+                 close_below: float = 1e-2,
+                 betas: tuple[float, float] = (0.9, 0.99)) -> None:
+        super().__init__()
+        self.close_below = close_below
+        self.betas = betas
+        self._slots = 0
+        self.theta = nn.Parameter(torch.ones(number))
+        self.register_buffer('epsilon', torch.tensor(epsilon))
+        self.register_buffer('gain', torch.zeros(number))
+        self.register_buffer('gain_square', torch.zeros(number))
+        self.register_buffer('observed', torch.tensor(0))
+        self.register_buffer('multiplier', torch.tensor(0.))
+        self.register_buffer('settled', torch.tensor(False))
+
+    def add_slots(self, slots: Tensor) -> int:
+        """Keep the gates ``(C,)`` of a channel axis on the gates' device.
+
+        Returns:
+            int: What to call :meth:`slot_openness` with.
+        """
+        index = self._slots
+        self.register_buffer(f'slots{index}', slots, persistent=False)
+        self._slots += 1
+        return index
+
+    def slot_openness(self, index: int) -> Tensor:
+        """Openness ``(C,)`` of a channel axis, differentiable in theta."""
+        slots = self.get_buffer(f'slots{index}')
+        # Of these gates alone: cheaper than all, once for each layer.
+        values = openness(self.theta[slots.clamp(min=0)], self.epsilon)
+        return torch.where(slots < 0, torch.ones_like(values), values)
+
+    def openness(self) -> Tensor:
+        """Openness ``(G,)`` of all gates, differentiable in theta."""
+        return openness(self.theta, self.epsilon)
+
+    @torch.no_grad()
+    def observe_(self) -> None:
+        """Take the gradient of theta into the running means of the gain.
+
+        Raises:
+            RuntimeError: If theta has no gradient.
+        """
+        if self.theta.grad is None:
+            raise RuntimeError(
+                'expected the loss to have passed a gradient to the gates, '
+                'but theta.grad is None: is the forward pass under no_grad, '
+                'or are the gated layers unused by the loss?')
+        slope = openness_slope(self.theta, self.epsilon)
+        # A closed gate has no slope, and a gain that nobody will ask for.
+        gain = torch.where(slope > 0, self.theta.grad / slope.clamp(min=1e-12),
+                           torch.zeros_like(slope))
+        mean_decay, square_decay = self.betas
+        self.gain.lerp_(gain, 1 - mean_decay)
+        self.gain_square.lerp_(gain * gain, 1 - square_decay)
+        self.observed += 1
+
+    @torch.no_grad()
+    def step_(self, cost: CostFunction, budget: float, lr: float) -> None:
+        """One step in place: :meth:`observe_`, solve lambda, move, close.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (float): What the cost may be after this step.
+            lr (float): The longest way of a theta in this step.
+        """
+        self.observe_()
+        mean_decay, square_decay = self.betas
+        seen = int(self.observed)
+        gain = self.gain / (1 - mean_decay**seen)
+        noise = self.gain_square / (1 - square_decay**seen)
+        price = cost.price(self.openness())
+
+        def moved(multiplier: float) -> Tensor:
+            push = multiplier * price
+            # Where neither task nor cost has a say, the gate stays.
+            scale = (noise + push * push).sqrt().clamp(min=1e-20)
+            theta = self.theta - lr * (gain + push) / scale
+            # Zero absorbs. Above one the openness is flat: a gate that
+            # wandered off could not come back in time.
+            theta = theta.clamp(0, 1)
+            closed = openness(theta, self.epsilon) < self.close_below
+            return theta.masked_fill(closed | (self.theta == 0), 0)
+
+        def spent(theta: Tensor) -> float:
+            g = openness(theta, self.epsilon)
+            return float(cost(g) + cost((g > 0).to(g))) / 2
+
+        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
+        multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
+        self.multiplier.fill_(multiplier)
+        self.theta.copy_(moved(multiplier))
+
+    @torch.no_grad()
+    def close_(self, gates: Tensor) -> None:
+        """Close ``gates`` (mask ``(G,)``) for good, in place."""
+        self.theta.masked_fill_(gates, 0)
+
+
+def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
+    """Let a layer run with gates on the input channels of its kernel, in place.
+
+    conv(g x, W) = conv(x, W g): the gate multiplies the kernel, so it costs
+    no activation-sized work or memory, and the layer's parameters keep their
+    names.
+
+    Args:
+        layer (nn.Module): Convolution (not transposed) or linear layer.
+        gates (Gates): Where the gates are.
+        slots (Tensor): ``(C_in,)`` gate of each input channel, -1 for none.
+
+    Raises:
+        TypeError: If the layer is of another kind.
+    """
+    if isinstance(layer, nn.Linear):
+        layer.forward = _GatedLinear(layer, gates, slots)
+    elif hasattr(layer, '_conv_forward'):
+        layer._conv_forward = _GatedConvolution(layer, gates, slots)
+    else:
+        raise TypeError('expected a convolution or linear layer, but got '
+                        f'{type(layer).__name__}')
+
+
+class _GatedForward:
+    """In place of a layer's forward; an object, so that deepcopy rebinds it.
+
+    Args:
+        layer (nn.Module): The layer.
+        gates (Gates): Where the gates are.
+        slots (Tensor): ``(C_in,)``.
+    """
+
+    def __init__(self, layer: nn.Module, gates: Gates, slots: Tensor) -> None:
+        self.layer = layer
+        self.gates = gates
+        self.index = gates.add_slots(slots)
+
+    def gated(self, weight: Tensor) -> Tensor:
+        """The kernel ``(C_out, C_in, ...)`` times the gates."""
+        values = self.gates.slot_openness(self.index)
+        return weight * values.reshape(1, -1, *(1 for _ in weight.shape[2:]))
+
+
+class _GatedConvolution(_GatedForward):
+
+    def __call__(self, inputs: Tensor, weight: Tensor,
+                 bias: Tensor | None) -> Tensor:
+        plain: Any = type(self.layer)
+        return plain._conv_forward(self.layer, inputs, self.gated(weight),
+                                   bias)
+
+
+class _GatedLinear(_GatedForward):
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        layer: Any = self.layer
+        return F.linear(inputs, self.gated(layer.weight), layer.bias)
+
+
+def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
+    """Openness of each slot of a channel axis: 1 where there is no gate.
+
+    Args:
+        openness (Tensor): ``(G,)``.
+        slots (Tensor): ``(C,)`` gate of each slot, -1 for none.
+
+    Returns:
+        Tensor: ``(C,)``, differentiable in ``openness``.
+
+    Examples:
+        >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
+        tensor([0.0000, 1.0000, 0.5000])
+    """
+    values = openness[slots.clamp(min=0)]
+    return torch.where(slots < 0, torch.ones_like(values), values)
+
+
+def solve_multiplier(spent: Callable[[float], float], budget: float,
+                     scale: float) -> float:
+    """Least multiplier at which ``spent`` is within ``budget``.
+
+    Args:
+        spent (Callable[[float], float]): Cost after a step at a multiplier;
+            falling in it.
+        budget (float): In the unit of ``spent``.
+        scale (float): A multiplier of the order that is looked for.
+
+    Returns:
+        float: Zero if the budget holds of itself. If no multiplier can hold
+        it in one step, the one at which every gate goes as far as it can.
+    """
+    if spent(0.) <= budget:
+        return 0.
+    low, high = 0., scale * 1e-3
+    while spent(high) > budget:
+        low, high = high, high * 4
+        if high > scale * 1e4:
+            return high
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if spent(middle) > budget else (low, middle)
+    return high
