@@ -1,0 +1,327 @@
+"""Surgery: absorb the gates, cut the closed channels, set widths.
+
+A pruned network computes exactly what the gated one does. It is described by
+its *widths*: module name to ``[C_out, C_in]`` (convolution, linear layer),
+``[C]`` (batch norm) or, for a parameter of another module, parameter name to
+shape. A module without channels is replaced: a batch norm by the identity, a
+layer by :class:`Constant`.
+"""
+from __future__ import annotations
+
+import copy
+from typing import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from .gate import slot_values
+from .groups import Group, Groups
+
+Widths = dict[str, list[int]]
+
+
+class Constant(nn.Module):
+    """What is left of a layer that reads, or writes, no channel.
+
+    Source: GDP (ICCV 2021), section 3: of a residual branch whose gates are
+    all zero, the constant of its last batch norm stays as a bias.
+
+    Args:
+        layer (nn.Module): The layer that it stands for.
+        channels (int): ``C_out``, may be 0.
+
+    Examples:
+        >>> left = Constant(nn.Conv2d(4, 2, 3, stride=2, padding=1), 2)
+        >>> left(torch.ones(1, 0, 8, 8)).shape
+        torch.Size([1, 2, 4, 4])
+    """
+
+    def __init__(self, layer: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.spatial: tuple[tuple[int, ...], ...] | None = None
+        if isinstance(layer, _ConvNd):
+            padding = layer.padding
+            if padding == 'same':
+                padding = tuple(d * (k - 1) / 2 for d, k in zip(
+                    layer.dilation, layer.kernel_size))
+            elif padding == 'valid':
+                padding = (0, ) * len(layer.kernel_size)
+            self.spatial = tuple(
+                zip(layer.kernel_size, layer.stride, padding, layer.dilation))
+        self.bias: nn.Parameter | None = None
+        if channels:
+            self.bias = nn.Parameter(_like(layer.weight, (channels, )))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The bias at every position: ``(N, C_in, ...) -> (N, C_out, ...)``.
+        """
+        if self.spatial is None:
+            size, shape = inputs.shape[1:-1], (-1, )
+        else:
+            size = tuple(
+                int((length + 2 * p - d * (k - 1) - 1) // s + 1)
+                for length, (k, s, p, d) in zip(inputs.shape[2:],
+                                                self.spatial))
+            shape = (-1, *(1 for _ in size))
+        if self.bias is None:
+            channels = inputs.new_empty((0, ))
+        else:
+            channels = self.bias.to(inputs.dtype)
+        grid = channels.reshape(shape)
+        full = ((len(inputs), *size, len(channels)) if self.spatial is None
+                else (len(inputs), len(channels), *size))
+        # What follows may work in place.
+        return grid.expand(full).clone()
+
+
+def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
+    """Which gates' channels a pruned network has.
+
+    Besides the open ones: the first of a group that is closed as a whole but
+    cannot vanish as a whole. Without those, open or not, that only feed
+    layers whose own outputs are all gone.
+
+    Args:
+        groups (Groups): What the analysis found.
+        openness (Tensor): ``(G,)``.
+
+    Returns:
+        Tensor: ``(G,)`` bool.
+    """
+    keep = openness.detach().cpu() > 0
+    for group in groups.groups:
+        if not group.vanishes and not keep[group.gates].any():
+            keep[group.gates[0]] = True
+    outputs = {layer.name: layer.outputs for layer in groups.layers}
+
+    def dead(group: Group) -> bool:
+        return group.vanishes and keep[group.gates].any() and not any(
+            bool(_kept_slots(outputs[name], keep).any())
+            for name in group.readers)
+
+    while unread := [group for group in groups.groups if dead(group)]:
+        for group in unread:
+            keep[group.gates] = False
+    return keep
+
+
+def constant_channels(groups: Groups, keep: Tensor) -> Tensor:
+    """Gates of channels that hold a constant: all that writes them is dead.
+
+    Args:
+        groups (Groups): What the analysis found.
+        keep (Tensor): ``(G,)`` bool, which gates' channels are there.
+
+    Returns:
+        Tensor: ``(G,)`` bool, a part of ``keep``.
+    """
+    inputs = {layer.name: layer.inputs for layer in groups.layers}
+    constant = torch.zeros_like(keep)
+    for group in groups.groups:
+        if group.vanishes and not any(
+                bool(_kept_slots(inputs[name], keep).any())
+                for name in group.writers):
+            constant[group.gates] = keep[group.gates]
+    return constant
+
+
+def prune(model: nn.Module, groups: Groups,
+          openness: Tensor) -> tuple[nn.Module, Widths]:
+    """A small copy of a model that computes what the gated model computes.
+
+    Args:
+        model (nn.Module): The model that was analysed, without gates; left as
+            it is.
+        groups (Groups): What the analysis found.
+        openness (Tensor): ``(G,)`` the gates' openness.
+
+    Returns:
+        tuple[nn.Module, Widths]: The pruned model and its widths.
+
+    Raises:
+        ValueError: If a number in the model is not finite.
+    """
+    keep = kept_channels(groups, openness)
+    state = {name: tensor.detach().clone()
+             for name, tensor in model.state_dict().items()}
+    absorb_(state, groups, openness)
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'expected finite weights, but got nan or inf in '
+                             f'{name}; export an earlier checkpoint')
+    for (name, axis), gates in groups.axes.items():
+        slots = _kept_slots(gates, keep).nonzero().flatten()
+        state[name] = state[name].index_select(axis,
+                                               slots.to(state[name].device))
+    widths = _widths(model, groups, state)
+    _fold_constants_(model, groups, state, widths)
+    pruned = copy.deepcopy(model)
+    apply_widths_(pruned, widths)
+    wanted = pruned.state_dict()
+    pruned.load_state_dict({name: state[name] if name in state else tensor
+                            for name, tensor in wanted.items()})
+    return pruned, widths
+
+
+def absorb_(state: dict[str, Tensor], groups: Groups,
+            openness: Tensor) -> None:
+    """Multiply the gates into the kernels that read them, in place.
+
+    Args:
+        state (dict[str, Tensor]): A state dict; kernels are replaced.
+        groups (Groups): What the analysis found.
+        openness (Tensor): ``(G,)``.
+    """
+    for layer in groups.readers():
+        kernel = state[layer.kernel]
+        scale = slot_values(openness.detach().to(kernel),
+                            layer.inputs.to(kernel.device))
+        state[layer.kernel] = kernel * scale.reshape(
+            1, -1, *(1 for _ in kernel.shape[2:]))
+
+
+def apply_widths_(model: nn.Module, widths: Mapping[str, Sequence[int]]
+                  ) -> None:
+    """Give the modules of a dense model the widths of a pruned one, in place.
+
+    The parameters become the first channels of what they were; what they hold
+    is to be loaded.
+
+    Args:
+        model (nn.Module): Dense.
+        widths (Mapping[str, Sequence[int]]): See the top of this file.
+
+    Raises:
+        ValueError: If the model has no such module, or it is narrower.
+    """
+    for name, width in widths.items():
+        owner, _, leaf = name.rpartition('.')
+        try:
+            parent = model.get_submodule(owner)
+            part = getattr(parent, leaf)
+        except AttributeError:
+            raise ValueError(
+                f'widths: expected names of the model, but got {name!r}; the '
+                'widths belong to another config') from None
+        _check_width(name, part, width)
+        if isinstance(part, nn.Parameter):
+            setattr(parent, leaf, nn.Parameter(_like(part, tuple(width))))
+        elif isinstance(part, _BatchNorm):
+            if width[0]:
+                _set_norm_width_(part, width[0])
+            else:
+                setattr(parent, leaf, nn.Identity())
+        elif 0 in width:
+            setattr(parent, leaf, Constant(part, width[0]))
+        else:
+            _set_layer_widths_(part, *width)
+
+
+def _check_width(name: str, part: nn.Module | nn.Parameter,
+                 width: Sequence[int]) -> None:
+    """An error if this cannot be the width of this part."""
+    if isinstance(part, nn.Parameter):
+        dense: Sequence[int] = part.shape
+    elif isinstance(part, _BatchNorm):
+        dense = [part.num_features]
+    elif isinstance(part, _ConvNd):
+        dense = [part.out_channels, part.in_channels]
+    elif isinstance(part, nn.Linear):
+        dense = [part.out_features, part.in_features]
+    else:
+        raise ValueError(f'widths: expected {name} to be a convolution, '
+                         'linear layer, batch norm or parameter, but got '
+                         f'{type(part).__name__}')
+    if len(width) != len(dense) or any(
+            not 0 <= new <= old for new, old in zip(width, dense)):
+        raise ValueError(f'widths: expected {name} to be at most '
+                         f'{list(dense)}, but got {list(width)}; the widths '
+                         'belong to another config')
+
+
+def _set_layer_widths_(layer: nn.Module, outputs: int, inputs: int) -> None:
+    """Convolution or linear layer; a depthwise one has a group a channel."""
+    if isinstance(layer, _ConvNd):
+        if layer.groups > 1 and layer.groups == layer.in_channels:
+            layer.groups = inputs
+        layer.in_channels, layer.out_channels = inputs, outputs
+        shape: tuple[int, ...] = (outputs, inputs // layer.groups,
+                                  *layer.kernel_size)
+    else:
+        layer.in_features, layer.out_features = inputs, outputs
+        shape = (outputs, inputs)
+    layer.weight = nn.Parameter(_like(layer.weight, shape))
+    if layer.bias is not None:
+        layer.bias = nn.Parameter(_like(layer.bias, (outputs, )))
+
+
+def _set_norm_width_(norm: _BatchNorm, channels: int) -> None:
+    norm.num_features = channels
+    for kind in (norm._parameters, norm._buffers):
+        for name, tensor in kind.items():
+            if tensor is not None and tensor.dim():
+                new = _like(tensor, (channels, ))
+                kind[name] = (nn.Parameter(new) if isinstance(
+                    tensor, nn.Parameter) else new)
+
+
+def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """First entries of a tensor along its axes, or zeros of another rank."""
+    if tensor.dim() != len(shape):
+        return tensor.new_zeros(shape)
+    part = tensor.detach()[tuple(slice(size) for size in shape)]
+    return part.clone()
+
+
+def _kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
+    """Mask of the slots that stay: no gate, or a kept one."""
+    return slot_values(keep.float(), gates) > 0
+
+
+def _widths(model: nn.Module, groups: Groups,
+            state: Mapping[str, Tensor]) -> Widths:
+    """Widths of all modules that became narrower."""
+    dense = dict(model.named_parameters())
+    widths: Widths = {}
+    for name in dict.fromkeys(name for name, _ in groups.axes):
+        shape = state[name].shape
+        if name not in dense or shape == dense[name].shape:
+            continue
+        owner, _, leaf = name.rpartition('.')
+        module = model.get_submodule(owner)
+        if isinstance(module, (_ConvNd, nn.Linear)):
+            if leaf == 'weight':
+                depthwise = (isinstance(module, _ConvNd)
+                             and module.groups > 1)
+                widths[owner] = [shape[0], shape[0 if depthwise else 1]]
+        elif isinstance(module, _BatchNorm):
+            widths[owner] = [shape[0]]
+        else:
+            widths[name] = list(shape)
+    return widths
+
+
+def _fold_constants_(model: nn.Module, groups: Groups,
+                     state: dict[str, Tensor], widths: Widths) -> None:
+    """Layers that read nothing: their norm's constant becomes their bias.
+
+    Folded, it is a parameter that fine-tuning can train; a batch norm that
+    sees a constant in training mode would lose its mean.
+    """
+    for layer, width in list(widths.items()):
+        if 0 not in width or len(width) != 2:
+            continue
+        bias = state.get(f'{layer}.bias', torch.zeros(width[0]))
+        norm = groups.norms.get(layer)
+        if width[0] and norm is not None:
+            module = model.get_submodule(norm)
+            assert isinstance(module, _BatchNorm)
+            mean, var, scale, shift = (
+                state[f'{norm}.{name}'].double() for name in
+                ('running_mean', 'running_var', 'weight', 'bias'))
+            bias = (shift + scale * (bias.double() - mean) /
+                    (var + module.eps).sqrt()).float()
+            widths[norm] = [0]
+        state[f'{layer}.bias'] = bias
