@@ -1,0 +1,116 @@
+"""The hook that moves the gates while an mmengine runner trains."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from .model import Pruner
+from .registry import HOOKS
+
+
+@HOOKS.register_module()
+class GDPHook(Hook):
+    """Moves the gates of a ``GDPModel``; the optimizer config stays as it is.
+
+    The gates' step is a pre-hook of the optimizer's step: it happens when the
+    optimizer really steps (gradients accumulated, averaged over processes,
+    unscaled; never where mixed precision skips a step), and it takes the
+    gates' gradients away, so that no optimizer moves or decays them.
+
+    Examples:
+        In a config: ``default_hooks = dict(gdp=dict(type=
+        'gdp_mmseg.GDPHook'))``.
+
+    Args:
+        interval (int): Iterations between two records of the gates' path.
+            Defaults to 10.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, interval: int = 10) -> None:
+        self.interval = interval
+
+    def before_train(self, runner: Runner) -> None:
+        """Take hold of the optimizer.
+
+        Raises:
+            ValueError: If the model has no gates, or there are several
+                optimizers.
+        """
+        pruner = find_pruner(runner.model)
+        optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise ValueError('GDPHook: expected one optimizer, but got '
+                             f'{type(runner.optim_wrapper).__name__}; set '
+                             'one optim_wrapper for all parameters')
+        if runner.iter == 0 and is_main_process():
+            # A path of an earlier run in this folder is not ours.
+            (Path(runner.work_dir) / 'gates.jsonl').unlink(missing_ok=True)
+        optimizer.register_step_pre_hook(
+            lambda optimizer, args, kwargs: pruner.step_(
+                runner.iter / runner.max_iters, runner.max_iters))
+        kept = ', '.join(f'{row.channels} channels ({row.reason})'
+                         for row in pruner.groups.frozen)
+        runner.logger.info(
+            f'GDP: {pruner.groups.number} gates in '
+            f'{len(pruner.groups.groups)} groups on '
+            f'{pruner.cost.dense / 1e9:.2f} GFLOPs, target '
+            f'{pruner.settings.target}; without a gate: {kept}')
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: dict[str, Any] | None = None) -> None:
+        """Log the share of FLOPs left, and the gates' path.
+
+        The share by whole channels and by openness goes with the losses;
+        ``gates.jsonl`` in the work folder gets the mean openness of each
+        group.
+        """
+        if not self.every_n_train_iters(runner, self.interval):
+            return
+        pruner = find_pruner(runner.model)
+        with torch.no_grad():
+            openness = pruner.gates.openness()
+            scalars = dict(
+                gdp_flops=pruner.cost(pruner.channels()),
+                gdp_flops_openness=pruner.cost(openness),
+                gdp_open=(openness > 0).float().mean(),
+                gdp_undecided=((openness > 0.01) &
+                               (openness < 0.5)).float().mean(),
+                gdp_multiplier=pruner.gates.multiplier)
+        for name, value in scalars.items():
+            runner.message_hub.update_scalar(f'train/{name}', float(value))
+        if is_main_process():
+            row = dict(
+                iter=runner.iter + 1,
+                flops=float(scalars['gdp_flops']),
+                openness=[round(float(openness[group.gates].mean()), 4)
+                          for group in pruner.groups.groups])
+            with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
+                file.write(json.dumps(row) + '\n')
+
+
+def find_pruner(model: torch.nn.Module) -> Pruner:
+    """The :class:`Pruner` of a gated model, wrapped or not.
+
+    Raises:
+        ValueError: If the model has no gates.
+    """
+    network = model.module if is_model_wrapper(model) else model
+    pruner = getattr(network, 'gdp', None)
+    if not isinstance(pruner, Pruner):
+        raise ValueError(
+            'GDPHook: expected a model with gates, but got '
+            f"{type(network).__name__}; set model=dict(type="
+            "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
+    return pruner

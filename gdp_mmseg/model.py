@@ -1,0 +1,284 @@
+"""The user's own model with gates in it, and its pruned form.
+
+Both are functions registered under the name that a config gives as ``type``.
+They build the user's own class from the user's own, flat config and work on
+that object: its class, attributes and state-dict keys stay what they were.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Mapping, Sequence
+
+import torch
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from torch import Tensor, nn
+
+from .cost import Cost
+from .gate import Gates, Schedule, gate_layer_
+from .groups import Groups, analyse
+from .registry import MODELS
+from .surgery import apply_widths_, constant_channels, kept_channels
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of ``gdp=dict(...)`` in a config.
+
+    Args:
+        target (float): Share of the dense multiply-adds to keep, in (0, 1).
+        input_shape (tuple[int, ...], optional): ``(H, W)`` or ``(C, H, W)``
+            at which multiply-adds are counted. Defaults to ``size`` of the
+            model's data preprocessor.
+        phases (tuple[float, float, float]): Shares of the training that are
+            warm-up, pruning and settling.
+        epsilon (tuple[float, float]): At the start and end of the pruning
+            phase.
+        travel (float): The way that a theta, 1 at the start, can go in the
+            pruning phase.
+        close_below (float): Openness under which a gate closes for good.
+    """
+    target: float
+    input_shape: tuple[int, ...] | None = None
+    phases: tuple[float, float, float] = (0.1, 0.5, 0.4)
+    epsilon: tuple[float, float] = (0.1, 1e-4)
+    travel: float = 8.
+    close_below: float = 1e-2
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
+        """Read ``gdp=dict(...)``.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is out of
+                its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        config = config or {}
+        unknown = [key for key in config if key not in known]
+        if unknown or 'target' not in config:
+            raise ValueError(
+                f'gdp: expected target and any of {known[1:]}, but got '
+                f'{list(config)}; change the keys of model.gdp')
+        settings = cls(**{key: tuple(value) if isinstance(value, list)
+                          else value for key, value in config.items()})
+        if not (isinstance(settings.target, (int, float))
+                and 0 < settings.target < 1):
+            raise ValueError('gdp.target: expected the share of FLOPs to '
+                             'keep, in (0, 1), but got '
+                             f'{settings.target!r}')
+        for name in ('travel', 'close_below'):
+            value = getattr(settings, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f'gdp.{name}: expected a number above 0, '
+                                 f'but got {value!r}')
+        Schedule(settings.phases, settings.epsilon)
+        return settings
+
+
+class Pruner(nn.Module):
+    """The gates of a model, with all that governs them.
+
+    Lives at ``model.gdp``; the only thing that a gated model has more.
+
+    Args:
+        groups (Groups): What the analysis of the model found.
+        settings (Settings): See there.
+
+    Attributes:
+        gates (Gates): Their state is in the model's state dict.
+        cost (Cost): Share of the dense multiply-adds.
+
+    Raises:
+        ValueError: If the target is below what cannot be pruned.
+    """
+
+    def __init__(self, groups: Groups, settings: Settings) -> None:
+        super().__init__()
+        self.groups = groups
+        self.settings = settings
+        self.schedule = Schedule(settings.phases, settings.epsilon)
+        self.gates = Gates(groups.number, settings.epsilon[0],
+                           settings.close_below)
+        self.cost = Cost(groups)
+        self.living = len(groups.groups)
+        least = float(self.cost(
+            kept_channels(groups, torch.zeros(groups.number)).float()))
+        if settings.target <= least:
+            raise ValueError(
+                f'gdp.target: expected more than {least:.4f}, the share of '
+                f'FLOPs that no gate can save, but got {settings.target}')
+        with torch.no_grad():
+            self.start = self._budgeted()
+
+    def _budgeted(self) -> float:
+        """What the gate step holds against the budget."""
+        openness = self.gates.openness()
+        return float(
+            self.cost(openness) + self.cost((openness > 0).float())) / 2
+
+    @torch.no_grad()
+    def step_(self, progress: float, iterations: int) -> None:
+        """Move all gates by one step, in place; takes theta's gradient.
+
+        Args:
+            progress (float): Share of the training that is over, in [0, 1].
+            iterations (int): Length of the training.
+        """
+        phase = self.schedule.phase_at(progress)
+        if phase == 'warmup':
+            self.gates.observe_()
+        elif phase == 'pruning':
+            self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
+            self.gates.step_(
+                self.cost,
+                self.schedule.budget_at(progress, self.start,
+                                        self.settings.target),
+                self.settings.travel / max(
+                    iterations * self.schedule.phases[1], 1))
+            self._close_dead_()
+        self.gates.theta.grad = None
+
+    def _close_dead_(self) -> None:
+        """Close what only feeds closed layers, or is fed by none."""
+        openness = self.gates.openness()
+        alive = sum(bool(openness[group.gates].any())
+                    for group in self.groups.groups)
+        while alive < self.living:
+            self.living = alive
+            keep = kept_channels(self.groups, self.gates.openness())
+            keep &= ~constant_channels(self.groups, keep)
+            self.gates.close_(~keep.to(openness.device))
+            openness = self.gates.openness()
+            alive = sum(bool(openness[group.gates].any())
+                        for group in self.groups.groups)
+
+    def channels(self) -> Tensor:
+        """1 for each gate whose channels a pruned model has, ``(G,)``."""
+        with torch.no_grad():
+            keep = kept_channels(self.groups, self.gates.openness())
+        return keep.to(self.gates.theta)
+
+
+@MODELS.register_module(name='GDPModel')
+def build_gated_model(gdp: Mapping[str, Any] | None = None,
+                      base: str | None = None,
+                      **model: Any) -> nn.Module:
+    """Build a model of the user's own class with gates in it.
+
+    Args:
+        gdp (Mapping[str, Any]): See :class:`Settings`.
+        base (str, optional): The model's own ``type``. Defaults to
+            mmsegmentation's ``EncoderDecoder``, or ``CascadeEncoderDecoder``
+            if there are several decode heads.
+        **model: The rest of the user's model config, as it is.
+
+    Returns:
+        nn.Module: Of the class ``base``, with a :class:`Pruner` at ``gdp``.
+
+    Raises:
+        ValueError: If a setting is wrong or the model cannot be pruned.
+    """
+    settings = Settings.from_config(gdp)
+    shape = input_shape_of(settings, model)
+    network = build_base_model(base, model)
+    groups = analyse_model(network, shape)
+    network.gdp = Pruner(groups, settings)
+    for layer in groups.readers():
+        gate_layer_(network.get_submodule(layer.name), network.gdp.gates,
+                    layer.inputs)
+    return network
+
+
+@MODELS.register_module(name='PrunedModel')
+def build_pruned_model(gdp: Mapping[str, Any] | None = None,
+                       base: str | None = None,
+                       **model: Any) -> nn.Module:
+    """Build a model of the user's own class with the widths of a pruned one.
+
+    Args:
+        gdp (Mapping[str, Any]): ``widths``, as an export wrote them.
+        base (str, optional): See :func:`build_gated_model`.
+        **model: The rest of the model config.
+
+    Returns:
+        nn.Module: Of the class ``base``.
+
+    Raises:
+        ValueError: If the widths do not fit the model.
+    """
+    if not gdp or set(gdp) != {'widths'}:
+        raise ValueError("gdp: expected dict(widths=...) as an export wrote "
+                         f'it, but got {gdp if gdp is None else list(gdp)}')
+    network = build_base_model(base, model)
+    apply_widths_(network, gdp['widths'])
+    return network
+
+
+def build_base_model(base: str | None, model: Mapping[str, Any]) -> nn.Module:
+    """Build the user's model without gates, in the current default scope."""
+    return MMENGINE_MODELS.build(dict(model, type=base or default_base(model)))
+
+
+def default_base(model: Mapping[str, Any]) -> str:
+    """mmsegmentation's class for a model config."""
+    return ('CascadeEncoderDecoder' if isinstance(
+        model.get('decode_head'), Sequence) else 'EncoderDecoder')
+
+
+def input_shape_of(settings: Settings,
+                   model: Mapping[str, Any]) -> tuple[int, ...]:
+    """``(C, H, W)`` at which a model's multiply-adds are counted.
+
+    Raises:
+        ValueError: If neither the settings nor the data preprocessor say it.
+    """
+    preprocessor = model.get('data_preprocessor') or {}
+    size = settings.input_shape
+    if size is None and isinstance(preprocessor, Mapping):
+        size = preprocessor.get('size')
+    if size is None or len(size) not in (2, 3) or min(size) < 1:
+        raise ValueError(
+            'gdp.input_shape: expected (H, W) or (C, H, W), or size=(H, W) in '
+            f'the data_preprocessor, but got {size}; set '
+            'model.gdp.input_shape')
+    channels = (model.get('backbone') or {}).get('in_channels', 3)
+    return tuple(size) if len(size) == 3 else (channels, *size)
+
+
+def analyse_config(model: Mapping[str, Any]) -> Groups:
+    """Analyse the model of a config, with ``GDPModel`` or without.
+
+    Args:
+        model (Mapping[str, Any]): ``cfg.model``.
+    """
+    plain = dict(model)
+    kind, gdp = plain.pop('type'), plain.pop('gdp', None)
+    base = plain.pop('base', None) if kind == 'gdp_mmseg.GDPModel' else kind
+    settings = Settings.from_config(gdp or dict(target=0.5))
+    shape = input_shape_of(settings, plain)
+    return analyse_model(build_base_model(base, plain), shape)
+
+
+def analyse_model(network: nn.Module, shape: tuple[int, ...]) -> Groups:
+    """Analyse an mm model: inference in ``tensor`` mode, auxiliary heads.
+
+    Args:
+        network (nn.Module): Without gates.
+        shape (tuple[int, ...]): ``(C, H, W)``.
+
+    Returns:
+        Groups: See :func:`gdp_mmseg.groups.analyse`.
+    """
+
+    def infer(network: Any, inputs: Tensor) -> Any:
+        return network(inputs, mode='tensor')
+
+    def run_auxiliary_heads(network: Any, inputs: Tensor) -> Any:
+        heads = network.auxiliary_head
+        features = network.extract_feat(inputs)
+        return [head(features) for head in (
+            heads if isinstance(heads, nn.ModuleList) else [heads])]
+
+    auxiliary = getattr(network, 'auxiliary_head', None) is not None
+    return analyse(network, shape, infer,
+                   run_auxiliary_heads if auxiliary else None)
