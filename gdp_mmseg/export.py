@@ -1,0 +1,369 @@
+"""From a trained, gated checkpoint to a pruned config and checkpoint.
+
+Everything is made in a folder of a temporary name, proven there, and renamed:
+a folder that exists is a complete one.
+"""
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import pickle
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Iterator, Mapping
+
+import numpy as np
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.logging import HistoryBuffer
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from . import report as reporting
+from .model import build_base_model, default_base
+from .surgery import Widths, prune
+from .version import __version__
+
+TOLERANCE = 1e-4
+
+
+def export(cfg: Config,
+           checkpoint: str,
+           out_dir: str | Path,
+           name: str,
+           evaluate: bool = True,
+           progress: reporting.Progress = print) -> dict[str, Any]:
+    """Prune a gated checkpoint, prove it, evaluate it, write it.
+
+    Args:
+        cfg (Config): The config that it was trained with.
+        checkpoint (str): Its path.
+        out_dir (str | Path): A folder that does not exist or is empty; gets
+            ``<name>_pruned.py``, ``<name>_pruned.pth``, ``report.json`` and
+            ``report.md``.
+        name (str): Of the config.
+        evaluate (bool): Whether to run the config's test loop on both.
+        progress (Callable[[str], None]): Gets a line now and then.
+
+    Returns:
+        dict[str, Any]: What ``report.json`` holds.
+
+    Raises:
+        ValueError: If config, checkpoint and folder do not fit together.
+        RuntimeError: If gated and pruned outputs differ by more than 1e-4.
+    """
+    out_dir = Path(out_dir)
+    check_out_dir(out_dir)
+    _enter_scope(cfg)
+    state, meta = read_checkpoint(checkpoint)
+    gated = build_gated(cfg, state)
+    dense = build_dense(cfg, state)
+    pruned, widths = prune(dense, gated.gdp.groups, gated.gdp.gates.openness())
+    progress('comparing the gated and the pruned network')
+    inputs, source = real_inputs(cfg, gated)
+    difference = max_rel_diff(gated, pruned, inputs)
+    # Also false for nan.
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f'expected equal outputs of the gated and the pruned network, '
+            f'but got a relative difference of {difference:.1e} on {source}; '
+            'nothing was written. Please report this with the config')
+    report = _measure(cfg, gated, dense, pruned)
+    report.update(name=name, max_rel_diff=difference, compared_on=source)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f'.{out_dir.name}.partial-',
+                                    dir=out_dir.parent))
+    try:
+        _write_pair(partial, name, cfg, pruned, widths, meta)
+        if evaluate:
+            progress('evaluating the gated network')
+            report.update(_metrics(run_test(cfg, gated), 'gated'))
+            progress('evaluating the exported files')
+            exported = Config.fromfile(partial / f'{name}_pruned.py')
+            report.update(_metrics(
+                run_test(exported, load_exported(partial, name)), 'pruned'))
+        else:
+            report.update(miou_gated=None, miou_pruned=None)
+        reporting.write_json(partial / 'report.json', report)
+        (partial / 'report.md').write_text(reporting.markdown(report))
+        partial.chmod(0o755)
+        # Onto an empty folder, or none; anything else is an error here too.
+        partial.replace(out_dir)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+def check_out_dir(out_dir: Path) -> None:
+    """Fail unless a folder can be made, or is there and empty."""
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f'--out-dir: expected a folder, but got the file '
+                         f'{out_dir}; choose another')
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise ValueError(f'--out-dir: expected an empty or new folder, but '
+                         f'{out_dir} holds files; choose another')
+
+
+def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """State dict and meta of a checkpoint that mmengine saved.
+
+    Only tensors, plain types and mmengine's log buffers are unpickled.
+
+    Raises:
+        ValueError: If it is no whole checkpoint.
+    """
+    array = np.zeros(1)
+    array_types = [
+        np.ndarray, np.dtype, array.__reduce__()[0],
+        *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b'))
+    ]
+    try:
+        with torch.serialization.safe_globals(
+            [HistoryBuffer, getattr, *array_types,
+             np.float64(0).__reduce__()[0]]):
+            content = torch.load(path, map_location='cpu', weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f'checkpoint: expected a file, but {path} does not '
+                         'exist; pass the path of a gated checkpoint'
+                         ) from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f'checkpoint: expected a file that mmengine saved, but {path} '
+            f'cannot be read ({str(error).splitlines()[0]:.80}); it may be '
+            'truncated or of another kind') from error
+    state = content.get('state_dict') if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(
+            isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"checkpoint: expected a 'state_dict' of tensors in {path}, but "
+            f'got none; pass a checkpoint that the training saved')
+    return state, content.get('meta') or {}
+
+
+def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
+    """The gated model of a config, with a checkpoint in it, in eval mode.
+
+    Raises:
+        ValueError: If the config has no gates, or the checkpoint is of
+            another model.
+    """
+    if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
+        raise ValueError(
+            "config: expected model.type='gdp_mmseg.GDPModel', but got "
+            f"{cfg.model.get('type')!r}; pass the config of the gated "
+            'training')
+    if not any(key.startswith('gdp.') for key in state):
+        raise ValueError('checkpoint: expected one with gates, but it has '
+                         'none; pass one that was trained with GDPModel and '
+                         'GDPHook')
+    gated = revert_sync_batchnorm(MODELS.build(_without_pretrained(cfg)))
+    _load(gated, state)
+    return gated.eval()
+
+
+def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
+    """The same model without gates, in eval mode."""
+    model = _without_pretrained(cfg)
+    for key in ('type', 'gdp'):
+        del model[key]
+    dense = revert_sync_batchnorm(
+        build_base_model(model.pop('base', None), model))
+    _load(dense, {key: value for key, value in state.items()
+                  if not key.startswith('gdp.')})
+    return dense.eval()
+
+
+def _without_pretrained(cfg: Config) -> ConfigDict:
+    """A model config that looks for no pretrained weights."""
+    model = copy.deepcopy(cfg.model)
+    if 'pretrained' in model:
+        model['pretrained'] = None
+    if 'init_cfg' in (model.get('backbone') or {}):
+        model['backbone']['init_cfg'] = None
+    return model
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load strictly, with one line for an error."""
+    wanted = model.state_dict()
+    other = [key for key in wanted if key not in state
+             or state[key].shape != wanted[key].shape]
+    extra = [key for key in state if key not in wanted]
+    if other or extra:
+        raise ValueError(
+            'checkpoint: expected the weights of the config\'s model, but '
+            f'{len(other)} are missing or of another shape and {len(extra)} '
+            f'have no place ({(other + extra)[0]} first); pass the checkpoint '
+            'and the config of the same training')
+    model.load_state_dict(state)
+
+
+def real_inputs(cfg: Config, model: nn.Module,
+                number: int = 2) -> tuple[list[Tensor], str]:
+    """A few preprocessed inputs of the config's test set, and what they are.
+
+    Returns:
+        tuple[list[Tensor], str]: Each ``(1, C, H, W)``. Random, of the
+        analysed shape, if there is no data set.
+    """
+    settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+    try:
+        loader = Runner.build_dataloader(
+            dict(settings, num_workers=0, persistent_workers=False))
+        images = []
+        for data in itertools.islice(loader, number):
+            batch = model.data_preprocessor(data, False)['inputs']
+            images += [batch] if isinstance(batch, Tensor) else [
+                image[None] for image in batch]
+        return images, f'{len(images)} inputs of the test set'
+    except (FileNotFoundError, TypeError):
+        shape = model.gdp.groups.input_shape
+        return [torch.randn(shape) for _ in range(number)], (
+            f'{number} random inputs (no data set found)')
+
+
+@torch.no_grad()
+def max_rel_diff(gated: nn.Module, pruned: nn.Module,
+                 inputs: list[Tensor]) -> float:
+    """Largest difference of outputs, over the largest output."""
+    worst = 0.
+    for image in inputs:
+        expected = gated(image, mode='tensor')
+        got = pruned(image, mode='tensor')
+        pairs = ((expected, got), ) if isinstance(expected, Tensor) else zip(
+            expected, got)
+        for one, other in pairs:
+            scale = float(one.abs().max()) or 1.
+            # nan must not be lost in a maximum.
+            worst = float(np.maximum(worst, float(
+                (one - other).abs().max()) / scale))
+    return worst
+
+
+def _measure(cfg: Config, gated: nn.Module, dense: nn.Module,
+             pruned: nn.Module) -> dict[str, Any]:
+    """The report's sizes and times."""
+    shape = gated.gdp.groups.input_shape
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    latencies = reporting.paired_latency_ms(
+        [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
+        shape)
+    keep = gated.gdp.channels().cpu() > 0
+    return dict(
+        target=gated.gdp.settings.target,
+        input_shape=list(shape),
+        macs_dense=reporting.count_macs(dense, shape),
+        macs_pruned=reporting.count_macs(pruned, shape),
+        params_dense=reporting.count_parameters(dense),
+        params_pruned=reporting.count_parameters(pruned),
+        latency_ms_dense=latencies[0],
+        latency_ms_gated=latencies[1],
+        latency_ms_pruned=latencies[2],
+        device=str(device),
+        torch=torch.__version__,
+        gdp_mmseg=__version__,
+        groups=[
+            dict(writers=list(group.writers), readers=list(group.readers),
+                 channels=len(group.gates), kept=int(keep[group.gates].sum()))
+            for group in gated.gdp.groups.groups
+        ])
+
+
+def _metrics(metrics: Mapping[str, Any], which: str) -> dict[str, Any]:
+    plain = {key: float(value) for key, value in metrics.items()}
+    return {f'miou_{which}': plain.get('mIoU'), f'metrics_{which}': plain}
+
+
+def run_test(cfg: Config, model: nn.Module) -> dict[str, float]:
+    """Run the config's test loop on a model that is built and loaded."""
+    with tempfile.TemporaryDirectory() as folder:
+        runner = Runner(
+            model=model,
+            work_dir=folder,
+            test_dataloader=copy.deepcopy(cfg.test_dataloader),
+            test_evaluator=copy.deepcopy(cfg.test_evaluator),
+            test_cfg=copy.deepcopy(cfg.test_cfg),
+            default_scope=cfg.get('default_scope', 'mmseg'),
+            log_processor=cfg.get('log_processor'),
+            env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='gloo'))),
+            log_level='WARNING',
+            experiment_name=Path(folder).name)
+        return runner.test()
+
+
+def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,
+                widths: Widths, meta: Mapping[str, Any]) -> None:
+    """``<name>_pruned.py`` and ``<name>_pruned.pth``."""
+    torch.save(
+        dict(
+            meta=dict(
+                gdp_mmseg=__version__,
+                widths=widths,
+                dataset_meta=_plain(meta.get('dataset_meta') or {})),
+            state_dict=pruned.state_dict()), folder / f'{name}_pruned.pth')
+    pruned_config(cfg, name, widths).dump(folder / f'{name}_pruned.py')
+
+
+def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
+    """The config of the pruned model: stock tools read it.
+
+    Training starts from the exported weights beside the config.
+    """
+    content = cfg.to_dict()
+    model = _without_pretrained(cfg).to_dict()
+    model.update(type='gdp_mmseg.PrunedModel', gdp=dict(widths=widths))
+    model.setdefault('base', default_base(model))
+    model['init_cfg'] = dict(
+        type='Pretrained',
+        checkpoint='{{ fileDirname }}/' + f'{name}_pruned.pth')
+    content['model'] = model
+    hooks = content.get('default_hooks') or {}
+    content['default_hooks'] = {key: hook for key, hook in hooks.items()
+                                if not _moves_gates(hook)}
+    if content.get('custom_hooks'):
+        content['custom_hooks'] = [hook for hook in content['custom_hooks']
+                                   if not _moves_gates(hook)]
+    for key in ('work_dir', 'load_from', 'resume'):
+        content.pop(key, None)
+    return Config(content)
+
+
+def _moves_gates(hook: Any) -> bool:
+    return (isinstance(hook, Mapping)
+            and hook.get('type') == 'gdp_mmseg.GDPHook')
+
+
+def _plain(value: Any) -> Any:
+    """Plain types only, which ``weights_only=True`` loads."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain(item) for item in value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    return value
+
+
+def load_exported(folder: Path, name: str) -> nn.Module:
+    """Build the pruned model from its two files, in eval mode.
+
+    Raises:
+        ValueError: If they do not fit together.
+    """
+    cfg = Config.fromfile(folder / f'{name}_pruned.py')
+    _enter_scope(cfg)
+    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    state, _ = read_checkpoint(str(folder / f'{name}_pruned.pth'))
+    _load(model, state)
+    return model.eval()
+
+
+def _enter_scope(cfg: Config) -> None:
+    """Let type names in a config mean what they mean to its tools."""
+    from mmengine.registry import init_default_scope
+    init_default_scope(cfg.get('default_scope') or 'mmseg')

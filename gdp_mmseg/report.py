@@ -1,0 +1,162 @@
+"""What an export reports: sizes, latency, tables, pictures."""
+from __future__ import annotations
+
+import copy
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Multiply-adds of one forward pass in ``tensor`` mode.
+
+    Counted by torch's own counter, which knows nothing of this project.
+
+    Args:
+        model (nn.Module): An mm model; a copy without data is run.
+        input_shape (tuple[int, ...]): ``(N, C, H, W)``.
+    """
+    shadow = copy.deepcopy(model).to('meta').eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        shadow(torch.zeros(input_shape, device='meta'), mode='tensor')
+    return counter.get_total_flops() // 2
+
+
+def count_parameters(model: nn.Module) -> int:
+    """All parameters of a model, those that only training uses included."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def paired_latency_ms(models: Sequence[nn.Module],
+                      input_shape: tuple[int, ...],
+                      repeats: int = 7) -> list[float]:
+    """Median time of a forward pass of each model, measured in turn.
+
+    The models alternate, so that a machine that slows down slows all of them:
+    the ratios hold where the times do not.
+
+    Args:
+        models (Sequence[nn.Module]): mm models on one device, in eval mode.
+        input_shape (tuple[int, ...]): ``(N, C, H, W)``.
+        repeats (int): Timed passes of each, after two that are not.
+
+    Returns:
+        list[float]: Milliseconds.
+    """
+    device = next(models[0].parameters()).device
+    inputs = torch.rand(input_shape, device=device)
+
+    def once(model: nn.Module) -> float:
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        model(inputs, mode='tensor')
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        return (time.perf_counter() - start) * 1e3
+
+    with torch.no_grad():
+        runs = [[once(model) for model in models]
+                for _ in range(repeats + 2)][2:]
+    return [statistics.median(times) for times in zip(*runs)]
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name, then rename: never half a file."""
+    partial = path.with_name(path.name + '.partial')
+    partial.write_text(json.dumps(content, indent=1) + '\n')
+    os.replace(partial, path)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A markdown table; the first row is its head, numbers to the right.
+
+    Examples:
+        >>> print(table([['network', 'mIoU'], ['dense', '61.2']]))
+        | network | mIoU |
+        |:--------|-----:|
+        | dense   | 61.2 |
+    """
+    widths = [max(map(len, column)) for column in zip(*rows)]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = [cell.rjust(width) if index else cell.ljust(width)
+                        for index, (cell, width) in enumerate(
+                            zip(row, widths))]
+        return '| ' + ' | '.join([first, *rest]) + ' |'
+
+    rule = '|:' + '-' * (widths[0] + 1) + '|' + ''.join(
+        '-' * (width + 1) + ':|' for width in widths[1:])
+    return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
+
+
+def comparison(report: Mapping[str, Any]) -> str:
+    """Dense, gated, pruned: mIoU, GFLOPs, parameters, latency."""
+
+    def row(name: str, size: str) -> list[str]:
+        latency = report.get(f'latency_ms_{name}')
+        value = report.get(f'miou_{name}')
+        return [
+            name, '-' if value is None else f'{value:.2f}',
+            f'{report[f"macs_{size}"] / 1e9:.2f}',
+            f'{report[f"params_{size}"] / 1e6:.2f}',
+            '-' if latency is None else f'{latency:.1f}'
+        ]
+
+    return table([
+        ['network', 'mIoU', 'GFLOPs', 'params (M)', 'latency (ms)'],
+        row('dense', 'dense'),
+        row('gated', 'dense'),
+        row('pruned', 'pruned'),
+    ])
+
+
+def markdown(report: Mapping[str, Any]) -> str:
+    """``report.json`` for a reader."""
+    _, channels, height, width = report['input_shape']
+    share = report['macs_pruned'] / report['macs_dense']
+    groups = [['group (written by)', 'channels', 'kept', 'kept share']]
+    for group in report['groups']:
+        more = len(group['writers']) - 1
+        groups.append([
+            group['writers'][0] + (f' and {more} more' if more else ''),
+            str(group['channels']),
+            str(group['kept']), f'{group["kept"] / group["channels"]:.0%}'
+        ])
+    return '\n'.join([
+        f'# {report["name"]}', '', comparison(report), '',
+        f'FLOPs (multiply-adds of one {channels} x {height} x {width} input): '
+        f'{share:.4f} of the dense ones, asked for {report["target"]}.',
+        f'Largest difference between the outputs of the gated and the pruned '
+        f'network, relative to the largest output: '
+        f'{report["max_rel_diff"]:.1e} on {report["compared_on"]}.',
+        f'Latency: median of alternating runs on {report["device"]}, '
+        f'torch {report["torch"]}; only the ratio travels to another '
+        'machine.', '', '## What was kept', '', table(groups), ''
+    ])
+
+
+def plot_gates(openness: torch.Tensor, sizes: Sequence[int],
+               axes: Any) -> None:
+    """Draw the gates' path: share of open channels of groups over time.
+
+    Args:
+        openness (torch.Tensor): ``(T, S)`` mean openness of each group.
+        sizes (Sequence[int]): Channels of each group.
+        axes (Any): matplotlib axes to draw on.
+    """
+    image = axes.imshow(openness.T, aspect='auto', vmin=0, vmax=1,
+                        cmap='viridis', interpolation='nearest')
+    axes.set_xlabel('iteration')
+    axes.set_ylabel(f'group (input to output, {sum(sizes)} gates)')
+    axes.figure.colorbar(image, ax=axes, label='mean openness')
+
+
+Progress = Callable[[str], None]
