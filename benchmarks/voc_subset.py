@@ -47,7 +47,8 @@ def options(args: argparse.Namespace) -> list[str]:
     """Command line settings that both trainings share."""
     root, iterations = args.data_root.resolve(), args.iterations
     return [
-        '--cfg-options', f'train_dataloader.dataset.datasets.0.data_root={root}',
+        '--cfg-options',
+        f'train_dataloader.dataset.datasets.0.data_root={root}',
         f'train_dataloader.dataset.datasets.1.data_root={root}',
         f'val_dataloader.dataset.data_root={root}',
         f'test_dataloader.dataset.data_root={root}',

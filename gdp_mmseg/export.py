@@ -5,26 +5,25 @@ a folder that exists is a complete one.
 """
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 import pickle
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
 import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import DATASETS, MODELS, DefaultScope
+from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from . import report as reporting
-from .model import build_base_model, default_base
+from .model import build_base_model, default_base, find_pruner
 from .surgery import Widths, prune
 from .version import __version__
 
@@ -62,7 +61,8 @@ def export(cfg: Config,
     state, meta = read_checkpoint(checkpoint)
     gated = build_gated(cfg, state)
     dense = build_dense(cfg, state)
-    pruned, widths = prune(dense, gated.gdp.groups, gated.gdp.gates.openness())
+    pruner = find_pruner(gated)
+    pruned, widths = prune(dense, pruner.groups, pruner.gates.openness())
     progress('comparing the gated and the pruned network')
     inputs, source = real_inputs(cfg, gated)
     difference = max_rel_diff(gated, pruned, inputs)
@@ -117,15 +117,14 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     Raises:
         ValueError: If it is no whole checkpoint.
     """
-    array = np.zeros(1)
-    array_types = [
-        np.ndarray, np.dtype, array.__reduce__()[0],
+    buffers: list[Any] = [
+        HistoryBuffer, getattr, np.ndarray, np.dtype,
+        np.zeros(1).__reduce__()[0],
+        np.float64(0).__reduce__()[0],
         *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b'))
     ]
     try:
-        with torch.serialization.safe_globals(
-            [HistoryBuffer, getattr, *array_types,
-             np.float64(0).__reduce__()[0]]):
+        with torch.serialization.safe_globals(buffers):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise ValueError(f'checkpoint: expected a file, but {path} does not '
@@ -217,12 +216,13 @@ def real_inputs(cfg: Config, model: nn.Module,
             dict(settings, num_workers=0, persistent_workers=False))
         images = []
         for data in itertools.islice(loader, number):
-            batch = model.data_preprocessor(data, False)['inputs']
+            preprocess: Any = model.data_preprocessor
+            batch = preprocess(data, False)['inputs']
             images += [batch] if isinstance(batch, Tensor) else [
                 image[None] for image in batch]
         return images, f'{len(images)} inputs of the test set'
     except (FileNotFoundError, TypeError):
-        shape = model.gdp.groups.input_shape
+        shape = find_pruner(model).groups.input_shape
         return [torch.randn(shape) for _ in range(number)], (
             f'{number} random inputs (no data set found)')
 
@@ -248,14 +248,15 @@ def max_rel_diff(gated: nn.Module, pruned: nn.Module,
 def _measure(cfg: Config, gated: nn.Module, dense: nn.Module,
              pruned: nn.Module) -> dict[str, Any]:
     """The report's sizes and times."""
-    shape = gated.gdp.groups.input_shape
+    pruner = find_pruner(gated)
+    shape = pruner.groups.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = reporting.paired_latency_ms(
         [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
         shape)
-    keep = gated.gdp.channels().cpu() > 0
+    keep = pruner.channels().cpu() > 0
     return dict(
-        target=gated.gdp.settings.target,
+        target=pruner.settings.target,
         input_shape=list(shape),
         macs_dense=reporting.count_macs(dense, shape),
         macs_pruned=reporting.count_macs(pruned, shape),
@@ -270,7 +271,7 @@ def _measure(cfg: Config, gated: nn.Module, dense: nn.Module,
         groups=[
             dict(writers=list(group.writers), readers=list(group.readers),
                  channels=len(group.gates), kept=int(keep[group.gates].sum()))
-            for group in gated.gdp.groups.groups
+            for group in pruner.groups.groups
         ])
 
 
@@ -365,5 +366,4 @@ def load_exported(folder: Path, name: str) -> nn.Module:
 
 def _enter_scope(cfg: Config) -> None:
     """Let type names in a config mean what they mean to its tools."""
-    from mmengine.registry import init_default_scope
     init_default_scope(cfg.get('default_scope') or 'mmseg')

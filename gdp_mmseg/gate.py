@@ -129,11 +129,14 @@ class Gates(nn.Module):
 
         gain   m = mean of dL/dg,  v = mean of (dL/dg)^2, exponential
         price  p = dF/dg, with the neighbours' openness
-        step   theta <- theta - lr (m + lambda p) / sqrt(v + (lambda p)^2)
+        step   theta <- theta - lr (min(m, 0) + lambda p)
+                                   / sqrt(v + (lambda p)^2)
 
     and chooses the multiplier lambda >= 0 of that very step so that the cost
     after it meets the budget of the moment. The quotient is free of the
-    scales of loss and cost, and every gate moves by at most ~lr. The cost
+    scales of loss and cost, and every gate moves by at most ~lr. Only the
+    price closes a gate: a gain from closing is not told from noise, which
+    would let gates drift shut while the budget holds of itself. The cost
     counts a half-open gate half as its openness and half as a whole channel,
     because a whole channel is what it will be. A gate whose openness falls
     below ``close_below`` is closed: exact zero, for good.
@@ -205,7 +208,7 @@ class Gates(nn.Module):
         slots = self.get_buffer(f'slots{index}')
         # Of these gates alone: cheaper than all, once for each layer.
         values = openness(self.theta[slots.clamp(min=0)], self.epsilon)
-        return torch.where(slots < 0, torch.ones_like(values), values)
+        return values.masked_fill(slots < 0, 1)
 
     def openness(self) -> Tensor:
         """Openness ``(G,)`` of all gates, differentiable in theta."""
@@ -244,7 +247,7 @@ class Gates(nn.Module):
         self.observe_()
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
-        gain = self.gain / (1 - mean_decay**seen)
+        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
         noise = self.gain_square / (1 - square_decay**seen)
         price = cost.price(self.openness())
 
@@ -275,7 +278,7 @@ class Gates(nn.Module):
 
 
 def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
-    """Let a layer run with gates on the input channels of its kernel, in place.
+    """Put gates on the input channels of a layer's kernel, in place.
 
     conv(g x, W) = conv(x, W g): the gate multiplies the kernel, so it costs
     no activation-sized work or memory, and the layer's parameters keep their
@@ -289,10 +292,11 @@ def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
     Raises:
         TypeError: If the layer is of another kind.
     """
+    gated: Any = layer
     if isinstance(layer, nn.Linear):
-        layer.forward = _GatedLinear(layer, gates, slots)
+        gated.forward = _GatedLinear(layer, gates, slots)
     elif hasattr(layer, '_conv_forward'):
-        layer._conv_forward = _GatedConvolution(layer, gates, slots)
+        gated._conv_forward = _GatedConvolution(layer, gates, slots)
     else:
         raise TypeError('expected a convolution or linear layer, but got '
                         f'{type(layer).__name__}')
@@ -348,8 +352,7 @@ def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
         >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
         tensor([0.0000, 1.0000, 0.5000])
     """
-    values = openness[slots.clamp(min=0)]
-    return torch.where(slots < 0, torch.ones_like(values), values)
+    return openness[slots.clamp(min=0)].masked_fill(slots < 0, 1)
 
 
 def solve_multiplier(spent: Callable[[float], float], budget: float,

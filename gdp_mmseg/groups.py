@@ -210,7 +210,7 @@ def _classes(tracer: Tracer) -> np.ndarray:
 def _reasons(tracer: Tracer, classes: np.ndarray,
              axes: dict[tuple[str, int], np.ndarray]) -> dict[int, str]:
     """Why a class has no gate, for each that has none."""
-    reasons = {}
+    reasons: dict[int, str] = {}
     for labels, reason in tracer.freezes:
         for index in np.unique(classes[labels.numpy()]):
             reasons.setdefault(int(index), reason)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
-from .model import Pruner
+from .model import find_pruner
 from .registry import HOOKS
 
 
@@ -76,41 +75,24 @@ class GDPHook(Hook):
         ``gates.jsonl`` in the work folder gets the mean openness of each
         group.
         """
-        if not self.every_n_train_iters(runner, self.interval):
-            return
         pruner = find_pruner(runner.model)
         with torch.no_grad():
             openness = pruner.gates.openness()
+            half_open = (openness > 0.01) & (openness < 0.5)
             scalars = dict(
-                gdp_flops=pruner.cost(pruner.channels()),
-                gdp_flops_openness=pruner.cost(openness),
-                gdp_open=(openness > 0).float().mean(),
-                gdp_undecided=((openness > 0.01) &
-                               (openness < 0.5)).float().mean(),
-                gdp_multiplier=pruner.gates.multiplier)
+                flops=pruner.cost((openness > 0).float()),
+                flops_by_openness=pruner.cost(openness),
+                undecided=half_open.float().mean(),
+                multiplier=pruner.gates.multiplier)
+        # Each iteration, because mmengine logs the mean of the last ones.
         for name, value in scalars.items():
-            runner.message_hub.update_scalar(f'train/{name}', float(value))
-        if is_main_process():
+            runner.message_hub.update_scalar(f'train/gdp_{name}', value.item())
+        if self.every_n_train_iters(runner, self.interval) and (
+                is_main_process()):
             row = dict(
                 iter=runner.iter + 1,
-                flops=float(scalars['gdp_flops']),
+                flops=float(scalars['flops']),
                 openness=[round(float(openness[group.gates].mean()), 4)
                           for group in pruner.groups.groups])
             with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
                 file.write(json.dumps(row) + '\n')
-
-
-def find_pruner(model: torch.nn.Module) -> Pruner:
-    """The :class:`Pruner` of a gated model, wrapped or not.
-
-    Raises:
-        ValueError: If the model has no gates.
-    """
-    network = model.module if is_model_wrapper(model) else model
-    pruner = getattr(network, 'gdp', None)
-    if not isinstance(pruner, Pruner):
-        raise ValueError(
-            'GDPHook: expected a model with gates, but got '
-            f"{type(network).__name__}; set model=dict(type="
-            "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
-    return pruner

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Mapping, Sequence
 
 import torch
+from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
@@ -59,8 +60,11 @@ class Settings:
             raise ValueError(
                 f'gdp: expected target and any of {known[1:]}, but got '
                 f'{list(config)}; change the keys of model.gdp')
-        settings = cls(**{key: tuple(value) if isinstance(value, list)
-                          else value for key, value in config.items()})
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in config.items()
+        }
+        settings = cls(**plain)
         if not (isinstance(settings.target, (int, float))
                 and 0 < settings.target < 1):
             raise ValueError('gdp.target: expected the share of FLOPs to '
@@ -157,6 +161,22 @@ class Pruner(nn.Module):
         with torch.no_grad():
             keep = kept_channels(self.groups, self.gates.openness())
         return keep.to(self.gates.theta)
+
+
+def find_pruner(model: nn.Module) -> Pruner:
+    """The :class:`Pruner` of a gated model, wrapped or not.
+
+    Raises:
+        ValueError: If the model has no gates.
+    """
+    network = model.module if is_model_wrapper(model) else model
+    pruner = getattr(network, 'gdp', None)
+    if not isinstance(pruner, Pruner):
+        raise ValueError(
+            'GDPHook: expected a model with gates, but got '
+            f"{type(network).__name__}; set model=dict(type="
+            "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
+    return pruner
 
 
 @MODELS.register_module(name='GDPModel')

@@ -143,19 +143,36 @@ def markdown(report: Mapping[str, Any]) -> str:
     ])
 
 
-def plot_gates(openness: torch.Tensor, sizes: Sequence[int],
-               axes: Any) -> None:
-    """Draw the gates' path: share of open channels of groups over time.
+def read_gates(path: Path) -> tuple[list[int], list[float], list[list[float]]]:
+    """Read the ``gates.jsonl`` of a training.
+
+    Returns:
+        tuple: ``(T,)`` iterations, ``(T,)`` shares of FLOPs, ``(T, S)`` mean
+        openness of each group.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return ([row['iter'] for row in rows], [row['flops'] for row in rows],
+            [row['openness'] for row in rows])
+
+
+def plot_gates(openness: torch.Tensor, iterations: int, axes: Any) -> None:
+    """Draw the gates' path: mean openness of each group over training.
 
     Args:
-        openness (torch.Tensor): ``(T, S)`` mean openness of each group.
-        sizes (Sequence[int]): Channels of each group.
+        openness (torch.Tensor): ``(T, S)``, at equal distances.
+        iterations (int): Length of the training.
         axes (Any): matplotlib axes to draw on.
     """
-    image = axes.imshow(openness.T, aspect='auto', vmin=0, vmax=1,
-                        cmap='viridis', interpolation='nearest')
-    axes.set_xlabel('iteration')
-    axes.set_ylabel(f'group (input to output, {sum(sizes)} gates)')
+    groups = openness.shape[1]
+    image = axes.imshow(
+        openness.T,
+        aspect='auto',
+        vmin=0,
+        vmax=1,
+        cmap='viridis',
+        interpolation='nearest',
+        extent=(0, iterations, groups - 0.5, -0.5))
+    axes.set(xlabel='iteration', ylabel='group, from input to output')
     axes.figure.colorbar(image, ax=axes, label='mean openness')
 
 

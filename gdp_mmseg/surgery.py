@@ -38,42 +38,44 @@ class Constant(nn.Module):
         torch.Size([1, 2, 4, 4])
     """
 
-    def __init__(self, layer: nn.Module, channels: int) -> None:
+    def __init__(self, layer: nn.Linear | _ConvNd, channels: int) -> None:
         super().__init__()
-        self.spatial: tuple[tuple[int, ...], ...] | None = None
+        # How a window moves along each spatial axis; none for a linear layer.
+        self.windows: list[tuple[int, int, int]] | None = None
         if isinstance(layer, _ConvNd):
-            padding = layer.padding
-            if padding == 'same':
-                padding = tuple(d * (k - 1) / 2 for d, k in zip(
-                    layer.dilation, layer.kernel_size))
-            elif padding == 'valid':
-                padding = (0, ) * len(layer.kernel_size)
-            self.spatial = tuple(
-                zip(layer.kernel_size, layer.stride, padding, layer.dilation))
+            self.windows = [
+                (step, dilation * (size - 1) + 1, around)
+                for size, step, dilation, around in zip(
+                    layer.kernel_size, layer.stride, layer.dilation,
+                    _total_padding(layer))
+            ]
         self.bias: nn.Parameter | None = None
         if channels:
-            self.bias = nn.Parameter(_like(layer.weight, (channels, )))
+            self.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """The bias at every position: ``(N, C_in, ...) -> (N, C_out, ...)``.
         """
-        if self.spatial is None:
-            size, shape = inputs.shape[1:-1], (-1, )
-        else:
-            size = tuple(
-                int((length + 2 * p - d * (k - 1) - 1) // s + 1)
-                for length, (k, s, p, d) in zip(inputs.shape[2:],
-                                                self.spatial))
-            shape = (-1, *(1 for _ in size))
-        if self.bias is None:
-            channels = inputs.new_empty((0, ))
-        else:
-            channels = self.bias.to(inputs.dtype)
-        grid = channels.reshape(shape)
-        full = ((len(inputs), *size, len(channels)) if self.spatial is None
-                else (len(inputs), len(channels), *size))
-        # What follows may work in place.
-        return grid.expand(full).clone()
+        channels = (inputs.new_empty(0) if self.bias is None else
+                    self.bias.to(inputs.dtype))
+        # Cloned, because what follows may work in place.
+        if self.windows is None:
+            return channels.expand(*inputs.shape[:-1], -1).clone()
+        size = [(length + around - window) // step + 1
+                for length, (step, window, around) in zip(
+                    inputs.shape[2:], self.windows)]
+        return channels.reshape(-1, *(1 for _ in size)).expand(
+            len(inputs), -1, *size).clone()
+
+
+def _total_padding(layer: _ConvNd) -> list[int]:
+    """Padding of each spatial axis, both sides together."""
+    if layer.padding == 'same':
+        return [dilation * (size - 1) for dilation, size in zip(
+            layer.dilation, layer.kernel_size)]
+    if layer.padding == 'valid':
+        return [0 for _ in layer.kernel_size]
+    return [2 * int(side) for side in layer.padding]
 
 
 def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
@@ -97,9 +99,10 @@ def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
     outputs = {layer.name: layer.outputs for layer in groups.layers}
 
     def dead(group: Group) -> bool:
-        return group.vanishes and keep[group.gates].any() and not any(
-            bool(_kept_slots(outputs[name], keep).any())
-            for name in group.readers)
+        return (group.vanishes and bool(keep[group.gates].any())
+                and not any(
+                    bool(_kept_slots(outputs[name], keep).any())
+                    for name in group.readers))
 
     while unread := [group for group in groups.groups if dead(group)]:
         for group in unread:
@@ -207,7 +210,7 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, Sequence[int]]
                 'widths belong to another config') from None
         _check_width(name, part, width)
         if isinstance(part, nn.Parameter):
-            setattr(parent, leaf, nn.Parameter(_like(part, tuple(width))))
+            setattr(parent, leaf, nn.Parameter(_first(part, *width)))
         elif isinstance(part, _BatchNorm):
             if width[0]:
                 _set_norm_width_(part, width[0])
@@ -241,38 +244,34 @@ def _check_width(name: str, part: nn.Module | nn.Parameter,
                          'belong to another config')
 
 
-def _set_layer_widths_(layer: nn.Module, outputs: int, inputs: int) -> None:
+def _set_layer_widths_(layer: nn.Linear | _ConvNd, outputs: int,
+                       inputs: int) -> None:
     """Convolution or linear layer; a depthwise one has a group a channel."""
-    if isinstance(layer, _ConvNd):
+    if isinstance(layer, nn.Linear):
+        layer.in_features, layer.out_features = inputs, outputs
+        slots = inputs
+    else:
         if layer.groups > 1 and layer.groups == layer.in_channels:
             layer.groups = inputs
         layer.in_channels, layer.out_channels = inputs, outputs
-        shape: tuple[int, ...] = (outputs, inputs // layer.groups,
-                                  *layer.kernel_size)
-    else:
-        layer.in_features, layer.out_features = inputs, outputs
-        shape = (outputs, inputs)
-    layer.weight = nn.Parameter(_like(layer.weight, shape))
+        slots = inputs // layer.groups
+    layer.weight = nn.Parameter(_first(layer.weight, outputs, slots))
     if layer.bias is not None:
-        layer.bias = nn.Parameter(_like(layer.bias, (outputs, )))
+        layer.bias = nn.Parameter(_first(layer.bias, outputs))
 
 
 def _set_norm_width_(norm: _BatchNorm, channels: int) -> None:
     norm.num_features = channels
-    for kind in (norm._parameters, norm._buffers):
-        for name, tensor in kind.items():
-            if tensor is not None and tensor.dim():
-                new = _like(tensor, (channels, ))
-                kind[name] = (nn.Parameter(new) if isinstance(
-                    tensor, nn.Parameter) else new)
+    for name, parameter in norm.named_parameters():
+        setattr(norm, name, nn.Parameter(_first(parameter, channels)))
+    for name, buffer in norm.named_buffers():
+        if buffer.dim():
+            setattr(norm, name, _first(buffer, channels))
 
 
-def _like(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """First entries of a tensor along its axes, or zeros of another rank."""
-    if tensor.dim() != len(shape):
-        return tensor.new_zeros(shape)
-    part = tensor.detach()[tuple(slice(size) for size in shape)]
-    return part.clone()
+def _first(tensor: Tensor, *sizes: int) -> Tensor:
+    """A copy of the first entries of a tensor along its first axes."""
+    return tensor.detach()[tuple(slice(size) for size in sizes)].clone()
 
 
 def _kept_slots(gates: Tensor, keep: Tensor) -> Tensor:

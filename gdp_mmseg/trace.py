@@ -255,12 +255,13 @@ class Tracer(TorchDispatchMode):
         if torch.Tag.pointwise in function.tags:
             return self._pointwise(tensors, outputs)
         source = args[0] if args and isinstance(args[0], Tensor) else None
-        if name in ('t', 'transpose', 'permute') and id(source) in self._names:
-            return self._weight_view(source, outputs[0])
         if name in ('cat', 'stack'):
             return self._join(function, args, kwargs, outputs[0])
+        if source is not None and id(source) in self._names and (
+                name in ('t', 'transpose', 'permute')):
+            return self._weight_view(source, outputs[0])
         labels = None if source is None else self._get(source)
-        if labels is None:
+        if source is None or labels is None:
             # Parameters alone: nothing is known to be a channel yet.
             return not any(self._get(tensor) is not None
                            for tensor in tensors)
@@ -453,8 +454,9 @@ class Tracer(TorchDispatchMode):
             parts = [part.unsqueeze(dim) for part in parts]
         elif any(_varies(part, dim) for part in parts):
             # Along the channels: each other axis must be free of them.
-            vectors = [self._vector(part, dim) for part in parts]
-            if any(vector is None for vector in vectors):
+            vectors = [vector for part in parts
+                       if (vector := self._vector(part, dim)) is not None]
+            if len(vectors) < len(parts):
                 return False
             return self._set(output,
                              self._spread(torch.cat(vectors), output, dim))

@@ -1,0 +1,57 @@
+# make .venv   the pinned environment    make test   the tests
+# make demo    train, prune and report   make lint   the style checks
+# make clean   remove what make made, and caches; work_dirs and data stay
+#
+# PYTHON chooses the interpreter (3.10, 3.11 or 3.12); by default the first
+# one found.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := .venv
+
+PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
+BIN := .venv/bin
+# Written last: an environment without it is incomplete and made anew.
+STAMP := .venv/.complete
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One line per package.
+PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
+
+.PHONY: .venv demo test lint clean
+
+.venv: $(STAMP)
+
+$(STAMP): setup.py $(wildcard requirements/*.txt)
+	@python=; for candidate in $(PYTHONS); do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+	        python=$$candidate; break; \
+	    fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "expected Python 3.10, 3.11 or 3.12, but got none from: $(PYTHONS); pass make PYTHON=/path/to/python" >&2; \
+	    exit 2; \
+	fi; \
+	if [ ! -e $@ ]; then \
+	    echo "Creating .venv with $$("$$python" --version)"; \
+	    "$$python" -m venv --clear .venv; \
+	fi
+	@rm -f $@
+	@echo 'Installing requirements/pins.txt (several GB at the first time)'
+	@# pip builds mmcv in isolation, where torch is absent: that gives the
+	@# pure Python build, in seconds. Do not add --no-build-isolation here.
+	@$(PIP) install --requirement requirements/pins.txt | $(PROGRESS)
+	@$(PIP) install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
+	@$(PIP) check
+	@touch $@
+
+demo: .venv
+	$(BIN)/python tools/demo.py
+
+test: .venv
+	$(BIN)/python -m pytest
+
+lint: .venv
+	$(BIN)/python -m pre_commit run --all-files
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

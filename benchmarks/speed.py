@@ -1,0 +1,194 @@
+"""Speed and memory of the tools, on DeepLabV3Plus-ResNet50.
+
+    python benchmarks/speed.py --report docs/reports/speed.json
+
+Writes the report and, from it, ``docs/speed.md``. Ratios are of one process,
+in which the two alternate; peak memory is of a fresh process for each.
+"""
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+from gdp_mmseg.export import export
+from gdp_mmseg.model import analyse_config, build_base_model
+from gdp_mmseg.report import table, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
+
+
+def build(gated: bool) -> nn.Module:
+    """The network of the VOC config, with batch norms for one process."""
+    cfg = load()
+    model = copy.deepcopy(cfg.model)
+    if gated:
+        return MODELS.build(model).train()
+    del model['type'], model['gdp']
+    return build_base_model(None, model).train()
+
+
+def load() -> Config:
+    """The VOC config without pretrained weights, and without SyncBN."""
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope(cfg.default_scope)
+    cfg.model.pretrained = None
+    for part in ('backbone', 'decode_head', 'auxiliary_head'):
+        cfg.model[part].norm_cfg = dict(type='BN', requires_grad=True)
+    return cfg
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
+         size: int, iteration: int) -> float:
+    """Seconds of one training step; the gates' own step is part of it."""
+    inputs = torch.randn(batch, 3, size, size)
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    features: Any = model.extract_feat(inputs)  # type: ignore[operator]
+    outputs = [model.decode_head(features),  # type: ignore[operator]
+               model.auxiliary_head(features)]  # type: ignore[operator]
+    sum(output.square().mean() for output in outputs).backward()
+    pruner: Any = getattr(model, 'gdp', None)
+    if pruner is not None:
+        # In the pruning phase, where it does the most.
+        pruner.step_(0.3 + 1e-4 * iteration, 20000)
+    optimizer.step()
+    return time.perf_counter() - start
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """mmseg's own for this config."""
+    return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+
+def step_ratio(batch: int, size: int, rounds: int) -> list[float]:
+    """Gated over dense step time, round by round."""
+    models = [build(gated) for gated in (False, True)]
+    optimizers = [optimizer_of(model) for model in models]
+    times = [[step(*pair, batch, size, index)
+              for pair in zip(models, optimizers)]
+             for index in range(rounds + 1)][1:]
+    return [gated / dense for dense, gated in times]
+
+
+def peak_memory(gated: bool, batch: int, size: int) -> int:
+    """Kilobytes at the peak of two training steps in this process."""
+    model = build(gated)
+    optimizer = optimizer_of(model)
+    for index in range(2):
+        step(model, optimizer, batch, size, index)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_of_fresh_process(gated: bool, batch: int, size: int) -> int:
+    """:func:`peak_memory` of a process of its own."""
+    return int(subprocess.run(
+        [sys.executable, '-W', 'ignore', __file__, '--peak', str(int(gated)),
+         '--batch', str(batch), '--size', str(size)],
+        check=True, text=True, stdout=subprocess.PIPE).stdout.split()[-1])
+
+
+def export_seconds() -> float:
+    """An export without evaluation, from an untrained gated network."""
+    cfg = load()
+    model: Any = build(True)
+    gates = model.gdp.gates
+    with torch.no_grad():
+        gates.theta.mul_(torch.rand(len(gates.theta)) > 0.5)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = Path(folder) / 'gated.pth'
+        torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
+        start = time.perf_counter()
+        export(cfg, str(checkpoint), Path(folder) / 'out', 'speed',
+               evaluate=False, progress=lambda line: None)
+        return time.perf_counter() - start
+
+
+def analysis_seconds() -> float:
+    """The analysis of the VOC config on one core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    cfg = load()
+    start = time.perf_counter()
+    analyse_config(cfg.model)
+    torch.set_num_threads(threads)
+    return time.perf_counter() - start
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The report for a reader."""
+    rows = [
+        ['DeepLabV3Plus-ResNet50', 'measured', 'bound'],
+        ['build and group analysis at 512 x 512, one core',
+         f'{report["analysis_s"]:.1f} s', '5 s'],
+        ['gated / dense training step, time',
+         f'{report["step_ratio"]:.3f}', '1.03'],
+        ['gated / dense training step, peak memory of the process',
+         f'{report["memory_ratio"]:.3f}', '1.05'],
+        ['export without evaluation', f'{report["export_s"]:.1f} s', '15 s'],
+    ]
+    return '\n'.join([
+        '# Speed and memory', '',
+        'Generated by `python benchmarks/speed.py --report '
+        'docs/reports/speed.json`.', '', table(rows), '',
+        f'Steps: batch {report["batch"]} of {report["size"]} x '
+        f'{report["size"]}, float32, gates in the pruning phase; '
+        f'{len(report["step_ratios"])} alternating pairs in one process, '
+        f'median (all: '
+        f'{", ".join(f"{ratio:.3f}" for ratio in report["step_ratios"])}). '
+        f'{report["machine"]}, torch {report["torch"]}.', ''
+    ])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--report', type=Path)
+    parser.add_argument('--batch', type=int, default=2)
+    parser.add_argument('--size', type=int, default=512)
+    parser.add_argument('--rounds', type=int, default=5)
+    parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak is not None:
+        print(peak_memory(bool(args.peak), args.batch, args.size))
+        return
+    if args.report is None:
+        parser.error('the following arguments are required: --report')
+    ratios = step_ratio(args.batch, args.size, args.rounds)
+    dense, gated = (peak_of_fresh_process(one, args.batch, args.size)
+                    for one in (False, True))
+    report = dict(
+        analysis_s=analysis_seconds(),
+        step_ratio=statistics.median(ratios),
+        step_ratios=ratios,
+        memory_ratio=gated / dense,
+        memory_kb=[dense, gated],
+        export_s=export_seconds(),
+        batch=args.batch,
+        size=args.size,
+        torch=torch.__version__,
+        machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
+    args.report.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.report, report)
+    (ROOT / 'docs' / 'speed.md').write_text(
+        markdown(json.loads(args.report.read_text())))
+
+
+if __name__ == '__main__':
+    main()
