@@ -47,6 +47,7 @@ class Cost(nn.Module):
     outputs: Tensor
     fixed_outputs: Tensor
     positions: Tensor
+    shares: Tensor
 
     def __init__(self, groups: Groups) -> None:
         super().__init__()
@@ -71,14 +72,14 @@ class Cost(nn.Module):
         sizes = torch.tensor([len(group.gates) for group in groups.groups])
         for side in ('inputs', 'outputs'):
             sides[side] /= sizes
+        positions = torch.tensor([layer.positions for layer in layers],
+                                 dtype=torch.double)
         for name, tensor in dict(
-                group_of=group_of,
-                positions=torch.tensor([float(layer.positions)
-                                        for layer in layers]),
-                **sides).items():
+                group_of=group_of, positions=positions, **sides).items():
             self.register_buffer(name, tensor, persistent=False)
         self.dense = self.macs(torch.ones(groups.number))
-        self.positions /= self.dense
+        self.register_buffer('shares', (positions / self.dense).float(),
+                             persistent=False)
 
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Open input and output channels of each layer, ``(K,)`` twice."""
@@ -94,21 +95,19 @@ class Cost(nn.Module):
             openness (Tensor): ``(G,)`` in [0, 1].
         """
         inputs, outputs = self._sums(openness)
-        return (self.positions * inputs * outputs).sum()
+        return (self.shares * inputs * outputs).sum()
 
     def price(self, openness: Tensor) -> Tensor:
         """Derivative ``(G,)`` of :meth:`forward`, in closed form."""
         inputs, outputs = self._sums(openness)
-        groups = (self.inputs.T @ (self.positions * outputs) +
-                  self.outputs.T @ (self.positions * inputs))
+        groups = (self.inputs.T @ (self.shares * outputs) +
+                  self.outputs.T @ (self.shares * inputs))
         return groups[self.group_of]
 
     def macs(self, openness: Tensor) -> int:
         """Multiply-adds per image, exact where openness is 0 or 1."""
-        positions = self.positions.double()
         inputs, outputs = self._sums(openness.double())
-        dense = getattr(self, 'dense', 1)
-        return round(float((positions * inputs * outputs).sum()) * dense)
+        return round(float((self.positions * inputs * outputs).sum()))
 
     def group_macs(self) -> Tensor:
         """Share ``(S,)`` of the dense cost that goes with each group.

@@ -14,6 +14,7 @@ from typing import Any, Callable, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
 
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
@@ -71,15 +72,15 @@ class Schedule:
     ramp: float = 0.9
 
     def __post_init__(self) -> None:
-        if (len(self.phases) != 3 or min(self.phases) < 0
+        if (not _are_numbers(self.phases, 3) or min(self.phases) < 0
                 or self.phases[1] == 0
                 or not math.isclose(sum(self.phases), 1, abs_tol=1e-6)):
             raise ValueError(
                 'phases: expected the shares of warm-up, pruning (above 0) '
                 'and settling, which add up to 1, e.g. (0.1, 0.5, 0.4), but '
                 f'got {self.phases}')
-        if len(self.epsilon) != 2 or not 0 < self.epsilon[1] <= self.epsilon[
-                0]:
+        if (not _are_numbers(self.epsilon, 2)
+                or not 0 < self.epsilon[1] <= self.epsilon[0]):
             raise ValueError(
                 'epsilon: expected (start, end) with 0 < end <= start, e.g. '
                 f'(0.1, 1e-4), but got {self.epsilon}')
@@ -107,6 +108,11 @@ class Schedule:
         """Budget at ``progress`` in [0, 1], from ``start`` to ``target``."""
         share = min(self.pruned_share(progress) / self.ramp, 1.)
         return start + (target - start) * share
+
+
+def _are_numbers(values: Any, length: int) -> bool:
+    return (isinstance(values, (tuple, list)) and len(values) == length
+            and all(isinstance(value, (int, float)) for value in values))
 
 
 class CostFunction(Protocol):
@@ -150,6 +156,8 @@ class Gates(nn.Module):
     Attributes:
         theta (nn.Parameter): ``(G,)``. Its gradient is read by :meth:`step_`;
             no optimizer should move it.
+        closed (Tensor): ``(G,)`` bool. Their theta is 0; an average of models
+            has this of the last one, where the average of theta is not 0.
 
     Examples:
         Two channels at the same price, budget for one; the task loses 1 for
@@ -173,7 +181,7 @@ class Gates(nn.Module):
     gain_square: Tensor
     observed: Tensor
     multiplier: Tensor
-    settled: Tensor
+    closed: Tensor
 
     def __init__(self,
                  number: int,
@@ -190,7 +198,7 @@ class Gates(nn.Module):
         self.register_buffer('gain_square', torch.zeros(number))
         self.register_buffer('observed', torch.tensor(0))
         self.register_buffer('multiplier', torch.tensor(0.))
-        self.register_buffer('settled', torch.tensor(False))
+        self.register_buffer('closed', torch.zeros(number, dtype=torch.bool))
 
     def add_slots(self, slots: Tensor) -> int:
         """Keep the gates ``(C,)`` of a channel axis on the gates' device.
@@ -207,12 +215,15 @@ class Gates(nn.Module):
         """Openness ``(C,)`` of a channel axis, differentiable in theta."""
         slots = self.get_buffer(f'slots{index}')
         # Of these gates alone: cheaper than all, once for each layer.
-        values = openness(self.theta[slots.clamp(min=0)], self.epsilon)
-        return values.masked_fill(slots < 0, 1)
+        known = slots.clamp(min=0)
+        values = openness(self.theta[known], self.epsilon)
+        return values.masked_fill(self.closed[known], 0).masked_fill(
+            slots < 0, 1)
 
     def openness(self) -> Tensor:
         """Openness ``(G,)`` of all gates, differentiable in theta."""
-        return openness(self.theta, self.epsilon)
+        return openness(self.theta,
+                        self.epsilon).masked_fill(self.closed, 0)
 
     @torch.no_grad()
     def observe_(self) -> None:
@@ -259,21 +270,24 @@ class Gates(nn.Module):
             # Zero absorbs. Above one the openness is flat: a gate that
             # wandered off could not come back in time.
             theta = theta.clamp(0, 1)
-            closed = openness(theta, self.epsilon) < self.close_below
-            return theta.masked_fill(closed | (self.theta == 0), 0)
+            shut = openness(theta, self.epsilon) < self.close_below
+            return theta.masked_fill(shut | self.closed, 0)
 
         def spent(theta: Tensor) -> float:
             g = openness(theta, self.epsilon)
             return float(cost(g) + cost((g > 0).to(g))) / 2
 
-        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
+        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20)) or 1.
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
         self.multiplier.fill_(multiplier)
-        self.theta.copy_(moved(multiplier))
+        theta = moved(multiplier)
+        self.close_(theta == 0)
+        self.theta.copy_(theta)
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:
         """Close ``gates`` (mask ``(G,)``) for good, in place."""
+        self.closed |= gates
         self.theta.masked_fill_(gates, 0)
 
 
@@ -295,7 +309,7 @@ def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
     gated: Any = layer
     if isinstance(layer, nn.Linear):
         gated.forward = _GatedLinear(layer, gates, slots)
-    elif hasattr(layer, '_conv_forward'):
+    elif isinstance(layer, _ConvNd) and not layer.transposed:
         gated._conv_forward = _GatedConvolution(layer, gates, slots)
     else:
         raise TypeError('expected a convolution or linear layer, but got '

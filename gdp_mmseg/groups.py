@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -132,22 +133,29 @@ def analyse(model: nn.Module,
         ValueError: If the model cannot take an input of this shape, or has no
             channel that can be pruned.
     """
+    names = Counter(id(tensor) for tensor in
+                    model.state_dict(keep_vars=True).values())
+    shared = [name for name, tensor in
+              model.state_dict(keep_vars=True).items()
+              if names[id(tensor)] > 1]
+    dtype = next(model.parameters(), torch.zeros(())).dtype
     for device in ('meta', 'cpu'):
         # A model whose forward asks for values cannot run without them.
-        tracer = Tracer(copy.deepcopy(model).to(device).eval())
-        inputs = torch.zeros((2, *input_shape), device=device)
+        tracer = Tracer(copy.deepcopy(model).to(device).eval(), shared)
+        inputs = torch.zeros((2, *input_shape), device=device, dtype=dtype)
         try:
             tracer.run(forward, inputs, counted=True)
             if training_forward is not None:
                 tracer.run(training_forward, inputs, counted=False)
             break
-        except (RuntimeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # the model's own, of any kind
             if device == 'cpu':
+                first_line = str(error).partition('\n')[0]
                 raise ValueError(
                     f'expected the model to run on an input of shape (N, C, '
                     f'H, W) = {tuple(inputs.shape)}, but got '
-                    f'{type(error).__name__}: {str(error).splitlines()[0]}; '
-                    'set input_shape to one that it can take') from error
+                    f'{type(error).__name__}: {first_line}; set input_shape '
+                    'to one that it can take') from error
     found = _collect(tracer, (1, *input_shape))
     if not found.number:
         reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
@@ -193,8 +201,7 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
                   layers=_layers(tracer, gate_axes),
                   groups=tuple(groups),
                   frozen=_frozen(tracer, axes, reasons),
-                  norms={layer: norm for layer, norm in tracer.norms.items()
-                         if norm},
+                  norms=tracer.norms(),
                   input_shape=input_shape)
 
 

@@ -53,9 +53,14 @@ class GDPHook(Hook):
         if runner.iter == 0 and is_main_process():
             # A path of an earlier run in this folder is not ours.
             (Path(runner.work_dir) / 'gates.jsonl').unlink(missing_ok=True)
-        optimizer.register_step_pre_hook(
-            lambda optimizer, args, kwargs: pruner.step_(
-                runner.iter / runner.max_iters, runner.max_iters))
+
+        def step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if _unscale_(optimizer, pruner.gates.theta):
+                pruner.step_(runner.iter / runner.max_iters, runner.max_iters)
+            # No optimizer moves or decays a parameter without a gradient.
+            pruner.gates.theta.grad = None
+
+        optimizer.register_step_pre_hook(step)
         kept = ', '.join(f'{row.channels} channels ({row.reason})'
                          for row in pruner.groups.frozen)
         runner.logger.info(
@@ -96,3 +101,21 @@ class GDPHook(Hook):
                           for group in pruner.groups.groups])
             with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
                 file.write(json.dumps(row) + '\n')
+
+
+def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:
+    """Undo what mixed precision leaves to a fused optimizer, in place.
+
+    A fused optimizer is stepped with scaled gradients, and at an overflow
+    too; it looks at these attributes itself.
+
+    Returns:
+        bool: False at an overflow.
+    """
+    overflow = getattr(optimizer, 'found_inf', None)
+    if overflow is not None and bool(overflow):
+        return False
+    scale = getattr(optimizer, 'grad_scale', None)
+    if scale is not None and theta.grad is not None:
+        theta.grad.div_(scale)
+    return True

@@ -54,12 +54,12 @@ class Settings:
                 its range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
-        config = config or {}
-        unknown = [key for key in config if key not in known]
-        if unknown or 'target' not in config:
+        if not isinstance(config, Mapping) or 'target' not in config or any(
+                key not in known for key in config):
+            came = list(config) if isinstance(config, Mapping) else config
             raise ValueError(
-                f'gdp: expected target and any of {known[1:]}, but got '
-                f'{list(config)}; change the keys of model.gdp')
+                f'gdp: expected dict(target=...) with any of {known[1:]}, but '
+                f'got {came}; change the keys of model.gdp')
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in config.items()
@@ -76,6 +76,11 @@ class Settings:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
         Schedule(settings.phases, settings.epsilon)
+        start = 1 / (1 + settings.epsilon[0])
+        if settings.close_below >= start:
+            raise ValueError(
+                'gdp.close_below: expected less than the openness at the '
+                f'start, {start:.3f}, but got {settings.close_below}')
         return settings
 
 
@@ -122,7 +127,7 @@ class Pruner(nn.Module):
 
     @torch.no_grad()
     def step_(self, progress: float, iterations: int) -> None:
-        """Move all gates by one step, in place; takes theta's gradient.
+        """Move all gates by one step, in place, by theta's gradient.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
@@ -140,7 +145,6 @@ class Pruner(nn.Module):
                 self.settings.travel / max(
                     iterations * self.schedule.phases[1], 1))
             self._close_dead_()
-        self.gates.theta.grad = None
 
     def _close_dead_(self) -> None:
         """Close what only feeds closed layers, or is fed by none."""
@@ -256,7 +260,8 @@ def input_shape_of(settings: Settings,
     size = settings.input_shape
     if size is None and isinstance(preprocessor, Mapping):
         size = preprocessor.get('size')
-    if size is None or len(size) not in (2, 3) or min(size) < 1:
+    if (not isinstance(size, Sequence) or len(size) not in (2, 3)
+            or not all(isinstance(side, int) and side > 0 for side in size)):
         raise ValueError(
             'gdp.input_shape: expected (H, W) or (C, H, W), or size=(H, W) in '
             f'the data_preprocessor, but got {size}; set '

@@ -9,7 +9,7 @@ layer by :class:`Constant`.
 from __future__ import annotations
 
 import copy
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -210,7 +210,7 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, Sequence[int]]
                 'widths belong to another config') from None
         _check_width(name, part, width)
         if isinstance(part, nn.Parameter):
-            setattr(parent, leaf, nn.Parameter(_first(part, *width)))
+            setattr(parent, leaf, _narrowed(part, *width))
         elif isinstance(part, _BatchNorm):
             if width[0]:
                 _set_norm_width_(part, width[0])
@@ -255,18 +255,23 @@ def _set_layer_widths_(layer: nn.Linear | _ConvNd, outputs: int,
             layer.groups = inputs
         layer.in_channels, layer.out_channels = inputs, outputs
         slots = inputs // layer.groups
-    layer.weight = nn.Parameter(_first(layer.weight, outputs, slots))
-    if layer.bias is not None:
-        layer.bias = nn.Parameter(_first(layer.bias, outputs))
+    for name, parameter in list(layer.named_parameters(recurse=False)):
+        sizes = (outputs, slots) if name == 'weight' else (outputs, )
+        setattr(layer, name, _narrowed(parameter, *sizes))
 
 
 def _set_norm_width_(norm: _BatchNorm, channels: int) -> None:
     norm.num_features = channels
     for name, parameter in norm.named_parameters():
-        setattr(norm, name, nn.Parameter(_first(parameter, channels)))
+        setattr(norm, name, _narrowed(parameter, channels))
     for name, buffer in norm.named_buffers():
         if buffer.dim():
             setattr(norm, name, _first(buffer, channels))
+
+
+def _narrowed(parameter: nn.Parameter, *sizes: int) -> nn.Parameter:
+    """A parameter of smaller sizes, trained if the old one is."""
+    return nn.Parameter(_first(parameter, *sizes), parameter.requires_grad)
 
 
 def _first(tensor: Tensor, *sizes: int) -> Tensor:
@@ -282,19 +287,21 @@ def _kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
 def _widths(model: nn.Module, groups: Groups,
             state: Mapping[str, Tensor]) -> Widths:
     """Widths of all modules that became narrower."""
-    dense = dict(model.named_parameters())
+    dense = dict([*model.named_parameters(), *model.named_buffers()])
     widths: Widths = {}
     for name in dict.fromkeys(name for name, _ in groups.axes):
         shape = state[name].shape
-        if name not in dense or shape == dense[name].shape:
+        if shape == dense[name].shape:
             continue
         owner, _, leaf = name.rpartition('.')
         module = model.get_submodule(owner)
         if isinstance(module, (_ConvNd, nn.Linear)):
             if leaf == 'weight':
-                depthwise = (isinstance(module, _ConvNd)
-                             and module.groups > 1)
-                widths[owner] = [shape[0], shape[0 if depthwise else 1]]
+                widths[owner] = [shape[0], shape[1]]
+                if isinstance(module, _ConvNd) and module.groups > 1:
+                    # Depthwise; the kernel says nothing of its inputs.
+                    multiplier = module.out_channels // module.in_channels
+                    widths[owner][1] = shape[0] // multiplier
         elif isinstance(module, _BatchNorm):
             widths[owner] = [shape[0]]
         else:
@@ -312,15 +319,15 @@ def _fold_constants_(model: nn.Module, groups: Groups,
     for layer, width in list(widths.items()):
         if 0 not in width or len(width) != 2:
             continue
-        bias = state.get(f'{layer}.bias', torch.zeros(width[0]))
-        norm = groups.norms.get(layer)
-        if width[0] and norm is not None:
-            module = model.get_submodule(norm)
-            assert isinstance(module, _BatchNorm)
+        kernel = state[f'{layer}.weight']
+        bias = state.get(f'{layer}.bias', kernel.new_zeros(width[0]))
+        norm = groups.norms.get(layer, '')
+        if width[0] and f'{norm}.running_mean' in state:
+            module: Any = model.get_submodule(norm)
             mean, var, scale, shift = (
                 state[f'{norm}.{name}'].double() for name in
                 ('running_mean', 'running_var', 'weight', 'bias'))
             bias = (shift + scale * (bias.double() - mean) /
-                    (var + module.eps).sqrt()).float()
+                    (var + module.eps).sqrt()).to(kernel)
             widths[norm] = [0]
         state[f'{layer}.bias'] = bias

@@ -18,8 +18,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import re
 from collections import Counter
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +33,19 @@ Forward = Callable[[nn.Module, Tensor], Any]
 _SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
             '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
             'replication_pad')
+# Element by element too, but without the tag that says so.
+_POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
+              'masked_fill_')
+# New tensors of a shape alone.
+_CREATIONS = ('zeros_like', 'ones_like', 'empty_like', 'full_like',
+              'new_zeros', 'new_ones', 'new_empty', 'new_full')
 _REDUCTIONS = ('mean', 'sum', 'amax', 'amin', 'var', 'std')
 _COPIES = ('clone', 'detach', 'alias', '_to_copy', 'contiguous', 'lift_fresh')
 # Operators that only rearrange: done to the labels as they are.
-_VIEWS = ('permute', 'transpose', 't', 'expand', 'unsqueeze', 'squeeze',
-          'select', 'unfold', 'repeat', 'flip', 'roll')
+_VIEWS = ('permute', 'transpose', 't', 'expand', 'unsqueeze', 'squeeze')
+# The same, along axes that must not be of channels.
+_MOVES = ('select', 'flip', 'roll')
 _RESHAPES = ('view', '_unsafe_view', 'reshape', '_reshape_alias')
-_PIECES = ('split', 'split_with_sizes', 'unbind')
 
 
 @dataclasses.dataclass
@@ -67,6 +74,8 @@ class Tracer(TorchDispatchMode):
     Args:
         model (nn.Module): In eval mode, on any device; parameters may have
             no data.
+        shared (Iterable[str]): Tensors that have several names; their
+            channels are frozen.
 
     Attributes:
         axes (dict[tuple[str, int], Tensor]): Labels ``(size,)`` of the slots
@@ -78,10 +87,9 @@ class Tracer(TorchDispatchMode):
         calls (dict[str, Call]): Kernel name to how it was run, in order.
         read_axes, written_axes (set[tuple[str, int]]): Axes of kernels by
             which channels are read, and written.
-        norms (dict[str, str]): Layer to the batch norm that alone reads it.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.axes: dict[tuple[str, int], Tensor] = {}
@@ -91,12 +99,16 @@ class Tracer(TorchDispatchMode):
         self.calls: dict[str, Call] = {}
         self.read_axes: set[tuple[str, int]] = set()
         self.written_axes: set[tuple[str, int]] = set()
-        self.norms: dict[str, str] = {}
         self.next_label = 1
         self._names: dict[int, str] = {}
         for name, tensor in [*model.named_parameters(),
                              *model.named_buffers()]:
             self._names.setdefault(id(tensor), name)
+        self._buffers = {name for name, _ in model.named_buffers()}
+        self._shared = set(shared)
+        # Layer to what reads its outputs, norm to what it reads.
+        self._readers: dict[str, set[str]] = {}
+        self._sources: dict[str, set[str]] = {}
         self._counted = True
         self._images = 1
         # Of the forward pass under way, by identity; alive so that none is
@@ -123,18 +135,22 @@ class Tracer(TorchDispatchMode):
             outputs = forward(self.model, inputs)
         for output in tree_leaves(outputs):
             if isinstance(output, Tensor):
+                self._reads[id(output)] += 1
                 self._freeze(output, 'output of the model')
-        self._find_norms()
+        for key, layer in self._written.items():
+            norm = self._normed.get(key, '') if self._reads[key] == 1 else ''
+            self._readers.setdefault(layer, set()).add(norm)
         for record in (self._alive, self._labels, self._kernels, self._reads,
                        self._written, self._normed):
             record.clear()
 
-    def _find_norms(self) -> None:
-        """Layers that were read, at each call, by one batch norm alone."""
-        for key, layer in self._written.items():
-            norm = self._normed.get(key) if self._reads[key] == 1 else None
-            if norm is None or self.norms.setdefault(layer, norm) != norm:
-                self.norms[layer] = ''
+    def norms(self) -> dict[str, str]:
+        """Layer to batch norm, where each reads or is read by no other."""
+        pairs = ((layer, norm) for layer, norms in self._readers.items()
+                 for norm in norms)
+        return {layer: norm for layer, norm in pairs
+                if norm and self._readers[layer] == {norm}
+                and self._sources[norm] == {layer}}
 
     @contextlib.contextmanager
     def _module_names(self) -> Iterator[None]:
@@ -169,20 +185,19 @@ class Tracer(TorchDispatchMode):
                    if isinstance(leaf, Tensor)]
         self._alive += [*tensors, *outputs]
         self._reads.update({id(tensor) for tensor in tensors})
-        labelled = [tensor for tensor in tensors
-                    if self._get(tensor) is not None]
-        if labelled or any(id(tensor) in self._names for tensor in tensors):
+        if any(id(tensor) in self._labels or id(tensor) in self._names
+               for tensor in tensors):
             name = function.overloadpacket.__name__
             if not self._apply(function, name, args, kwargs or {}, tensors,
                                outputs):
-                for tensor in labelled:
+                for tensor in tensors:
                     self._freeze(tensor, f'{name} in {self._here()}')
         return output
 
     # -- labels ------------------------------------------------------------
 
     def _here(self) -> str:
-        return self._modules[-1] if self._modules else 'the model'
+        return (self._modules and self._modules[-1]) or 'the model'
 
     def _get(self, tensor: Tensor) -> Tensor | None:
         return self._labels.get(id(tensor))
@@ -202,6 +217,8 @@ class Tracer(TorchDispatchMode):
             self.axes[key] = torch.arange(self.next_label,
                                           self.next_label + size)
             self.next_label += size
+            if name in self._shared:
+                self._freeze_labels(self.axes[key], f'{name} has other names')
         return self.axes[key]
 
     def _tie(self, first: Tensor, second: Tensor) -> None:
@@ -212,11 +229,15 @@ class Tracer(TorchDispatchMode):
         self.pairs.append(torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1))
 
     def _freeze(self, tensor: Tensor, reason: str) -> None:
-        """The channels of an activation stay, and it loses its labels."""
+        """The channels of a tensor stay; an activation loses its labels."""
         labels = self._get(tensor)
         if labels is not None:
             self._freeze_labels(labels, reason)
             self._set(tensor, None)
+        elif id(tensor) in self._names:
+            for axis, size in enumerate(tensor.shape):
+                self._freeze_labels(
+                    self._axis(self._names[id(tensor)], axis, size), reason)
 
     def _freeze_labels(self, labels: Tensor, reason: str) -> None:
         self.freezes.append((torch.unique(_compact(labels)), reason))
@@ -252,7 +273,7 @@ class Tracer(TorchDispatchMode):
             return self._linear(name, args, outputs[0])
         if 'batch_norm' in name:
             return self._batch_norm(args, outputs[0])
-        if torch.Tag.pointwise in function.tags:
+        if torch.Tag.pointwise in function.tags or name in _POINTWISE:
             return self._pointwise(tensors, outputs)
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if name in ('cat', 'stack'):
@@ -260,28 +281,39 @@ class Tracer(TorchDispatchMode):
         if source is not None and id(source) in self._names and (
                 name in ('t', 'transpose', 'permute')):
             return self._weight_view(source, outputs[0])
-        labels = None if source is None else self._get(source)
-        if source is None or labels is None:
-            # Parameters alone: nothing is known to be a channel yet.
-            return not any(self._get(tensor) is not None
-                           for tensor in tensors)
-        if len(tensors) > 1 or any(tensor is source for tensor in outputs):
+        if name in _CREATIONS:
+            return True
+        labels = None if source is None else self._own_labels(source)
+        if source is None or labels is None or len(tensors) > 1 or any(
+                tensor is source for tensor in outputs):
             return False
         if name in _COPIES:
             return self._set(outputs[0], labels)
         self._needs_channels(labels)
         if name in _VIEWS:
-            return self._view(function, labels, args, kwargs, outputs[0])
+            return self._set(outputs[0], function(labels, *args[1:], **kwargs))
+        if name in _MOVES:
+            return self._move(function, labels, args, outputs[0])
         if name in _RESHAPES:
             return self._reshape(labels, outputs[0])
-        if name in _PIECES:
+        if name in ('split', 'split_with_sizes'):
             return self._split(labels, args, kwargs, outputs)
+        if name == 'unbind':
+            dim = args[1] if len(args) > 1 else kwargs.get('dim', 0)
+            return not _varies(labels, dim) and all(
+                self._set(output, labels.select(dim, 0))
+                for output in outputs)
         if name == 'slice':
             return self._slice(labels, source, outputs[0])
         if name in _REDUCTIONS:
             return self._reduce(labels, args, kwargs, outputs)
-        if name.startswith(_SPATIAL) or name == 'constant_pad_nd':
-            return self._spatial(labels, outputs)
+        if name == 'constant_pad_nd':
+            return self._spatial(labels, len(args[1]) // 2, outputs)
+        if name.startswith(_SPATIAL):
+            # The operators end in the number of axes that they act on.
+            axes = re.search(r'([123])d', name)
+            return axes is not None and self._spatial(labels, int(axes[1]),
+                                                      outputs)
         if name in ('_softmax', '_log_softmax'):
             return (not _varies(labels, args[1])
                     and self._set(outputs[0], labels))
@@ -372,18 +404,21 @@ class Tracer(TorchDispatchMode):
         if channels is None:
             return False
         for tensor in args[1:5]:
-            if tensor is not None:
+            if isinstance(tensor, Tensor):
                 self._per_channel(tensor, channels)
-        if args[1] is not None and id(args[1]) in self._names:
-            self._normed[id(
-                args[0])] = self._names[id(args[1])].rpartition('.')[0]
+        if id(args[1]) in self._names:
+            norm = self._names[id(args[1])].rpartition('.')[0]
+            self._normed[id(args[0])] = norm
+            self._sources.setdefault(norm, set()).add(
+                self._written.get(id(args[0]), ''))
         return self._set(output, labels)
 
     def _pointwise(self, tensors: list[Tensor],
                    outputs: list[Tensor]) -> bool:
         output = outputs[0]
         known = [self._own_labels(tensor) for tensor in tensors]
-        if any(labels is None and tensor.dim() and id(tensor) in self._names
+        if any(labels is None and tensor.numel() > 1
+               and id(tensor) in self._names
                for tensor, labels in zip(tensors, known)):
             return False
         result: Tensor | None = None
@@ -403,7 +438,8 @@ class Tracer(TorchDispatchMode):
         """Labels of an activation, or of a parameter with one axis."""
         labels = self._get(tensor)
         name = self._names.get(id(tensor))
-        if labels is None and name is not None:
+        if labels is None and name is not None and (
+                name not in self._buffers):
             long = [axis for axis, size in enumerate(tensor.shape) if size > 1]
             if len(long) == 1:
                 axis = long[0]
@@ -462,17 +498,13 @@ class Tracer(TorchDispatchMode):
                              self._spread(torch.cat(vectors), output, dim))
         return self._set(output, torch.cat(parts, dim))
 
-    def _view(self, function: Any, labels: Tensor, args: tuple[Any, ...],
-              kwargs: dict[str, Any], output: Tensor) -> bool:
-        name = function.overloadpacket.__name__
-        if name == 'select' and _varies(labels, args[1]):
+    def _move(self, function: Any, labels: Tensor, args: tuple[Any, ...],
+              output: Tensor) -> bool:
+        dims = args[1] if function.overloadpacket.__name__ == (
+            'select') else args[-1]
+        if any(_varies(labels, dim) for dim in _as_list(dims)):
             return False
-        if name in ('roll', 'flip', 'unfold', 'repeat'):
-            if any(_varies(labels, dim) for dim in range(labels.dim())
-                   if dim != 1) or name in ('unfold', 'repeat'):
-                return False
-        # The labels lie on the CPU whatever the activation's device.
-        return self._set(output, function(labels, *args[1:], **kwargs))
+        return self._set(output, function(labels, *args[1:]))
 
     def _reshape(self, labels: Tensor, output: Tensor) -> bool:
         """Axes merge as they are; an axis splits into equal blocks."""
@@ -491,29 +523,16 @@ class Tracer(TorchDispatchMode):
 
     def _split(self, labels: Tensor, args: tuple[Any, ...],
                kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
-        default = 0
-        position = 1 if len(args) == 2 and not outputs[0].dim() == args[
-            0].dim() else 2
-        dim = args[position] if len(args) > position else kwargs.get(
-            'dim', default)
-        unbound = outputs[0].dim() < args[0].dim()
-        if unbound:
-            if _varies(labels, dim):
+        dim = args[2] if len(args) > 2 else kwargs.get('dim', 0)
+        pieces = labels.split([output.shape[dim] for output in outputs], dim)
+        if _varies(labels, dim):
+            if len({piece.shape for piece in pieces}) > 1:
                 return False
-            return all(self._set(output, labels.select(dim, 0))
-                       for output in outputs)
-        if not _varies(labels, dim):
-            pieces = [labels.narrow(dim, 0, output.shape[dim])
-                      for output in outputs]
-            return all(map(self._set, outputs, pieces))
-        if len({output.shape[dim] for output in outputs}) > 1:
-            return False
-        # Equal pieces stay equal if all keep the same.
-        pieces = labels.split(outputs[0].shape[dim], dim)
-        for piece, output in zip(pieces, outputs):
-            self._tie(pieces[0], piece)
-            self._set(output, pieces[0])
-        return True
+            # Equal pieces stay equal if all keep the same.
+            for piece in pieces:
+                self._tie(pieces[0], piece)
+            pieces = (pieces[0], ) * len(pieces)
+        return all(map(self._set, outputs, pieces))
 
     def _slice(self, labels: Tensor, source: Tensor, output: Tensor) -> bool:
         changed = [dim for dim in range(source.dim())
@@ -526,10 +545,9 @@ class Tracer(TorchDispatchMode):
 
     def _reduce(self, labels: Tensor, args: tuple[Any, ...],
                 kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
-        dims = args[1] if len(args) > 1 else kwargs.get('dim')
-        dims = range(labels.dim()) if dims is None else (
-            [dims] if isinstance(dims, int) else dims)
-        dims = {dim % labels.dim() for dim in dims} or set(range(labels.dim()))
+        given = args[1] if len(args) > 1 else kwargs.get('dim')
+        dims = ({dim % labels.dim() for dim in _as_list(given)}
+                or set(range(labels.dim())))
         if any(_varies(labels, dim) for dim in dims):
             return False
         for dim in sorted(dims, reverse=True):
@@ -538,18 +556,23 @@ class Tracer(TorchDispatchMode):
                 labels = labels.squeeze(dim)
         return all(self._set(output, labels) for output in outputs)
 
-    def _spatial(self, labels: Tensor, outputs: list[Tensor]) -> bool:
-        """The channel axis is the second, or the third from the end."""
-        dim = next((dim for dim in range(labels.dim())
-                    if _varies(labels, dim)), None)
-        if dim is None:
+    def _spatial(self, labels: Tensor, axes: int,
+                 outputs: list[Tensor]) -> bool:
+        """Operators on the last axes, which must be free of channels."""
+        first = labels.dim() - axes
+        if any(_varies(labels, dim) for dim in range(first, labels.dim())):
             return False
-        channels = self._vector(labels, dim)
-        if channels is None or any(output.shape[dim] != len(channels)
-                                   for output in outputs):
-            return False
-        return all(self._set(output, self._spread(channels, output, dim))
+        for dim in range(first, labels.dim()):
+            labels = labels.narrow(dim, 0, 1)
+        return all(self._set(output, labels.expand(output.shape))
                    for output in outputs)
+
+
+def _as_list(dims: Any) -> list[int]:
+    """Axes as an operator takes them: none, one or several."""
+    if dims is None:
+        return []
+    return [dims] if isinstance(dims, int) else list(dims)
 
 
 def _varies(labels: Tensor, dim: int) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 
 from mmengine.config import Config
+from PIL import UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / 'gdp_mmseg', ROOT / 'tools')
@@ -38,6 +39,13 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
+    except (AssertionError, UnidentifiedImageError) as error:
+        # mmcv's and Pillow's errors for an image that they cannot read.
+        if 'image' not in str(error) or os.environ.get('GDP_DEBUG') == '1':
+            raise
+        fail(f'expected readable images, but got: '
+             f'{str(error).splitlines()[-1]}; replace the file, or take it '
+             'from the list')
     except (ValueError, FileNotFoundError, KeyError) as error:
         cause = _our_cause(error)
         if cause is None or os.environ.get('GDP_DEBUG') == '1':
@@ -57,6 +65,9 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
         fail(f'expected the files that {path} is based on, but got: {error}; '
              'change its _base_')
     cfg.merge_from_dict(options or {})
+    if 'model' not in cfg:
+        fail(f'expected a config with a model, but {path} has none; pass the '
+             'config of a training')
     return cfg
 
 

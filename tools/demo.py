@@ -188,7 +188,7 @@ def main() -> None:
     for name in ('dense', 'gdp', 'export'):
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
-    make_demo_data(data_root, train=400, val=80, size=128, seed=0)
+    make_demo_data(data_root, train=240, val=80, size=128, seed=0)
     train(DENSE, folder / 'dense', clock, AROUND / 3, 1)
     train(GATED, folder / 'gdp', clock, AROUND / 3 + iterations, GATED_COST)
     run([
@@ -203,7 +203,7 @@ def main() -> None:
     report.update(
         miou_dense=dense_miou(folder / 'dense'),
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
-        train='400 drawn images of 128 x 128, 3 classes and background, seed 0',
+        train='240 drawn images of 128 x 128, 3 classes and background, seed 0',
         test='80 drawn images of 128 x 128',
         crop=list(cfg.crop_size),
         batch_size=cfg.train_dataloader.batch_size,

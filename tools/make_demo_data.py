@@ -252,9 +252,9 @@ def _ground(rng: Rng, size: int) -> _Scene:
     image += 0.1 * (_pattern(rng, size) - 0.5)[..., None]
     image += 0.16 * (_smooth_noise(rng, size, 40) - 0.5)[..., None]
     scene = _Scene(image.astype(np.float32), np.zeros((size, size), np.uint8))
-    for _ in range(rng.integers(3, 8)):
+    for _ in range(rng.integers(2, 6)):
         _add_line_(scene, rng)
-    for _ in range(rng.integers(4, 10)):
+    for _ in range(rng.integers(2, 7)):
         _add_blob_(scene, rng)
     return scene
 
@@ -295,7 +295,7 @@ def _add_object_(scene: _Scene, rng: Rng) -> None:
     while tries < _TRIES or len(scene.classes) == 1:
         tries += 1
         centre = rng.uniform(12, 116, 2)
-        radius = rng.uniform(20, 36)
+        radius = rng.uniform(24, 40)
         scale = radius * np.array([1, rng.uniform(0.85, 1)])
         angle = rng.uniform(0, 2 * np.pi)
         placed = [
@@ -377,9 +377,9 @@ def _twig(rng: Rng, through: Floats) -> list[Floats]:
 def _draw(rng: Rng, size: int) -> tuple[Bytes, Bytes]:
     """Return one picture, (S, S, 3), and its labels, (S, S)."""
     scene = _ground(rng, size)
-    for _ in range(rng.choice([1, 2, 3, 4], p=[0.1, 0.25, 0.35, 0.3])):
+    for _ in range(rng.choice([1, 2, 3], p=[0.3, 0.4, 0.3])):
         _add_object_(scene, rng)
-    for _ in range(rng.choice(3, p=[0.4, 0.45, 0.15])):
+    for _ in range(rng.choice(3, p=[0.5, 0.4, 0.1])):
         _add_occluder_(scene, rng)
     image = (scene.image - 0.5) * rng.uniform(0.8, 1.15) + 0.5
     image += rng.uniform(-0.08, 0.08)

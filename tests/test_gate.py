@@ -1,0 +1,506 @@
+"""Openness, its schedule, the gate step and gates on the weight side."""
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdp_mmseg.gate import (Gates, Schedule, gate_layer_, openness,
+                            openness_slope, slot_values, solve_multiplier)
+
+THETAS = torch.tensor([-2., -0.3, 0., 1e-3, 0.1, 1., 3.]).double()
+EPSILONS = [1., 0.1, 1e-4]
+
+# -- openness --------------------------------------------------------------
+
+
+@pytest.mark.parametrize('epsilon', EPSILONS)
+def test_openness_is_the_closed_form(epsilon: float) -> None:
+    expected = [t * t / (t * t + epsilon) for t in THETAS.tolist()]
+    assert openness(THETAS, epsilon).tolist() == pytest.approx(expected)
+    assert openness(torch.tensor(math.sqrt(epsilon)),
+                    epsilon).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize('epsilon', EPSILONS)
+def test_openness_is_zero_only_at_zero_and_below_one(epsilon: float) -> None:
+    values = openness(THETAS, epsilon)
+    assert torch.equal(values == 0, THETAS == 0)
+    assert values.min() >= 0 and values.max() < 1
+
+
+@pytest.mark.parametrize('epsilon', EPSILONS)
+def test_slope_is_the_derivative_of_openness(epsilon: float) -> None:
+    theta = THETAS.clone().requires_grad_()
+    derivative, = torch.autograd.grad(openness(theta, epsilon).sum(), theta)
+    torch.testing.assert_close(openness_slope(THETAS, epsilon), derivative)
+    assert openness_slope(torch.zeros(1), epsilon).item() == 0
+
+
+# -- schedule --------------------------------------------------------------
+
+PHASES = [(0.1, 0.5, 0.4), (0., 1., 0.), (0.2, 0.8, 0.), (0., 0.3, 0.7)]
+GRID = [step / 100 for step in range(101)]
+
+
+@pytest.mark.parametrize('phases', PHASES)
+def test_epsilon_falls_geometrically_from_start_to_end(
+        phases: tuple[float, float, float]) -> None:
+    schedule = Schedule(phases, epsilon=(0.1, 1e-3))
+    values = [schedule.epsilon_at(progress) for progress in GRID]
+    warmup, pruning, _ = phases
+    assert values[0] == pytest.approx(0.1)
+    assert values[-1] == pytest.approx(1e-3)
+    assert schedule.epsilon_at(warmup + pruning / 2) == pytest.approx(
+        math.sqrt(0.1 * 1e-3))
+    assert all(one >= other for one, other in zip(values, values[1:]))
+
+
+@pytest.mark.parametrize('ramp', [0.25, 0.9, 1.])
+@pytest.mark.parametrize('phases', PHASES)
+def test_budget_falls_linearly_and_then_holds(phases: tuple[float, float,
+                                                            float],
+                                              ramp: float) -> None:
+    schedule = Schedule(phases, ramp=ramp)
+    values = [schedule.budget_at(progress, 0.95, 0.4) for progress in GRID]
+    warmup, pruning, _ = phases
+    assert values[0] == pytest.approx(0.95)
+    assert values[-1] == pytest.approx(0.4)
+    middle = schedule.budget_at(warmup + pruning * ramp / 2, 0.95, 0.4)
+    assert middle == pytest.approx((0.95 + 0.4) / 2)
+    assert schedule.budget_at(warmup + pruning * (ramp + 1e-9), 0.95,
+                              0.4) == pytest.approx(0.4)
+    assert all(one >= other for one, other in zip(values, values[1:]))
+
+
+def test_phases_follow_each_other() -> None:
+    schedule = Schedule((0.125, 0.5, 0.375))
+    assert [
+        schedule.phase_at(progress)
+        for progress in (0, 0.124, 0.125, 0.624, 0.625, 1)
+    ] == ['warmup', 'warmup', 'pruning', 'pruning', 'settling', 'settling']
+    assert schedule.pruned_share(0) == schedule.pruned_share(0.125) == 0
+    assert schedule.pruned_share(0.625) == schedule.pruned_share(1) == 1
+
+
+def test_without_warmup_pruning_begins_at_once() -> None:
+    assert Schedule((0., 0.5, 0.5)).phase_at(0) == 'pruning'
+    assert Schedule((0., 1., 0.)).phase_at(0.999) == 'pruning'
+
+
+@pytest.mark.parametrize('options, key', [
+    (dict(phases=(0.5, 0.5)), 'phases'),
+    (dict(phases=(0.5, 0.6, 0.4)), 'phases'),
+    (dict(phases=(0.5, 0., 0.5)), 'phases'),
+    (dict(phases=(-0.1, 0.6, 0.5)), 'phases'),
+    (dict(epsilon=(0.1, )), 'epsilon'),
+    (dict(epsilon=(0.1, 0.)), 'epsilon'),
+    (dict(epsilon=(1e-3, 0.1)), 'epsilon'),
+    (dict(ramp=0.), 'ramp'),
+    (dict(ramp=1.1), 'ramp'),
+])
+def test_schedule_refuses_by_name(options: dict[str, Any], key: str) -> None:
+    with pytest.raises(ValueError, match=f'{key}: expected .* but got'):
+        Schedule(**options)
+
+
+# -- multiplier ------------------------------------------------------------
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
+@pytest.mark.parametrize('budget', [0.9, 0.5, 0.1])
+def test_multiplier_solves_an_analytic_cost(budget: float,
+                                            scale: float) -> None:
+
+    def spent(multiplier: float) -> float:
+        return 1 / (1 + multiplier / scale)
+
+    found = solve_multiplier(spent, budget, scale)
+    assert found == pytest.approx(scale * (1 / budget - 1), rel=2**-11)
+    assert spent(found) <= budget
+
+
+def test_multiplier_is_zero_when_the_budget_holds_of_itself() -> None:
+    assert solve_multiplier(lambda x: 0.5, 0.5, 1.) == 0
+
+
+def test_multiplier_ends_when_no_multiplier_can_hold_the_budget() -> None:
+    found = solve_multiplier(lambda x: 1., 0.5, 1.)
+    assert math.isfinite(found) and found > 1e3
+
+
+def test_multiplier_search_ends_at_scale_zero() -> None:
+    calls = []
+
+    def spent(multiplier: float) -> float:
+        calls.append(multiplier)
+        if len(calls) > 1000:
+            pytest.fail('the search for a multiplier does not end')
+        return 1.
+
+    assert math.isfinite(solve_multiplier(spent, 0.5, 0.))
+
+
+# -- step ------------------------------------------------------------------
+
+
+class Linear:
+    """A cost that adds up prices ``(G,)``."""
+
+    def __init__(self, prices: Tensor) -> None:
+        self.prices = prices / prices.sum()
+
+    def __call__(self, openness: Tensor) -> Tensor:
+        return self.prices @ openness
+
+    def price(self, openness: Tensor) -> Tensor:
+        return self.prices
+
+
+def step(gates: Gates, gains: Tensor, cost: Linear, budget: float,
+         lr: float) -> None:
+    """One step for a task whose loss falls by ``gains`` per openness."""
+    loss = -(gates.openness() * gains).sum()
+    gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+    gates.step_(cost, budget, lr)
+
+
+def random_gains(number: int, index: int) -> Tensor:
+    return torch.randn(number, generator=torch.Generator().manual_seed(index))
+
+
+def test_zero_absorbs_whatever_opening_would_gain() -> None:
+    gates = Gates(3)
+    gates.close_(torch.tensor([True, False, False]))
+    for _ in range(50):
+        step(gates, torch.tensor([100., 1., 1.]), Linear(torch.ones(3)), 1.,
+             0.1)
+    assert gates.theta.tolist()[0] == 0
+    assert (gates.theta[1:] > 0).all()
+
+
+def test_a_gate_that_was_wanted_stays_closed() -> None:
+    gates = Gates(2)
+    for _ in range(20):
+        step(gates, torch.tensor([100., 1.]), Linear(torch.ones(2)), 1., 0.01)
+    gates.close_(torch.tensor([True, False]))
+    for _ in range(20):
+        # The running mean of its gain still asks to open it.
+        step(gates, torch.zeros(2), Linear(torch.ones(2)), 1., 0.1)
+        assert gates.theta[0] == 0
+
+
+def test_closed_gates_only_become_more() -> None:
+    gates = Gates(32)
+    closed = torch.zeros(32, dtype=torch.bool)
+    for index in range(80):
+        step(gates, random_gains(32, index), Linear(torch.rand(32) + 0.1),
+             max(0.9 - index / 80, 0.2), 0.1)
+        assert (gates.theta[closed] == 0).all()
+        closed |= gates.theta == 0
+    assert 0 < int(closed.sum()) < 32
+
+
+@pytest.mark.parametrize('close_below', [1e-3, 1e-2, 0.1])
+def test_gate_below_the_threshold_is_closed(close_below: float) -> None:
+    gates = Gates(8, close_below=close_below)
+    for index in range(60):
+        step(gates, torch.linspace(0.1, 1, 8), Linear(torch.ones(8)),
+             max(0.9 - index / 50, 0.5), 0.05)
+        values = gates.openness()
+        assert ((values == 0) | (values >= close_below)).all()
+    assert (values == 0).any()
+
+
+@pytest.mark.parametrize('budget', [1., 0.5, 0.])
+def test_steady_gain_moves_a_gate_at_most_sqrt_two_lr(budget: float) -> None:
+    gates, lr = Gates(16), 0.01
+    gains = random_gains(16, 0)
+    for _ in range(60):
+        before = gates.theta.detach().clone()
+        step(gates, gains, Linear(torch.rand(16) + 0.1), budget, lr)
+        way = (gates.theta - before).abs()[gates.theta > 0]
+        # |a + b| <= sqrt(2) sqrt(a^2 + b^2); the rest is rounding.
+        assert len(way) == 0 or way.max() <= math.sqrt(2) * lr * (1 + 1e-3)
+
+
+@pytest.mark.parametrize('quiet', [0, 30])
+def test_no_step_is_longer_than_its_running_means_allow(quiet: int) -> None:
+    lr, betas = 0.01, (0.9, 0.99)
+    gates = Gates(16, betas=betas)
+    for index in range(quiet + 40):
+        before = gates.theta.detach().clone()
+        gains = random_gains(16, index) * (1e-6 if index < quiet else 1.)
+        step(gates, gains, Linear(torch.ones(16)), 0., lr)
+        # Cauchy-Schwarz between the weights of the two running means.
+        powers = torch.arange(index + 1).double()
+        mean, square = ((1 - beta) * beta**powers / (1 - beta**(index + 1))
+                        for beta in betas)
+        bound = lr * float((1 + (mean**2 / square).sum()).sqrt())
+        way = (gates.theta - before).abs()[gates.theta > 0]
+        assert len(way) == 0 or way.max() <= bound * (1 + 1e-3)
+
+
+def trajectory(scale: float, cost_scale: float = 1.) -> Tensor:
+    gates = Gates(24)
+    prices = torch.linspace(0.5, 2, 24)
+    cost = Linear(prices)
+    cost.prices = cost.prices * cost_scale
+    for index in range(40):
+        step(gates, scale * random_gains(24, index), cost,
+             cost_scale * max(0.9 - index / 50, 0.4), 0.05)
+    return gates.theta.detach()
+
+
+def test_scale_of_the_loss_does_not_matter() -> None:
+    # A power of two scales exactly, in every operation.
+    assert torch.equal(trajectory(1024.), trajectory(1.))
+    torch.testing.assert_close(
+        trajectory(1000.), trajectory(1.), atol=1e-3, rtol=0)
+    assert (trajectory(1.) == 0).any() and (trajectory(1.) > 0).any()
+
+
+def test_scale_of_the_cost_does_not_matter() -> None:
+    assert torch.equal(trajectory(1., 2.**-10), trajectory(1.))
+
+
+# Eight channels: the best subset for a budget is known by brute force.
+GAINS = torch.tensor([8., 1., 6., 2., 0.5, 5., 3., 0.2])
+KNAPSACKS = {
+    'equal prices': torch.ones(8),
+    'unequal prices': torch.tensor([4., 1., 2., 4., 1., 1., 4., 1.]),
+}
+
+
+def budget_for(prices: Tensor, number: int) -> float:
+    """What the ``number`` best gains per price cost, and a little more.
+
+    There the best subset is one that a multiplier can tell from the rest.
+    """
+    best = (GAINS / prices).argsort(descending=True)[:number]
+    return float((prices[best].sum() + 0.1) / prices.sum())
+
+
+def best_subset(prices: Tensor, budget: float) -> Tensor:
+    """Largest gain within the budget, by trying all."""
+    sets = torch.tensor([[index >> bit & 1 for bit in range(8)]
+                         for index in range(256)]).float()
+    allowed = sets @ (prices / prices.sum()) <= budget + 1e-6
+    return sets[(sets @ GAINS).masked_fill(~allowed, -1).argmax()].bool()
+
+
+@pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
+@pytest.mark.parametrize('number', [5, 4, 2])
+@pytest.mark.parametrize('name', KNAPSACKS)
+def test_step_finds_the_best_channels_for_a_budget(name: str, number: int,
+                                                   scale: float) -> None:
+    prices = KNAPSACKS[name]
+    budget = budget_for(prices, number)
+    assert int(best_subset(prices, budget).sum()) == number
+    gates, cost = Gates(8), Linear(prices)
+    schedule = Schedule((0., 0.8, 0.2), epsilon=(0.1, 1e-4))
+    steps = 300
+    for index in range(steps):
+        gates.epsilon.fill_(schedule.epsilon_at(index / steps))
+        step(gates, scale * GAINS, cost,
+             schedule.budget_at(index / steps, 0.95, budget), 8. / steps)
+    open_ = gates.openness() > 0
+    assert float(cost(open_.float())) <= budget + 1e-6
+    assert torch.equal(open_, best_subset(prices, budget))
+
+
+def test_open_budget_closes_no_gate_that_gains() -> None:
+    gates = Gates(8)
+    for _ in range(100):
+        step(gates, GAINS, Linear(torch.ones(8)), 1., 0.1)
+    assert gates.multiplier == 0
+    assert (gates.theta == 1).all()
+
+
+def test_only_the_price_closes_a_gate() -> None:
+    gates = Gates(4)
+    for _ in range(100):
+        # The task would rather have them closed, the budget does not ask.
+        step(gates, -torch.ones(4), Linear(torch.ones(4)), 1., 0.1)
+    assert (gates.theta == 1).all()
+
+
+def test_step_without_any_gradient_ends() -> None:
+    """All gains zero: nothing tells the gates apart, but the step returns."""
+    gates, calls = Gates(4), []
+
+    class Counting(Linear):
+
+        def __call__(self, openness: Tensor) -> Tensor:
+            calls.append(None)
+            if len(calls) > 1000:
+                pytest.fail('the step does not end')
+            return super().__call__(openness)
+
+    step(gates, torch.zeros(4), Counting(torch.ones(4)), 0.5, 0.1)
+    assert gates.theta.isfinite().all()
+
+
+def test_step_without_a_backward_pass_says_so() -> None:
+    with pytest.raises(RuntimeError, match='theta.grad is None'):
+        Gates(2).step_(Linear(torch.ones(2)), 1., 0.1)
+
+
+def test_checkpoint_continues_the_step_exactly() -> None:
+    cost = Linear(torch.linspace(1, 2, 8))
+    first, second = Gates(8), Gates(8)
+    for index in range(10):
+        step(first, random_gains(8, index), cost, 0.7, 0.05)
+    second.load_state_dict(first.state_dict(), strict=True)
+    for index in range(10, 20):
+        step(first, random_gains(8, index), cost, 0.5, 0.05)
+        step(second, random_gains(8, index), cost, 0.5, 0.05)
+    assert torch.equal(first.theta, second.theta)
+
+
+# -- weight side -----------------------------------------------------------
+
+SLOTS = torch.tensor([2, -1, 0, 0, 1, -1])
+IMAGE = (2, 6, 7, 7)
+TOKENS = (2, 5, 6)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    'convolution': (lambda: nn.Conv2d(6, 4, 3, padding=1), IMAGE),
+    'strided, dilated, no bias':
+    (lambda: nn.Conv2d(6, 4, 3, stride=2, dilation=2, bias=False), IMAGE),
+    'reflection padding':
+    (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode='reflect'), IMAGE),
+    'convolution over time': (lambda: nn.Conv1d(6, 4, 3), (2, 6, 9)),
+    'linear': (lambda: nn.Linear(6, 4), (2, 6)),
+    'linear on tokens, no bias': (lambda: nn.Linear(6, 4, bias=False), TOKENS),
+}
+
+
+def layer_and_gates(name: str) -> tuple[nn.Module, Gates, Tensor]:
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    gates = Gates(3).double()
+    with torch.no_grad():
+        gates.theta.copy_(torch.tensor([0.5, 0., 1.5]))
+    return build().double(), gates, torch.randn(shape).double()
+
+
+def scaled(inputs: Tensor, values: Tensor, name: str) -> Tensor:
+    """Activations times the openness of their channels."""
+    if name.startswith('linear'):
+        return inputs * values
+    return inputs * values.reshape(1, -1, *[1] * (inputs.dim() - 2))
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gated_layer_is_the_layer_on_gated_activations(name: str) -> None:
+    layer, gates, inputs = layer_and_gates(name)
+    values = slot_values(gates.openness(), SLOTS)
+    wanted = layer(scaled(inputs, values, name))
+    gradient, = torch.autograd.grad(wanted.square().sum(), gates.theta)
+    gate_layer_(layer, gates, SLOTS)
+    found = layer(inputs)
+    torch.testing.assert_close(found, wanted)
+    by_weight, = torch.autograd.grad(found.square().sum(), gates.theta)
+    torch.testing.assert_close(by_weight, gradient)
+    assert by_weight[1] == 0 and (by_weight[[0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gradient_of_theta_is_the_finite_difference(name: str) -> None:
+    layer, gates, inputs = layer_and_gates(name)
+    gate_layer_(layer, gates, SLOTS)
+    gradient, = torch.autograd.grad(layer(inputs).square().sum(), gates.theta)
+    for index in range(3):
+        sides = []
+        for way in (1e-5, -1e-5):
+            with torch.no_grad():
+                gates.theta[index] += way
+                sides.append(float(layer(inputs).square().sum()))
+                gates.theta[index] -= way
+        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(
+            float(gradient[index]), rel=1e-5, abs=1e-5)
+
+
+def test_closed_form_of_the_gradient_of_a_linear_layer() -> None:
+    gates = Gates(1).double()
+    layer = nn.Linear(1, 1, bias=False).double()
+    gate_layer_(layer, gates, torch.tensor([0]))
+    layer(torch.full((1, 1), 3.).double()).sum().backward()
+    epsilon = float(gates.epsilon)
+    assert float(gates.theta.grad) == pytest.approx(
+        3 * float(layer.weight.detach()) * 2 * epsilon / (1 + epsilon)**2)
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_state_dict_of_a_gated_layer_is_unchanged(name: str) -> None:
+    layer, gates, _ = layer_and_gates(name)
+    before = {
+        key: tensor.clone()
+        for key, tensor in layer.state_dict().items()
+    }
+    gate_layer_(layer, gates, SLOTS)
+    assert list(layer.state_dict()) == list(before)
+    assert all(
+        torch.equal(tensor, before[key])
+        for key, tensor in layer.state_dict().items())
+    assert [name for name, _ in layer.named_modules()] == ['']
+    assert not any('slots' in key for key in gates.state_dict())
+
+
+def gated_net() -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    net.gates = Gates(3)
+    gate_layer_(net[2], net.gates, torch.arange(3))
+    return net
+
+
+def output(net: Any, inputs: Tensor) -> Tensor:
+    return net[2](F.relu(net[0](inputs)))
+
+
+def test_deepcopy_is_bound_to_its_own_gates() -> None:
+    net, inputs = gated_net(), torch.ones(1, 3, 5, 5)
+    before = output(net, inputs)
+    copied = copy.deepcopy(net)
+    assert torch.equal(output(copied, inputs), before)
+    copied.gates.close_(torch.ones(3, dtype=torch.bool))
+    assert torch.equal(output(net, inputs), before)
+    closed = output(copied, inputs)
+    assert torch.equal(closed, copied[2].bias.reshape(1, 2, 1,
+                                                      1).expand_as(closed))
+    output(copied, inputs).sum().backward()
+    assert net.gates.theta.grad is None
+    assert copied.gates.theta.grad is not None
+
+
+def test_deepcopy_is_bound_to_its_own_kernel() -> None:
+    net, inputs = gated_net(), torch.ones(1, 3, 5, 5)
+    before = output(net, inputs)
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        copied[2].weight.zero_()
+    assert torch.equal(output(net, inputs), before)
+    assert not torch.equal(output(copied, inputs), before)
+
+
+def test_slots_move_with_the_gates() -> None:
+    net = gated_net()
+    net.gates.to('meta')
+    assert all(buffer.is_meta for buffer in net.gates.buffers())
+
+
+@pytest.mark.parametrize(
+    'layer',
+    [nn.ReLU(), nn.BatchNorm2d(6),
+     nn.ConvTranspose2d(6, 4, 3)])
+def test_only_convolutions_and_linear_layers_are_gated(
+        layer: nn.Module) -> None:
+    with pytest.raises(TypeError, match=type(layer).__name__):
+        gate_layer_(layer, Gates(3), SLOTS)
