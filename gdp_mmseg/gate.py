@@ -67,7 +67,7 @@ class Schedule:
         >>> schedule.budget_at(0.0, 1.0, 0.4), schedule.budget_at(1., 1., 0.4)
         (1.0, 0.4)
     """
-    phases: tuple[float, float, float] = (0.1, 0.5, 0.4)
+    phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     ramp: float = 0.9
 
@@ -77,7 +77,7 @@ class Schedule:
                 or not math.isclose(sum(self.phases), 1, abs_tol=1e-6)):
             raise ValueError(
                 'phases: expected the shares of warm-up, pruning (above 0) '
-                'and settling, which add up to 1, e.g. (0.1, 0.5, 0.4), but '
+                'and settling, which add up to 1, e.g. (0.35, 0.5, 0.15), but '
                 f'got {self.phases}')
         if (not _are_numbers(self.epsilon, 2)
                 or not 0 < self.epsilon[1] <= self.epsilon[0]):
@@ -277,7 +277,7 @@ class Gates(nn.Module):
             g = openness(theta, self.epsilon)
             return float(cost(g) + cost((g > 0).to(g))) / 2
 
-        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20)) or 1.
+        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
         self.multiplier.fill_(multiplier)
         theta = moved(multiplier)
@@ -385,6 +385,8 @@ def solve_multiplier(spent: Callable[[float], float], budget: float,
     """
     if spent(0.) <= budget:
         return 0.
+    # Without any gain to compare with, every multiplier is as good.
+    scale = scale or 1.
     low, high = 0., scale * 1e-3
     while spent(high) > budget:
         low, high = high, high * 4

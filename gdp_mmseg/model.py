@@ -40,7 +40,7 @@ class Settings:
     """
     target: float
     input_shape: tuple[int, ...] | None = None
-    phases: tuple[float, float, float] = (0.1, 0.5, 0.4)
+    phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     travel: float = 8.
     close_below: float = 1e-2
@@ -54,6 +54,7 @@ class Settings:
                 its range.
         """
         known = [field.name for field in dataclasses.fields(cls)]
+        config = {} if config is None else config
         if not isinstance(config, Mapping) or 'target' not in config or any(
                 key not in known for key in config):
             came = list(config) if isinstance(config, Mapping) else config

@@ -282,7 +282,7 @@ def test_an_input_that_the_network_cannot_take_is_an_error(
     model['gdp'] = dict(target=0.4, input_shape=(24, 24))
     with pytest.raises(ValueError) as error:
         build(model)
-    message = _root(error.value)
+    message = str(error.value)
     assert '(2, 3, 24, 24)' in message and 'input_shape' in message
     model['gdp'] = dict(target=0.4, input_shape=(32, 32))
     assert isinstance(build(model).gdp, Pruner)

@@ -27,7 +27,7 @@ DENSE = ROOT / 'configs' / 'deeplabv3plus_demo.py'
 GATED = ROOT / 'configs' / 'gdp_deeplabv3plus_demo.py'
 # What the rest takes, in iterations of the dense training: an estimate for
 # the time left, corrected by what is measured.
-GATED_COST, AROUND = 1.15, 60
+GATED_COST, AROUND = 1.1, 80
 
 
 class Clock:
@@ -188,7 +188,7 @@ def main() -> None:
     for name in ('dense', 'gdp', 'export'):
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
-    make_demo_data(data_root, train=240, val=80, size=128, seed=0)
+    make_demo_data(data_root, train=240, val=160, size=128, seed=0)
     train(DENSE, folder / 'dense', clock, AROUND / 3, 1)
     train(GATED, folder / 'gdp', clock, AROUND / 3 + iterations, GATED_COST)
     run([
@@ -204,7 +204,7 @@ def main() -> None:
         miou_dense=dense_miou(folder / 'dense'),
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
         train='240 drawn images of 128 x 128, 3 classes and background, seed 0',
-        test='80 drawn images of 128 x 128',
+        test='160 drawn images of 128 x 128',
         crop=list(cfg.crop_size),
         batch_size=cfg.train_dataloader.batch_size,
         iterations=iterations,
