@@ -29,7 +29,8 @@ def section(path: Path) -> str:
     report: dict[str, Any] = json.loads(path.read_text())
     size = ' x '.join(map(str, report['input_shape'][2:]))
     return '\n'.join([
-        f'## {report["title"]}', '', comparison(report), '',
+        f'## {report["title"]}', '',
+        comparison(report), '',
         f'- FLOPs left: {report["macs_pruned"] / report["macs_dense"]:.3f} of '
         f'the dense, asked for {report["target"]}, at {size}; latency '
         f'{report["latency_ms_pruned"] / report["latency_ms_dense"]:.2f} of '

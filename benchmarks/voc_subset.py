@@ -30,13 +30,19 @@ CONFIGS = dict(
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--data-root', type=Path, required=True,
-                        help='folder with JPEGImages, SegmentationClass, '
-                        'SegmentationClassAug, ImageSets/Segmentation')
-    parser.add_argument('--weights', type=Path, required=True,
-                        help='ImageNet weights of the backbone, mmseg keys')
-    parser.add_argument('--work-dir', type=Path,
-                        default=Path('work_dirs/voc_subset'))
+    parser.add_argument(
+        '--data-root',
+        type=Path,
+        required=True,
+        help='folder with JPEGImages, SegmentationClass, '
+        'SegmentationClassAug, ImageSets/Segmentation')
+    parser.add_argument(
+        '--weights',
+        type=Path,
+        required=True,
+        help='ImageNet weights of the backbone, mmseg keys')
+    parser.add_argument(
+        '--work-dir', type=Path, default=Path('work_dirs/voc_subset'))
     parser.add_argument('--iterations', type=int, default=2000)
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--report', type=Path, required=True)
@@ -66,7 +72,8 @@ def run(*command: Any) -> None:
     """Run one of our tools; its failure is ours."""
     print('$ python', *command, flush=True)
     subprocess.run([sys.executable, '-W', 'ignore', *map(str, command)],
-                   cwd=ROOT, check=True)
+                   cwd=ROOT,
+                   check=True)
 
 
 def last_metrics(work_dir: Path) -> dict[str, float]:
@@ -93,9 +100,12 @@ def main() -> None:
             '--out-dir', folder / 'export', *options(args))
     report = json.loads((folder / 'export' / 'report.json').read_text())
     cfg = Config.fromfile(CONFIGS['gdp'])
-    lists = {name: len((args.data_root / 'ImageSets/Segmentation' /
-                        f'{name}.txt').read_text().split())
-             for name in ('train', 'aug', 'val')}
+    lists = {
+        name:
+        len((args.data_root / 'ImageSets/Segmentation' /
+             f'{name}.txt').read_text().split())
+        for name in ('train', 'aug', 'val')
+    }
     report.update(
         miou_dense=last_metrics(folder / 'dense')['mIoU'],
         title='DeepLabV3Plus-MobileNetV2, Pascal VOC 2012 subset',

@@ -78,8 +78,8 @@ class Cost(nn.Module):
                 group_of=group_of, positions=positions, **sides).items():
             self.register_buffer(name, tensor, persistent=False)
         self.dense = self.macs(torch.ones(groups.number))
-        self.register_buffer('shares', (positions / self.dense).float(),
-                             persistent=False)
+        self.register_buffer(
+            'shares', (positions / self.dense).float(), persistent=False)
 
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Open input and output channels of each layer, ``(K,)`` twice."""
@@ -100,8 +100,9 @@ class Cost(nn.Module):
     def price(self, openness: Tensor) -> Tensor:
         """Derivative ``(G,)`` of :meth:`forward`, in closed form."""
         inputs, outputs = self._sums(openness)
-        groups = (self.inputs.T @ (self.shares * outputs) +
-                  self.outputs.T @ (self.shares * inputs))
+        groups = (
+            self.inputs.T @ (self.shares * outputs) +
+            self.outputs.T @ (self.shares * inputs))
         return groups[self.group_of]
 
     def macs(self, openness: Tensor) -> int:

@@ -71,20 +71,23 @@ def export(cfg: Config,
                  'this checkpoint?')
     anchor = next(folder for folder in out_dir.resolve().parents
                   if folder.is_dir())
-    partial = Path(tempfile.mkdtemp(prefix=f'.{out_dir.name}.partial-',
-                                    dir=anchor))
+    partial = Path(
+        tempfile.mkdtemp(prefix=f'.{out_dir.name}.partial-', dir=anchor))
     try:
         _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
-        report.update(_compare(cfg, gated, load_exported(partial, name),
-                               needs_data=evaluate))
+        report.update(
+            _compare(
+                cfg, gated, load_exported(partial, name), needs_data=evaluate))
         if evaluate:
             progress('evaluating the gated network')
             report.update(_metrics(run_test(cfg, gated), 'gated'))
             progress('evaluating the exported files')
             exported = Config.fromfile(partial / f'{name}_pruned.py')
-            report.update(_metrics(
-                run_test(exported, load_exported(partial, name)), 'pruned'))
+            report.update(
+                _metrics(
+                    run_test(exported, load_exported(partial, name)),
+                    'pruned'))
         else:
             report.update(miou_gated=None, miou_pruned=None)
         reporting.write_json(partial / 'report.json', report)
@@ -127,9 +130,9 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with torch.serialization.safe_globals(buffers):
             content = torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
-        raise ValueError(f'checkpoint: expected a file, but {path} does not '
-                         'exist; pass the path of a gated checkpoint'
-                         ) from None
+        raise ValueError(
+            f'checkpoint: expected a file, but {path} does not '
+            'exist; pass the path of a gated checkpoint') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise ValueError(
             f'checkpoint: expected a file that mmengine saved, but {path} '
@@ -172,8 +175,10 @@ def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
         del model[key]
     dense = revert_sync_batchnorm(
         build_base_model(model.pop('base', None), model))
-    _load(dense, {key: value for key, value in state.items()
-                  if not key.startswith('gdp.')})
+    _load(dense, {
+        key: value
+        for key, value in state.items() if not key.startswith('gdp.')
+    })
     return dense.eval()
 
 
@@ -192,8 +197,10 @@ def _without_pretrained(cfg: Config) -> ConfigDict:
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load strictly, with one line for an error."""
     wanted = model.state_dict()
-    other = [key for key in wanted if key not in state
-             or state[key].shape != wanted[key].shape]
+    other = [
+        key for key in wanted
+        if key not in state or state[key].shape != wanted[key].shape
+    ]
     extra = [key for key in state if key not in wanted]
     if other or extra:
         raise ValueError(
@@ -263,8 +270,9 @@ def max_rel_diff(gated: nn.Module, pruned: nn.Module,
         for one, other in pairs:
             scale = float(one.abs().max()) or 1.
             # nan must not be lost in a maximum.
-            worst = float(np.maximum(worst, float(
-                (one - other).abs().max()) / scale))
+            worst = float(
+                np.maximum(worst,
+                           float((one - other).abs().max()) / scale))
     return worst
 
 
@@ -292,8 +300,11 @@ def _measure(gated: nn.Module, dense: nn.Module,
         torch=torch.__version__,
         gdp_mmseg=__version__,
         groups=[
-            dict(writers=list(group.writers), readers=list(group.readers),
-                 channels=len(group.gates), kept=int(keep[group.gates].sum()))
+            dict(
+                writers=list(group.writers),
+                readers=list(group.readers),
+                channels=len(group.gates),
+                kept=int(keep[group.gates].sum()))
             for group in pruner.groups.groups
         ])
 
@@ -347,11 +358,14 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
         checkpoint='{{ fileDirname }}/' + f'{name}_pruned.pth')
     content['model'] = model
     hooks = content.get('default_hooks') or {}
-    content['default_hooks'] = {key: hook for key, hook in hooks.items()
-                                if not _moves_gates(hook)}
+    content['default_hooks'] = {
+        key: hook
+        for key, hook in hooks.items() if not _moves_gates(hook)
+    }
     if content.get('custom_hooks'):
-        content['custom_hooks'] = [hook for hook in content['custom_hooks']
-                                   if not _moves_gates(hook)]
+        content['custom_hooks'] = [
+            hook for hook in content['custom_hooks'] if not _moves_gates(hook)
+        ]
     for key in ('work_dir', 'load_from', 'resume'):
         content.pop(key, None)
     return Config(content)

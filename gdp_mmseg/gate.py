@@ -183,11 +183,13 @@ class Gates(nn.Module):
     multiplier: Tensor
     closed: Tensor
 
-    def __init__(self,
-                 number: int,
-                 epsilon: float = 0.1,
-                 close_below: float = 1e-2,
-                 betas: tuple[float, float] = (0.9, 0.99)) -> None:
+    def __init__(
+        self,
+        number: int,
+        epsilon: float = 0.1,
+        close_below: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.99)
+    ) -> None:
         super().__init__()
         self.close_below = close_below
         self.betas = betas
@@ -217,13 +219,12 @@ class Gates(nn.Module):
         # Of these gates alone: cheaper than all, once for each layer.
         known = slots.clamp(min=0)
         values = openness(self.theta[known], self.epsilon)
-        return values.masked_fill(self.closed[known], 0).masked_fill(
-            slots < 0, 1)
+        return values.masked_fill(self.closed[known],
+                                  0).masked_fill(slots < 0, 1)
 
     def openness(self) -> Tensor:
         """Openness ``(G,)`` of all gates, differentiable in theta."""
-        return openness(self.theta,
-                        self.epsilon).masked_fill(self.closed, 0)
+        return openness(self.theta, self.epsilon).masked_fill(self.closed, 0)
 
     @torch.no_grad()
     def observe_(self) -> None:

@@ -133,11 +133,12 @@ def analyse(model: nn.Module,
         ValueError: If the model cannot take an input of this shape, or has no
             channel that can be pruned.
     """
-    names = Counter(id(tensor) for tensor in
-                    model.state_dict(keep_vars=True).values())
-    shared = [name for name, tensor in
-              model.state_dict(keep_vars=True).items()
-              if names[id(tensor)] > 1]
+    names = Counter(
+        id(tensor) for tensor in model.state_dict(keep_vars=True).values())
+    shared = [
+        name for name, tensor in model.state_dict(keep_vars=True).items()
+        if names[id(tensor)] > 1
+    ]
     dtype = next(model.parameters(), torch.zeros(())).dtype
     for device in ('meta', 'cpu'):
         # A model whose forward asks for values cannot run without them.
@@ -168,8 +169,10 @@ def analyse(model: nn.Module,
 def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
     """From labels to classes, gates and groups."""
     classes = _classes(tracer)
-    axes = {key: classes[labels.numpy()]
-            for key, labels in tracer.axes.items()}
+    axes = {
+        key: classes[labels.numpy()]
+        for key, labels in tracer.axes.items()
+    }
     reasons = _reasons(tracer, classes, axes)
     places = _places(axes, reasons)
 
@@ -178,8 +181,10 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
     members: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for index in sorted(places):
         members.setdefault(places[index], []).append(index)
-    stopped = set(np.concatenate([np.zeros(0, int)] + [
-        classes[labels.numpy()] for labels in tracer.stops]).tolist())
+    stopped = set(
+        np.concatenate([np.zeros(0, int)] +
+                       [classes[labels.numpy()]
+                        for labels in tracer.stops]).tolist())
     keys, groups, number = list(axes), [], 0
     for place, indices in members.items():
         gates = np.arange(number, number + len(indices))
@@ -193,16 +198,21 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
                 _modules(key for key in touched if key in tracer.read_axes),
                 stopped.isdisjoint(indices)))
 
-    gate_axes = {key: torch.from_numpy(gate_of[index])
-                 for key, index in axes.items()}
-    return Groups(number=number,
-                  axes={key: gates for key, gates in gate_axes.items()
-                        if bool((gates >= 0).any())},
-                  layers=_layers(tracer, gate_axes),
-                  groups=tuple(groups),
-                  frozen=_frozen(tracer, axes, reasons),
-                  norms=tracer.norms(),
-                  input_shape=input_shape)
+    gate_axes = {
+        key: torch.from_numpy(gate_of[index])
+        for key, index in axes.items()
+    }
+    return Groups(
+        number=number,
+        axes={
+            key: gates
+            for key, gates in gate_axes.items() if bool((gates >= 0).any())
+        },
+        layers=_layers(tracer, gate_axes),
+        groups=tuple(groups),
+        frozen=_frozen(tracer, axes, reasons),
+        norms=tracer.norms(),
+        input_shape=input_shape)
 
 
 def _classes(tracer: Tracer) -> np.ndarray:
@@ -224,16 +234,16 @@ def _reasons(tracer: Tracer, classes: np.ndarray,
     reasons.setdefault(int(classes[0]), 'joined with channels of no layer')
     for touched, reason in ((tracer.written_axes, 'written by no layer'),
                             (tracer.read_axes, 'read by no layer')):
-        known = set(np.concatenate([np.zeros(0, int)] + [
-            axes[key] for key in touched]).tolist())
+        known = set(
+            np.concatenate([np.zeros(0, int)] + [axes[key]
+                                                 for key in touched]).tolist())
         for index in set(classes.tolist()) - known:
             reasons.setdefault(index, reason)
     return reasons
 
 
 def _places(axes: dict[tuple[str, int], np.ndarray],
-            reasons: dict[int, str]
-            ) -> dict[int, tuple[tuple[int, int], ...]]:
+            reasons: dict[int, str]) -> dict[int, tuple[tuple[int, int], ...]]:
     """For each prunable class: on which axes it lies, and how often."""
     places: dict[int, list[tuple[int, int]]] = {}
     for key, index in enumerate(axes.values()):
@@ -247,8 +257,8 @@ def _modules(keys: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition('.')[0] for name, _ in keys))
 
 
-def _layers(tracer: Tracer,
-            gate_axes: dict[tuple[str, int], Tensor]) -> tuple[Layer, ...]:
+def _layers(tracer: Tracer, gate_axes: dict[tuple[str, int],
+                                            Tensor]) -> tuple[Layer, ...]:
     layers = []
     for kernel, call in tracer.calls.items():
         outputs = gate_axes[kernel, 0]
@@ -256,8 +266,8 @@ def _layers(tracer: Tracer,
         layers.append(
             Layer(
                 kernel.rpartition('.')[0], kernel, call.positions,
-                outputs if call.depthwise else inputs, outputs,
-                call.depthwise, call.counted))
+                outputs if call.depthwise else inputs, outputs, call.depthwise,
+                call.counted))
     return tuple(layers)
 
 
@@ -266,13 +276,15 @@ def _frozen(tracer: Tracer, axes: dict[tuple[str, int], np.ndarray],
     """Written channels without a gate, by reason, most channels first."""
     found: dict[str, tuple[set[int], set[tuple[str, int]]]] = {}
     for key in axes:
-        for index in set(axes[key].tolist()) if (
-                key in tracer.written_axes) else ():
+        for index in set(
+                axes[key].tolist()) if (key in tracer.written_axes) else ():
             if index in reasons:
                 indices, keys = found.setdefault(reasons[index],
                                                  (set(), set()))
                 indices.add(index)
                 keys.add(key)
-    frozen = [Frozen(reason, _modules(sorted(keys)), len(indices))
-              for reason, (indices, keys) in found.items()]
+    frozen = [
+        Frozen(reason, _modules(sorted(keys)), len(indices))
+        for reason, (indices, keys) in found.items()
+    ]
     return tuple(sorted(frozen, key=lambda row: -row.channels))

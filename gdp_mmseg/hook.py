@@ -63,11 +63,10 @@ class GDPHook(Hook):
         optimizer.register_step_pre_hook(step)
         kept = ', '.join(f'{row.channels} channels ({row.reason})'
                          for row in pruner.groups.frozen)
-        runner.logger.info(
-            f'GDP: {pruner.groups.number} gates in '
-            f'{len(pruner.groups.groups)} groups on '
-            f'{pruner.cost.dense / 1e9:.2f} GFLOPs, target '
-            f'{pruner.settings.target}; without a gate: {kept}')
+        runner.logger.info(f'GDP: {pruner.groups.number} gates in '
+                           f'{len(pruner.groups.groups)} groups on '
+                           f'{pruner.cost.dense / 1e9:.2f} GFLOPs, target '
+                           f'{pruner.settings.target}; without a gate: {kept}')
 
     def after_train_iter(self,
                          runner: Runner,
@@ -92,13 +91,15 @@ class GDPHook(Hook):
         # Each iteration, because mmengine logs the mean of the last ones.
         for name, value in scalars.items():
             runner.message_hub.update_scalar(f'train/gdp_{name}', value.item())
-        if self.every_n_train_iters(runner, self.interval) and (
-                is_main_process()):
+        if self.every_n_train_iters(runner,
+                                    self.interval) and (is_main_process()):
             row = dict(
                 iter=runner.iter + 1,
                 flops=float(scalars['flops']),
-                openness=[round(float(openness[group.gates].mean()), 4)
-                          for group in pruner.groups.groups])
+                openness=[
+                    round(float(openness[group.gates].mean()), 4)
+                    for group in pruner.groups.groups
+                ])
             with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
                 file.write(json.dumps(row) + '\n')
 

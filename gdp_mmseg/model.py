@@ -66,8 +66,8 @@ class Settings:
             for key, value in config.items()
         }
         settings = cls(**plain)
-        if not (isinstance(settings.target, (int, float))
-                and 0 < settings.target < 1):
+        if not (isinstance(settings.target,
+                           (int, float)) and 0 < settings.target < 1):
             raise ValueError('gdp.target: expected the share of FLOPs to '
                              'keep, in (0, 1), but got '
                              f'{settings.target!r}')
@@ -111,8 +111,9 @@ class Pruner(nn.Module):
                            settings.close_below)
         self.cost = Cost(groups)
         self.living = len(groups.groups)
-        least = float(self.cost(
-            kept_channels(groups, torch.zeros(groups.number)).float()))
+        least = float(
+            self.cost(
+                kept_channels(groups, torch.zeros(groups.number)).float()))
         if settings.target <= least:
             raise ValueError(
                 f'gdp.target: expected more than {least:.4f}, the share of '
@@ -123,8 +124,8 @@ class Pruner(nn.Module):
     def _budgeted(self) -> float:
         """What the gate step holds against the budget."""
         openness = self.gates.openness()
-        return float(
-            self.cost(openness) + self.cost((openness > 0).float())) / 2
+        return float(self.cost(openness) +
+                     self.cost((openness > 0).float())) / 2
 
     @torch.no_grad()
     def step_(self, progress: float, iterations: int) -> None:
@@ -143,23 +144,24 @@ class Pruner(nn.Module):
                 self.cost,
                 self.schedule.budget_at(progress, self.start,
                                         self.settings.target),
-                self.settings.travel / max(
-                    iterations * self.schedule.phases[1], 1))
+                self.settings.travel /
+                max(iterations * self.schedule.phases[1], 1))
             self._close_dead_()
 
     def _close_dead_(self) -> None:
         """Close what only feeds closed layers, or is fed by none."""
         openness = self.gates.openness()
-        alive = sum(bool(openness[group.gates].any())
-                    for group in self.groups.groups)
+        alive = sum(
+            bool(openness[group.gates].any()) for group in self.groups.groups)
         while alive < self.living:
             self.living = alive
             keep = kept_channels(self.groups, self.gates.openness())
             keep &= ~constant_channels(self.groups, keep)
             self.gates.close_(~keep.to(openness.device))
             openness = self.gates.openness()
-            alive = sum(bool(openness[group.gates].any())
-                        for group in self.groups.groups)
+            alive = sum(
+                bool(openness[group.gates].any())
+                for group in self.groups.groups)
 
     def channels(self) -> Tensor:
         """1 for each gate whose channels a pruned model has, ``(G,)``."""
@@ -177,10 +179,9 @@ def find_pruner(model: nn.Module) -> Pruner:
     network = model.module if is_model_wrapper(model) else model
     pruner = getattr(network, 'gdp', None)
     if not isinstance(pruner, Pruner):
-        raise ValueError(
-            'GDPHook: expected a model with gates, but got '
-            f"{type(network).__name__}; set model=dict(type="
-            "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
+        raise ValueError('GDPHook: expected a model with gates, but got '
+                         f"{type(network).__name__}; set model=dict(type="
+                         "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
     return pruner
 
 
@@ -209,8 +210,8 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     groups = analyse_model(network, shape)
     network.gdp = Pruner(groups, settings)
     for layer in groups.readers():
-        gate_layer_(network.get_submodule(layer.name), network.gdp.gates,
-                    layer.inputs)
+        gate_layer_(
+            network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
     return network
 
 
@@ -250,8 +251,8 @@ def default_base(model: Mapping[str, Any]) -> str:
         model.get('decode_head'), Sequence) else 'EncoderDecoder')
 
 
-def input_shape_of(settings: Settings,
-                   model: Mapping[str, Any]) -> tuple[int, ...]:
+def input_shape_of(settings: Settings, model: Mapping[str,
+                                                      Any]) -> tuple[int, ...]:
     """``(C, H, W)`` at which a model's multiply-adds are counted.
 
     Raises:
@@ -302,8 +303,10 @@ def analyse_model(network: nn.Module, shape: tuple[int, ...]) -> Groups:
     def run_auxiliary_heads(network: Any, inputs: Tensor) -> Any:
         heads = network.auxiliary_head
         features = network.extract_feat(inputs)
-        return [head(features) for head in (
-            heads if isinstance(heads, nn.ModuleList) else [heads])]
+        return [
+            head(features) for head in (
+                heads if isinstance(heads, nn.ModuleList) else [heads])
+        ]
 
     auxiliary = getattr(network, 'auxiliary_head', None) is not None
     return analyse(network, shape, infer,

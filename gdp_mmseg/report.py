@@ -87,9 +87,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows)]
 
     def line(row: Sequence[str]) -> str:
-        first, *rest = [cell.rjust(width) if index else cell.ljust(width)
-                        for index, (cell, width) in enumerate(
-                            zip(row, widths))]
+        first, *rest = [
+            cell.rjust(width) if index else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths))
+        ]
         return '| ' + ' | '.join([first, *rest]) + ' |'
 
     rule = '|:' + '-' * (widths[0] + 1) + '|' + ''.join(
@@ -131,7 +132,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             str(group['kept']), f'{group["kept"] / group["channels"]:.0%}'
         ])
     return '\n'.join([
-        f'# {report["name"]}', '', comparison(report), '',
+        f'# {report["name"]}', '',
+        comparison(report), '',
         f'FLOPs (multiply-adds of one {channels} x {height} x {width} input): '
         f'{share:.4f} of the dense ones, asked for {report["target"]}.',
         f'Largest difference between the outputs of the gated and the pruned '
@@ -139,7 +141,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'{report["max_rel_diff"]:.1e} on {report["compared_on"]}.',
         f'Latency: median of alternating runs on {report["device"]}, '
         f'torch {report["torch"]}; only the ratio travels to another '
-        'machine.', '', '## What was kept', '', table(groups), ''
+        'machine.', '', '## What was kept', '',
+        table(groups), ''
     ])
 
 

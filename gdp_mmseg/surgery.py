@@ -43,12 +43,10 @@ class Constant(nn.Module):
         # How a window moves along each spatial axis; none for a linear layer.
         self.windows: list[tuple[int, int, int]] | None = None
         if isinstance(layer, _ConvNd):
-            self.windows = [
-                (step, dilation * (size - 1) + 1, around)
-                for size, step, dilation, around in zip(
-                    layer.kernel_size, layer.stride, layer.dilation,
-                    _total_padding(layer))
-            ]
+            self.windows = [(step, dilation * (size - 1) + 1, around)
+                            for size, step, dilation, around in zip(
+                                layer.kernel_size, layer.stride,
+                                layer.dilation, _total_padding(layer))]
         self.bias: nn.Parameter | None = None
         if channels:
             self.bias = nn.Parameter(layer.weight.new_zeros(channels))
@@ -56,14 +54,15 @@ class Constant(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """The bias at every position: ``(N, C_in, ...) -> (N, C_out, ...)``.
         """
-        channels = (inputs.new_empty(0) if self.bias is None else
-                    self.bias.to(inputs.dtype))
+        channels = (
+            inputs.new_empty(0)
+            if self.bias is None else self.bias.to(inputs.dtype))
         # Cloned, because what follows may work in place.
         if self.windows is None:
             return channels.expand(*inputs.shape[:-1], -1).clone()
         size = [(length + around - window) // step + 1
-                for length, (step, window, around) in zip(
-                    inputs.shape[2:], self.windows)]
+                for length, (step, window,
+                             around) in zip(inputs.shape[2:], self.windows)]
         return channels.reshape(-1, *(1 for _ in size)).expand(
             len(inputs), -1, *size).clone()
 
@@ -71,8 +70,10 @@ class Constant(nn.Module):
 def _total_padding(layer: _ConvNd) -> list[int]:
     """Padding of each spatial axis, both sides together."""
     if layer.padding == 'same':
-        return [dilation * (size - 1) for dilation, size in zip(
-            layer.dilation, layer.kernel_size)]
+        return [
+            dilation * (size - 1)
+            for dilation, size in zip(layer.dilation, layer.kernel_size)
+        ]
     if layer.padding == 'valid':
         return [0 for _ in layer.kernel_size]
     return [2 * int(side) for side in layer.padding]
@@ -99,10 +100,9 @@ def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
     outputs = {layer.name: layer.outputs for layer in groups.layers}
 
     def dead(group: Group) -> bool:
-        return (group.vanishes and bool(keep[group.gates].any())
-                and not any(
-                    bool(_kept_slots(outputs[name], keep).any())
-                    for name in group.readers))
+        return (group.vanishes and bool(keep[group.gates].any()) and not any(
+            bool(_kept_slots(outputs[name], keep).any())
+            for name in group.readers))
 
     while unread := [group for group in groups.groups if dead(group)]:
         for group in unread:
@@ -147,8 +147,10 @@ def prune(model: nn.Module, groups: Groups,
         ValueError: If a number in the model is not finite.
     """
     keep = kept_channels(groups, openness)
-    state = {name: tensor.detach().clone()
-             for name, tensor in model.state_dict().items()}
+    state = {
+        name: tensor.detach().clone()
+        for name, tensor in model.state_dict().items()
+    }
     absorb_(state, groups, openness)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -163,8 +165,10 @@ def prune(model: nn.Module, groups: Groups,
     pruned = copy.deepcopy(model)
     apply_widths_(pruned, widths)
     wanted = pruned.state_dict()
-    pruned.load_state_dict({name: state[name] if name in state else tensor
-                            for name, tensor in wanted.items()})
+    pruned.load_state_dict({
+        name: state[name] if name in state else tensor
+        for name, tensor in wanted.items()
+    })
     return pruned, widths
 
 
@@ -185,8 +189,8 @@ def absorb_(state: dict[str, Tensor], groups: Groups,
             1, -1, *(1 for _ in kernel.shape[2:]))
 
 
-def apply_widths_(model: nn.Module, widths: Mapping[str, Sequence[int]]
-                  ) -> None:
+def apply_widths_(model: nn.Module, widths: Mapping[str,
+                                                    Sequence[int]]) -> None:
     """Give the modules of a dense model the widths of a pruned one, in place.
 
     The parameters become the first channels of what they were; what they hold
@@ -237,8 +241,8 @@ def _check_width(name: str, part: nn.Module | nn.Parameter,
         raise ValueError(f'widths: expected {name} to be a convolution, '
                          'linear layer, batch norm or parameter, but got '
                          f'{type(part).__name__}')
-    if len(width) != len(dense) or any(
-            not 0 <= new <= old for new, old in zip(width, dense)):
+    if len(width) != len(dense) or any(not 0 <= new <= old
+                                       for new, old in zip(width, dense)):
         raise ValueError(f'widths: expected {name} to be at most '
                          f'{list(dense)}, but got {list(width)}; the widths '
                          'belong to another config')
@@ -325,8 +329,8 @@ def _fold_constants_(model: nn.Module, groups: Groups,
         if width[0] and f'{norm}.running_mean' in state:
             module: Any = model.get_submodule(norm)
             mean, var, scale, shift = (
-                state[f'{norm}.{name}'].double() for name in
-                ('running_mean', 'running_var', 'weight', 'bias'))
+                state[f'{norm}.{name}'].double()
+                for name in ('running_mean', 'running_var', 'weight', 'bias'))
             bias = (shift + scale * (bias.double() - mean) /
                     (var + module.eps).sqrt()).to(kernel)
             widths[norm] = [0]

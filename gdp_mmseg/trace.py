@@ -101,8 +101,9 @@ class Tracer(TorchDispatchMode):
         self.written_axes: set[tuple[str, int]] = set()
         self.next_label = 1
         self._names: dict[int, str] = {}
-        for name, tensor in [*model.named_parameters(),
-                             *model.named_buffers()]:
+        for name, tensor in [
+                *model.named_parameters(), *model.named_buffers()
+        ]:
             self._names.setdefault(id(tensor), name)
         self._buffers = {name for name, _ in model.named_buffers()}
         self._shared = set(shared)
@@ -148,9 +149,12 @@ class Tracer(TorchDispatchMode):
         """Layer to batch norm, where each reads or is read by no other."""
         pairs = ((layer, norm) for layer, norms in self._readers.items()
                  for norm in norms)
-        return {layer: norm for layer, norm in pairs
-                if norm and self._readers[layer] == {norm}
-                and self._sources[norm] == {layer}}
+        return {
+            layer: norm
+            for layer, norm in pairs
+            if norm and self._readers[layer] == {norm}
+            and self._sources[norm] == {layer}
+        }
 
     @contextlib.contextmanager
     def _module_names(self) -> Iterator[None]:
@@ -179,14 +183,18 @@ class Tracer(TorchDispatchMode):
                            args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
         output = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs))
-                   if isinstance(leaf, Tensor)]
-        outputs = [leaf for leaf in tree_leaves(output)
-                   if isinstance(leaf, Tensor)]
+        tensors = [
+            leaf for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        ]
+        outputs = [
+            leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)
+        ]
         self._alive += [*tensors, *outputs]
         self._reads.update({id(tensor) for tensor in tensors})
-        if any(id(tensor) in self._labels or id(tensor) in self._names
-               for tensor in tensors):
+        if any(
+                id(tensor) in self._labels or id(tensor) in self._names
+                for tensor in tensors):
             name = function.overloadpacket.__name__
             if not self._apply(function, name, args, kwargs or {}, tensors,
                                outputs):
@@ -224,8 +232,7 @@ class Tracer(TorchDispatchMode):
     def _tie(self, first: Tensor, second: Tensor) -> None:
         """The labels live and die together, element by element."""
         first, second = torch.broadcast_tensors(first, second)
-        pairs = torch.stack([_compact(first, second),
-                             _compact(second, first)])
+        pairs = torch.stack([_compact(first, second), _compact(second, first)])
         self.pairs.append(torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1))
 
     def _freeze(self, tensor: Tensor, reason: str) -> None:
@@ -248,8 +255,9 @@ class Tracer(TorchDispatchMode):
 
     def _vector(self, labels: Tensor, dim: int) -> Tensor | None:
         """Labels along ``dim``, if they vary along no other."""
-        if any(_varies(labels, other) for other in range(labels.dim())
-               if other != dim % labels.dim()):
+        if any(
+                _varies(labels, other) for other in range(labels.dim())
+                if other != dim % labels.dim()):
             return None
         index: list[Any] = [0] * labels.dim()
         index[dim] = slice(None)
@@ -278,8 +286,8 @@ class Tracer(TorchDispatchMode):
         source = args[0] if args and isinstance(args[0], Tensor) else None
         if name in ('cat', 'stack'):
             return self._join(function, args, kwargs, outputs[0])
-        if source is not None and id(source) in self._names and (
-                name in ('t', 'transpose', 'permute')):
+        if source is not None and id(source) in self._names and (name in (
+                't', 'transpose', 'permute')):
             return self._weight_view(source, outputs[0])
         if name in _CREATIONS:
             return True
@@ -301,8 +309,7 @@ class Tracer(TorchDispatchMode):
         if name == 'unbind':
             dim = args[1] if len(args) > 1 else kwargs.get('dim', 0)
             return not _varies(labels, dim) and all(
-                self._set(output, labels.select(dim, 0))
-                for output in outputs)
+                self._set(output, labels.select(dim, 0)) for output in outputs)
         if name == 'slice':
             return self._slice(labels, source, outputs[0])
         if name in _REDUCTIONS:
@@ -331,8 +338,8 @@ class Tracer(TorchDispatchMode):
         depthwise = groups > 1 and groups == inputs.shape[1]
         written = self._axis(name, 0, weight.shape[0])
         if depthwise and channels is not None:
-            self._tie(channels.repeat_interleave(len(written) // groups),
-                      written)
+            self._tie(
+                channels.repeat_interleave(len(written) // groups), written)
         elif depthwise:
             self._freeze_labels(written, f'input of {self._here()}')
         elif groups > 1:
@@ -380,8 +387,8 @@ class Tracer(TorchDispatchMode):
         self.written_axes.add((kernel, 0))
         if bias is not None:
             self._per_channel(bias, slots)
-        known = self.calls.setdefault(
-            kernel, dataclasses.replace(call, positions=0))
+        known = self.calls.setdefault(kernel,
+                                      dataclasses.replace(call, positions=0))
         if call.counted:
             known.positions += call.positions
         elif not known.counted:
@@ -413,8 +420,7 @@ class Tracer(TorchDispatchMode):
                 self._written.get(id(args[0]), ''))
         return self._set(output, labels)
 
-    def _pointwise(self, tensors: list[Tensor],
-                   outputs: list[Tensor]) -> bool:
+    def _pointwise(self, tensors: list[Tensor], outputs: list[Tensor]) -> bool:
         output = outputs[0]
         known = [self._own_labels(tensor) for tensor in tensors]
         if any(labels is None and tensor.numel() > 1
@@ -430,16 +436,15 @@ class Tracer(TorchDispatchMode):
         for tensor, labels in zip(tensors, known):
             if labels is None and self._spans(tensor, result):
                 return False
-        result = result.expand(torch.broadcast_shapes(result.shape,
-                                                      output.shape))
+        result = result.expand(
+            torch.broadcast_shapes(result.shape, output.shape))
         return self._set(output, result)
 
     def _own_labels(self, tensor: Tensor) -> Tensor | None:
         """Labels of an activation, or of a parameter with one axis."""
         labels = self._get(tensor)
         name = self._names.get(id(tensor))
-        if labels is None and name is not None and (
-                name not in self._buffers):
+        if labels is None and name is not None and (name not in self._buffers):
             long = [axis for axis, size in enumerate(tensor.shape) if size > 1]
             if len(long) == 1:
                 axis = long[0]
@@ -482,16 +487,19 @@ class Tracer(TorchDispatchMode):
         parts = []
         for tensor in args[0]:
             labels = self._own_labels(tensor)
-            parts.append(torch.zeros((), dtype=torch.long).expand(
-                tensor.shape) if labels is None else labels)
+            parts.append(
+                torch.zeros((), dtype=torch.long).
+                expand(tensor.shape) if labels is None else labels)
         dim = (args[1] if len(args) > 1 else kwargs.get('dim', 0))
         dim %= output.dim()
         if function.overloadpacket.__name__ == 'stack':
             parts = [part.unsqueeze(dim) for part in parts]
         elif any(_varies(part, dim) for part in parts):
             # Along the channels: each other axis must be free of them.
-            vectors = [vector for part in parts
-                       if (vector := self._vector(part, dim)) is not None]
+            vectors = [
+                vector for part in parts
+                if (vector := self._vector(part, dim)) is not None
+            ]
             if len(vectors) < len(parts):
                 return False
             return self._set(output,
@@ -535,8 +543,10 @@ class Tracer(TorchDispatchMode):
         return all(map(self._set, outputs, pieces))
 
     def _slice(self, labels: Tensor, source: Tensor, output: Tensor) -> bool:
-        changed = [dim for dim in range(source.dim())
-                   if source.shape[dim] != output.shape[dim]]
+        changed = [
+            dim for dim in range(source.dim())
+            if source.shape[dim] != output.shape[dim]
+        ]
         if any(_varies(labels, dim) for dim in changed):
             return False
         for dim in changed:
@@ -546,8 +556,8 @@ class Tracer(TorchDispatchMode):
     def _reduce(self, labels: Tensor, args: tuple[Any, ...],
                 kwargs: dict[str, Any], outputs: list[Tensor]) -> bool:
         given = args[1] if len(args) > 1 else kwargs.get('dim')
-        dims = ({dim % labels.dim() for dim in _as_list(given)}
-                or set(range(labels.dim())))
+        dims = ({dim % labels.dim()
+                 for dim in _as_list(given)} or set(range(labels.dim())))
         if any(_varies(labels, dim) for dim in dims):
             return False
         for dim in sorted(dims, reverse=True):
@@ -564,8 +574,9 @@ class Tracer(TorchDispatchMode):
             return False
         for dim in range(first, labels.dim()):
             labels = labels.narrow(dim, 0, 1)
-        return all(self._set(output, labels.expand(output.shape))
-                   for output in outputs)
+        return all(
+            self._set(output, labels.expand(output.shape))
+            for output in outputs)
 
 
 def _as_list(dims: Any) -> list[int]:
@@ -591,8 +602,8 @@ def _compact(labels: Tensor, other: Tensor | None = None) -> Tensor:
     return labels.reshape(-1)
 
 
-def _blocks(old: torch.Size, new: torch.Size
-            ) -> Iterator[tuple[list[int], list[int]]]:
+def _blocks(old: torch.Size,
+            new: torch.Size) -> Iterator[tuple[list[int], list[int]]]:
     """Smallest runs of axes with the same product in both shapes.
 
     Examples:

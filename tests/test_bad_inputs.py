@@ -9,6 +9,7 @@ from typing import Any, Callable
 import pytest
 import torch
 from mmengine.runner import Runner
+
 from project import (NAME, Project, Trained, nothing_to_prune, run_tool, tree,
                      unet)
 

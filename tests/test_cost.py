@@ -3,12 +3,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
-                  last, run)
 from torch import Tensor, nn
 
 from gdp_mmseg.cost import Cost
 from gdp_mmseg.groups import Groups, analyse
+
+from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
+                  last, run)
 
 POSITIONS = 8 * 8  # of every toy's feature map
 

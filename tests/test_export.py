@@ -9,8 +9,6 @@ import pytest
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from project import (NAME, TARGET, Exported, Project, Trained, run_tool, train,
-                     tree)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,6 +16,9 @@ import gdp_mmseg.export as exporting
 from gdp_mmseg.export import export, pruned_config, read_checkpoint
 from gdp_mmseg.groups import Groups
 from gdp_mmseg.surgery import Constant
+
+from project import (NAME, TARGET, Exported, Project, Trained, run_tool, train,
+                     tree)
 
 pytest_plugins = ['project']
 

@@ -6,10 +6,11 @@ from collections import Counter
 
 import pytest
 import torch
-from toys import BACKBONES, SHAPE, TOYS, Net, block, conv, deeplab, resnet, run
 from torch import nn
 
 from gdp_mmseg.groups import Groups, analyse
+
+from toys import BACKBONES, SHAPE, TOYS, Net, block, conv, deeplab, resnet, run
 
 HEAD = (48, 512, 256)  # channels of c1, of the decode head, of the auxiliary
 

@@ -12,14 +12,15 @@ from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
-from project import (ITERATIONS, PHASES, TARGET, Project, Recorder, Trained,
-                     build, train)
 from torch import Tensor, nn
 
 from gdp_mmseg.export import export
 from gdp_mmseg.hook import find_pruner
 from gdp_mmseg.model import Pruner
 from gdp_mmseg.report import read_gates
+
+from project import (ITERATIONS, PHASES, TARGET, Project, Recorder, Trained,
+                     build, train)
 
 pytest_plugins = ['project']
 

@@ -9,11 +9,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
-from project import Project, build, nothing_to_prune, unet
 
 from gdp_mmseg.gate import openness
 from gdp_mmseg.model import (Pruner, Settings, analyse_config,
                              build_base_model, default_base)
+
+from project import Project, build, nothing_to_prune, unet
 
 pytest_plugins = ['project']
 

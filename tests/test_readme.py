@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+
 from project import ROOT, Project, run_tool
 
 pytest_plugins = ['project']

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.registry import init_default_scope
 from mmseg.apis import MMSegInferencer, inference_model, init_model
+
 from project import Exported, Project, Trained, run_program, run_tool
 
 pytest_plugins = ['project']

@@ -6,8 +6,6 @@ from typing import Any, Callable
 
 import pytest
 import torch
-from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,
-                  open_gates, randomise_)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -15,6 +13,9 @@ from gdp_mmseg.cost import Cost
 from gdp_mmseg.groups import Groups
 from gdp_mmseg.surgery import (Constant, Widths, absorb_, apply_widths_,
                                constant_channels, kept_channels, prune)
+
+from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,
+                  open_gates, randomise_)
 
 
 def at_random(groups: Groups) -> Tensor:

@@ -8,6 +8,8 @@ that is printed and that works alone.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
@@ -16,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 from _cli import fail, load_config, one_line_errors
-from make_demo_data import make_demo_data
+from make_demo_data import PALETTE, make_demo_data
 
 ROOT = Path(__file__).resolve().parents[1]
 DENSE = ROOT / 'configs' / 'deeplabv3plus_demo.py'
@@ -62,8 +65,11 @@ def train(config: Path, work_dir: Path, clock: Clock, before: float,
         weight (float): Work of one iteration.
     """
     stage = 'gated' if config == GATED else 'dense'
-    log = run(['tools/train.py', str(config.relative_to(ROOT)),
-               '--work-dir', str(work_dir)], work_dir.with_suffix('.log'),
+    log = run([
+        'tools/train.py',
+        str(config.relative_to(ROOT)), '--work-dir',
+        str(work_dir)
+    ], work_dir.with_suffix('.log'),
               lambda line: _show_iteration(line, stage, clock, before, weight))
     if not (work_dir / f'iter_{clock.iterations}.pth').exists():
         fail(f'expected tools/train.py to leave iter_{clock.iterations}.pth '
@@ -108,6 +114,18 @@ def dense_miou(work_dir: Path) -> float:
     return [row['mIoU'] for row in rows if 'mIoU' in row][-1]
 
 
+def predict(config: Path, checkpoint: Path, images: list[str]) -> list[Any]:
+    """Class of each pixel, ``(H, W)`` for each image, by mmseg's own API."""
+    from mmseg.apis import inference_model, init_model
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter('ignore')
+        model = init_model(str(config), str(checkpoint), device='cpu')
+        return [
+            inference_model(model, image).pred_sem_seg.data[0].numpy()
+            for image in images
+        ]
+
+
 def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
     """``report.png``: predictions side by side, the gates' path below."""
     import matplotlib
@@ -115,16 +133,17 @@ def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
     import matplotlib.pyplot as plt
     import numpy as np
     import torch
-    from mmseg.apis import inference_model, init_model
     from PIL import Image
 
     from gdp_mmseg.report import plot_gates, read_gates
     exported = folder / 'export' / f'{GATED.stem}_pruned'
     names = (data_root / 'ImageSets/Segmentation/val.txt').read_text().split()
-    names = names[:4]
+    names = names[::len(names) // 4][:4]
     images = [str(data_root / 'JPEGImages' / f'{name}.jpg') for name in names]
-    masks = [np.array(Image.open(data_root / 'SegmentationClass' /
-                                 f'{name}.png')) for name in names]
+    masks = [
+        np.array(Image.open(data_root / 'SegmentationClass' / f'{name}.png'))
+        for name in names
+    ]
     columns: list[tuple[str, list[Any]]] = [
         ('input', [np.array(Image.open(image)) for image in images]),
         ('truth', masks)
@@ -133,17 +152,13 @@ def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
                 ('pruned', exported.with_suffix('.py'),
                  exported.with_suffix('.pth')))
     for title, config, checkpoint in networks:
-        model = init_model(str(config), str(checkpoint), device='cpu')
-        palette = model.dataset_meta['palette']
-        columns.append(
-            (title, [inference_model(model, image).pred_sem_seg.data[0].numpy()
-                     for image in images]))
+        columns.append((title, predict(config, checkpoint, images)))
     colours = np.full((256, 3), 255, np.uint8)
-    colours[:len(palette)] = palette
+    colours[:len(PALETTE)] = PALETTE
 
     figure = plt.figure(figsize=(11, 6.2), layout='constrained')
-    left, right = figure.subfigures(1, 2, squeeze=False,
-                                    width_ratios=[1, 1.05])[0]
+    left, right = figure.subfigures(
+        1, 2, squeeze=False, width_ratios=[1, 1.05])[0]
     grid = left.subplots(len(names), len(columns))
     for row in range(len(names)):
         for column, (title, pictures) in enumerate(columns):
@@ -153,24 +168,23 @@ def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
             axes.set_axis_off()
             if row == 0:
                 miou = report.get(f'miou_{title}')
-                axes.set_title(title if miou is None else
-                               f'{title}\nmIoU {miou:.1f}', fontsize=10)
+                axes.set_title(
+                    title if miou is None else f'{title}\nmIoU {miou:.1f}',
+                    fontsize=10)
     iterations, flops, openness = read_gates(folder / 'gdp' / 'gates.jsonl')
     upper, lower = right.subplots(2, 1, height_ratios=[1, 2])
     upper.plot(iterations, flops)
     upper.axhline(report['target'], linestyle=':', color='grey')
-    upper.set(xlim=(0, iterations[-1]), ylim=(0, 1.02),
-              ylabel='FLOPs / dense')
+    upper.set(xlim=(0, iterations[-1]), ylim=(0, 1.02), ylabel='FLOPs / dense')
     upper.set_title('whole channels left, and the target', fontsize=10)
     plot_gates(torch.tensor(openness), iterations[-1], lower)
     figure.savefig(folder / 'report.png', dpi=110)
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0])
-    parser.add_argument('--work-dir', type=Path,
-                        default=Path('work_dirs/demo'))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        '--work-dir', type=Path, default=Path('work_dirs/demo'))
     return parser.parse_args()
 
 
@@ -196,14 +210,14 @@ def main() -> None:
         str(GATED.relative_to(ROOT)),
         str(folder / 'gdp' / f'iter_{iterations}.pth'), '--out-dir',
         str(folder / 'export')
-    ], folder / 'export.log', lambda line: clock.show(
-        'export', clock.work - AROUND / 3, line) if line.startswith(
-            ('comparing', 'evaluating')) else None)
+    ], folder / 'export.log',
+        lambda line: clock.show('export', clock.work - AROUND / 3, line)
+        if line.startswith(('comparing', 'evaluating')) else None)
     report = json.loads((folder / 'export' / 'report.json').read_text())
     report.update(
         miou_dense=dense_miou(folder / 'dense'),
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
-        train='240 drawn images of 128 x 128, 3 classes and background, seed 0',
+        train='240 drawn images of 128 x 128, 3 classes, seed 0',
         test='160 drawn images of 128 x 128',
         crop=list(cfg.crop_size),
         batch_size=cfg.train_dataloader.batch_size,

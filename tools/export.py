@@ -4,8 +4,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from _cli import check_checkpoint, check_paths, load_config, one_line_errors
 from mmengine.config import DictAction
+
+from _cli import check_checkpoint, check_paths, load_config, one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,8 +5,9 @@ import argparse
 from pathlib import Path
 from typing import Any, Mapping
 
-from _cli import load_config, one_line_errors
 from mmengine.config import DictAction
+
+from _cli import load_config, one_line_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -36,9 +37,9 @@ def describe(model: Mapping[str, Any]) -> dict[str, Any]:
                 writers=list(group.writers),
                 readers=list(group.readers),
                 channels=len(group.gates),
-                flops_share=share) for group, share in zip(
-                    groups.groups,
-                    cost.group_macs().tolist())
+                flops_share=share)
+            for group, share in zip(groups.groups,
+                                    cost.group_macs().tolist())
         ],
         frozen=[
             dict(

@@ -270,8 +270,8 @@ def _add_line_(scene: _Scene, rng: Rng) -> None:
 def _add_blob_(scene: _Scene, rng: Rng) -> None:
     """Put one distractor, labelled background, on the ground, in place."""
     radius = rng.uniform(2.5, 6.5, 2)
-    points = _place(_blob(rng), rng.uniform(0, 128, 2), radius,
-                    rng.uniform(0, 2 * np.pi))
+    points = _place(
+        _blob(rng), rng.uniform(0, 128, 2), radius, rng.uniform(0, 2 * np.pi))
     alpha = _coverage(scene.size, [scene.unit * points])
     colour = _two_colours(rng, scene.colour_under(alpha))[0]
     scene.paint_(alpha, colour, owner=0)
@@ -441,8 +441,8 @@ def make_demo_data(root: Path, *, train: int, val: int, size: int,
         _check_is(root, manifest, names)
         return
     root.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f'.{root.name}-',
-                                     dir=root.parent) as scratch:
+    with tempfile.TemporaryDirectory(
+            prefix=f'.{root.name}-', dir=root.parent) as scratch:
         folder = Path(scratch) / 'set'
         _write(folder, names, size, seed)
         text = json.dumps(manifest, indent=2) + '\n'
@@ -523,11 +523,12 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=128, help='side, pixels')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    make_demo_data(args.root,
-                   train=args.train,
-                   val=args.val,
-                   size=args.size,
-                   seed=args.seed)
+    make_demo_data(
+        args.root,
+        train=args.train,
+        val=args.val,
+        size=args.size,
+        seed=args.seed)
     for name, share in pixel_shares(args.root).items():
         print(f'{name:<12}{share:7.2%} of pixels')
 
