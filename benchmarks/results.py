@@ -40,6 +40,8 @@ def section(path: Path) -> str:
         f'{report["crop"][0]} x {report["crop"][1]}, seeds '
         f'{", ".join(map(str, report["seeds"]))}; {report["precision"]}. '
         'Dense and gated: the same start, data order, schedule, iterations.',
+        f'- Warm-up, pruning, settling: '
+        f'{", ".join(map(str, report["phases"]))} of the training.',
         f'- Evaluation: {report["test"]}.',
         f'- Gated against pruned: largest relative difference of the outputs '
         f'{report["max_rel_diff"]:.0e} on {report["compared_on"]}.',

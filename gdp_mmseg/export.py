@@ -288,6 +288,7 @@ def _measure(gated: nn.Module, dense: nn.Module,
     keep = pruner.channels().cpu() > 0
     return dict(
         target=pruner.settings.target,
+        phases=list(pruner.settings.phases),
         input_shape=list(shape),
         macs_dense=reporting.count_macs(dense, shape),
         macs_pruned=reporting.count_macs(pruned, shape),
