@@ -36,7 +36,8 @@ def count_parameters(model: nn.Module) -> int:
 
 def paired_latency_ms(models: Sequence[nn.Module],
                       input_shape: tuple[int, ...],
-                      repeats: int = 7) -> list[float]:
+                      repeats: int = 7,
+                      seconds: float = 6.) -> list[float]:
     """Median time of a forward pass of each model, measured in turn.
 
     The models alternate, so that a machine that slows down slows all of them:
@@ -45,7 +46,8 @@ def paired_latency_ms(models: Sequence[nn.Module],
     Args:
         models (Sequence[nn.Module]): mm models on one device, in eval mode.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
-        repeats (int): Timed passes of each, after two that are not.
+        repeats (int): Timed rounds at most, after one that is not timed.
+        seconds (float): No third timed round starts after this.
 
     Returns:
         list[float]: Milliseconds.
@@ -62,9 +64,13 @@ def paired_latency_ms(models: Sequence[nn.Module],
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
 
+    end = time.perf_counter() + seconds
+    runs: list[list[float]] = []
     with torch.no_grad():
-        runs = [[once(model) for model in models]
-                for _ in range(repeats + 2)][2:]
+        while len(runs) <= 2 or (len(runs) <= repeats
+                                 and time.perf_counter() < end):
+            runs.append([once(model) for model in models])
+    runs = runs[1:]
     return [statistics.median(times) for times in zip(*runs)]
 
 
