@@ -76,18 +76,14 @@ def export(cfg: Config,
     try:
         _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
-        report.update(
-            _compare(
-                cfg, gated, load_exported(partial, name), needs_data=evaluate))
+        exported = load_exported(partial, name)
+        report.update(_compare(cfg, gated, exported, needs_data=evaluate))
         if evaluate:
             progress('evaluating the gated network')
             report.update(_metrics(run_test(cfg, gated), 'gated'))
             progress('evaluating the exported files')
-            exported = Config.fromfile(partial / f'{name}_pruned.py')
-            report.update(
-                _metrics(
-                    run_test(exported, load_exported(partial, name)),
-                    'pruned'))
+            files = Config.fromfile(partial / f'{name}_pruned.py')
+            report.update(_metrics(run_test(files, exported), 'pruned'))
         else:
             report.update(miou_gated=None, miou_pruned=None)
         reporting.write_json(partial / 'report.json', report)
