@@ -61,7 +61,7 @@ class Cost(nn.Module):
             fixed = torch.zeros(len(layers))
             for row, layer in enumerate(layers):
                 gates = getattr(layer, side)
-                if side == 'inputs' and layer.depthwise:
+                if side == 'inputs' and layer.blocks:
                     fixed[row] = 1
                     continue
                 fixed[row] = (gates < 0).sum()

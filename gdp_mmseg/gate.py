@@ -14,7 +14,7 @@ from typing import Any, Callable, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
@@ -300,9 +300,11 @@ def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
     names.
 
     Args:
-        layer (nn.Module): Convolution (not transposed) or linear layer.
+        layer (nn.Module): Convolution, transposed or not, or linear layer.
         gates (Gates): Where the gates are.
-        slots (Tensor): ``(C_in,)`` gate of each input channel, -1 for none.
+        slots (Tensor): Gate of each slot on the kernel's axis of inputs, -1
+            for none: ``(C_in,)``, of a grouped convolution ``(C_in /
+            groups,)``.
 
     Raises:
         TypeError: If the layer is of another kind.
@@ -310,7 +312,9 @@ def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
     gated: Any = layer
     if isinstance(layer, nn.Linear):
         gated.forward = _GatedLinear(layer, gates, slots)
-    elif isinstance(layer, _ConvNd) and not layer.transposed:
+    elif isinstance(layer, _ConvTransposeNd):
+        gated.forward = _GatedTransposed(layer, gates, slots)
+    elif isinstance(layer, _ConvNd):
         gated._conv_forward = _GatedConvolution(layer, gates, slots)
     else:
         raise TypeError('expected a convolution or linear layer, but got '
@@ -323,8 +327,9 @@ class _GatedForward:
     Args:
         layer (nn.Module): The layer.
         gates (Gates): Where the gates are.
-        slots (Tensor): ``(C_in,)``.
+        slots (Tensor): See :func:`gate_layer_`.
     """
+    axis = 1
 
     def __init__(self, layer: nn.Module, gates: Gates, slots: Tensor) -> None:
         self.layer = layer
@@ -332,9 +337,9 @@ class _GatedForward:
         self.index = gates.add_slots(slots)
 
     def gated(self, weight: Tensor) -> Tensor:
-        """The kernel ``(C_out, C_in, ...)`` times the gates."""
-        values = self.gates.slot_openness(self.index)
-        return weight * values.reshape(1, -1, *(1 for _ in weight.shape[2:]))
+        """The kernel times the gates."""
+        return weight * along(
+            self.gates.slot_openness(self.index), weight, self.axis)
 
 
 class _GatedConvolution(_GatedForward):
@@ -346,11 +351,36 @@ class _GatedConvolution(_GatedForward):
                                    bias)
 
 
+class _GatedTransposed(_GatedForward):
+    axis = 0
+
+    def __call__(self,
+                 inputs: Tensor,
+                 output_size: list[int] | None = None) -> Tensor:
+        layer: Any = self.layer
+        axes = len(layer.kernel_size)
+        convolve = (F.conv_transpose1d, F.conv_transpose2d,
+                    F.conv_transpose3d)[axes - 1]
+        added = layer._output_padding(inputs, output_size, layer.stride,
+                                      layer.padding, layer.kernel_size, axes,
+                                      layer.dilation)
+        return convolve(inputs, self.gated(layer.weight), layer.bias,
+                        layer.stride, layer.padding, added, layer.groups,
+                        layer.dilation)
+
+
 class _GatedLinear(_GatedForward):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         layer: Any = self.layer
         return F.linear(inputs, self.gated(layer.weight), layer.bias)
+
+
+def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
+    """Numbers ``(C,)``, in a shape that multiplies an axis of a kernel."""
+    shape = [1] * kernel.dim()
+    shape[axis] = -1
+    return values.reshape(shape)
 
 
 def slot_values(openness: Tensor, slots: Tensor) -> Tensor:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections import Counter
-from typing import Iterable, Iterator
+from fnmatch import fnmatchcase
+from typing import Collection, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -23,30 +24,37 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from .labels import Labels
 from .trace import Forward, Tracer
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer as the cost sees it.
+    """A layer as the cost sees it: convolution, linear layer or product.
 
     Args:
         name (str): Its module's name.
-        kernel (str): Its parameter's name.
+        kernel (str): Its parameter's name; none of a product of activations.
         positions (int): Multiply-adds per pair of channels: k^2 H W of a
-            convolution (H, W of its output), the rows of a linear layer.
-        inputs (Tensor): ``(C_in,)`` gate of each input channel, -1 for none.
-        outputs (Tensor): ``(C_out,)`` likewise.
-        depthwise (bool): Each output reads one input: multiply-adds are
+            convolution (H, W of its output, of its input if transposed), the
+            rows of a linear layer.
+        axis (int): The kernel's axis of inputs.
+        inputs (Tensor): ``(C_in,)`` gate of each slot on it, -1 for none. Of
+            a grouped convolution, the same slots in each group.
+        outputs (Tensor): ``(C_out,)`` likewise, all output channels.
+        blocks (bool): A block of outputs goes with the block of inputs that
+            it reads, as in a depthwise convolution; the kernel has no axis of
+            inputs that could be cut, and multiply-adds are
             ``positions * C_out``.
         counted (bool): False for what only training runs.
     """
     name: str
     kernel: str
     positions: int
+    axis: int
     inputs: Tensor
     outputs: Tensor
-    depthwise: bool
+    blocks: bool
     counted: bool
 
 
@@ -107,14 +115,52 @@ class Groups:
     def readers(self) -> Iterator[Layer]:
         """Layers with a gate on at least one input channel."""
         for layer in self.layers:
-            if not layer.depthwise and bool((layer.inputs >= 0).any()):
+            if not layer.blocks and bool((layer.inputs >= 0).any()):
                 yield layer
+
+    def without(self, indices: Collection[int], reason: str) -> Groups:
+        """The same without the gates of some groups: their channels stay.
+
+        Args:
+            indices (Collection[int]): Into ``groups``.
+            reason (str): Why.
+        """
+        stay = torch.ones(self.number, dtype=torch.bool)
+        for index in indices:
+            stay[self.groups[index].gates] = False
+        renumbered = (stay.cumsum(0) - 1).masked_fill(~stay, -1)
+
+        def moved(slots: Tensor) -> Tensor:
+            return renumbered[slots.clamp(min=0)].masked_fill(slots < 0, -1)
+
+        rows = [(index, group) for index, group in enumerate(self.groups)]
+        axes = {key: moved(slots) for key, slots in self.axes.items()}
+        return dataclasses.replace(
+            self,
+            number=int(stay.sum()),
+            axes={
+                key: slots
+                for key, slots in axes.items() if bool((slots >= 0).any())
+            },
+            layers=tuple(
+                dataclasses.replace(
+                    layer,
+                    inputs=moved(layer.inputs),
+                    outputs=moved(layer.outputs)) for layer in self.layers),
+            groups=tuple(
+                dataclasses.replace(group, gates=moved(group.gates))
+                for index, group in rows if index not in indices),
+            frozen=self.frozen + tuple(
+                Frozen(reason, group.writers, len(group.gates))
+                for index, group in rows if index in indices))
 
 
 def analyse(model: nn.Module,
             input_shape: tuple[int, ...],
             forward: Forward,
-            training_forward: Forward | None = None) -> Groups:
+            training_forward: Forward | None = None,
+            ignore: Sequence[str] = (),
+            prune: Sequence[str] | None = None) -> Groups:
     """Find the channels of a model that can be pruned without a change.
 
     Args:
@@ -122,17 +168,72 @@ def analyse(model: nn.Module,
         input_shape (tuple[int, ...]): ``(C, H, W)`` of one input.
         forward (Forward): Runs the copy as in inference, on an input
             ``(N, C, H, W)``. What it returns is the model's output.
-        training_forward (Forward, optional): Runs what only training needs
+        training_forward (Forward, optional): Runs what training needs too
             (auxiliary heads), along with what feeds it. Layers that only it
             reaches are never counted, and keep their own channels.
+        ignore (Sequence[str]): Names or patterns of modules of which nothing
+            may change.
+        prune (Sequence[str], optional): Names or patterns of modules; no
+            others lose outputs.
 
     Returns:
         Groups: See there.
 
     Raises:
-        ValueError: If the model cannot take an input of this shape, or has no
-            channel that can be pruned.
+        ValueError: If the model cannot take an input of this shape, has no
+            channel that can be pruned, or no module of a name.
     """
+    ignored = _part(model, ignore, 'ignore')
+    pruned = None if prune is None else _part(model, prune, 'prune')
+    labels = _trace(model, input_shape, forward, training_forward)
+    for (name, axis), slots in labels.axes.items():
+        owner = name.rpartition('.')[0]
+        if owner in ignored:
+            labels.freeze_labels(slots, 'kept out by ignore')
+        elif (pruned is not None and owner not in pruned
+              and (name, axis) in labels.written_axes):
+            labels.freeze_labels(slots, 'kept out by prune')
+    found = _collect(labels, (1, *input_shape))
+    if not found.number:
+        raise ValueError(nothing_left(found))
+    return found
+
+
+def nothing_left(groups: Groups) -> str:
+    """The message for a model without a gate."""
+    reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
+                        for frozen in groups.frozen[:3])
+    return ('expected at least one prunable group of channels, but got none '
+            f'({reasons or "no convolution"})')
+
+
+def _part(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
+    """Names of the modules that match a name or pattern, and of their parts.
+
+    Raises:
+        ValueError: If a pattern matches no module.
+    """
+    names = [name for name, _ in model.named_modules() if name]
+    part: set[str] = set()
+    for pattern in patterns:
+        found = [name for name in names if fnmatchcase(name, pattern)]
+        if not found:
+            children = ', '.join(name for name, _ in model.named_children())
+            raise ValueError(
+                f'{option}: expected names or patterns of modules, but '
+                f'{pattern!r} matches none of the model, whose parts are '
+                f'{children}')
+        part.update(found)
+    return {
+        name
+        for name in names
+        if any(name == one or name.startswith(f'{one}.') for one in part)
+    }
+
+
+def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
+           training_forward: Forward | None) -> Labels:
+    """Run a copy of the model on the meta device, or where that fails."""
     names = Counter(
         id(tensor) for tensor in model.state_dict(keep_vars=True).values())
     shared = [
@@ -142,7 +243,7 @@ def analyse(model: nn.Module,
     dtype = next(model.parameters(), torch.zeros(())).dtype
     for device in ('meta', 'cpu'):
         # A model whose forward asks for values cannot run without them.
-        tracer = Tracer(copy.deepcopy(model).to(device).eval(), shared)
+        tracer = Tracer(copy.deepcopy(model).to(device), shared)
         inputs = torch.zeros((2, *input_shape), device=device, dtype=dtype)
         try:
             tracer.run(forward, inputs, counted=True)
@@ -157,23 +258,17 @@ def analyse(model: nn.Module,
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; set input_shape '
                     'to one that it can take') from error
-    found = _collect(tracer, (1, *input_shape))
-    if not found.number:
-        reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
-                            for frozen in found.frozen[:3])
-        raise ValueError('expected at least one prunable group of channels, '
-                         f'but got none ({reasons or "no convolution"})')
-    return found
+    return tracer.labels
 
 
-def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
+def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
     """From labels to classes, gates and groups."""
-    classes = _classes(tracer)
+    classes = _classes(labels)
     axes = {
-        key: classes[labels.numpy()]
-        for key, labels in tracer.axes.items()
+        key: classes[slots.numpy()]
+        for key, slots in labels.axes.items()
     }
-    reasons = _reasons(tracer, classes, axes)
+    reasons = _reasons(labels, classes, axes)
     places = _places(axes, reasons)
 
     # Gates are numbered group by group, in the order of the network.
@@ -183,8 +278,7 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
         members.setdefault(places[index], []).append(index)
     stopped = set(
         np.concatenate([np.zeros(0, int)] +
-                       [classes[labels.numpy()]
-                        for labels in tracer.stops]).tolist())
+                       [classes[stop.numpy()] for stop in labels.stops]).tolist())
     keys, groups, number = list(axes), [], 0
     for place, indices in members.items():
         gates = np.arange(number, number + len(indices))
@@ -194,8 +288,8 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
         groups.append(
             Group(
                 torch.from_numpy(gates),
-                _modules(key for key in touched if key in tracer.written_axes),
-                _modules(key for key in touched if key in tracer.read_axes),
+                _modules(key for key in touched if key in labels.written_axes),
+                _modules(key for key in touched if key in labels.read_axes),
                 stopped.isdisjoint(indices)))
 
     gate_axes = {
@@ -208,32 +302,36 @@ def _collect(tracer: Tracer, input_shape: tuple[int, ...]) -> Groups:
             key: gates
             for key, gates in gate_axes.items() if bool((gates >= 0).any())
         },
-        layers=_layers(tracer, gate_axes),
+        layers=_layers(labels, gate_axes) + tuple(
+            Layer(f'product in {product.module}', '', product.positions, 1,
+                  torch.full((product.inputs, ), -1),
+                  torch.from_numpy(gate_of[classes[product.outputs.numpy()]]),
+                  False, product.counted) for product in labels.products),
         groups=tuple(groups),
-        frozen=_frozen(tracer, axes, reasons),
-        norms=tracer.norms(),
+        frozen=_frozen(labels, axes, reasons),
+        norms=labels.norms(),
         input_shape=input_shape)
 
 
-def _classes(tracer: Tracer) -> np.ndarray:
+def _classes(labels: Labels) -> np.ndarray:
     """Class of each label, ``(labels,)``, numbered by first label."""
-    pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *tracer.pairs], 1)
-    size = tracer.next_label
+    pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *labels.pairs], 1)
+    size = labels.next_label
     graph = coo_matrix((np.ones(pairs.shape[1]), tuple(pairs.numpy())),
                        shape=(size, size))
     return connected_components(graph, directed=False)[1]
 
 
-def _reasons(tracer: Tracer, classes: np.ndarray,
+def _reasons(labels: Labels, classes: np.ndarray,
              axes: dict[tuple[str, int], np.ndarray]) -> dict[int, str]:
     """Why a class has no gate, for each that has none."""
     reasons: dict[int, str] = {}
-    for labels, reason in tracer.freezes:
-        for index in np.unique(classes[labels.numpy()]):
+    for frozen, reason in labels.freezes:
+        for index in np.unique(classes[frozen.numpy()]):
             reasons.setdefault(int(index), reason)
     reasons.setdefault(int(classes[0]), 'joined with channels of no layer')
-    for touched, reason in ((tracer.written_axes, 'written by no layer'),
-                            (tracer.read_axes, 'read by no layer')):
+    for touched, reason in ((labels.written_axes, 'written by no layer'),
+                            (labels.read_axes, 'read by no layer')):
         known = set(
             np.concatenate([np.zeros(0, int)] + [axes[key]
                                                  for key in touched]).tolist())
@@ -257,27 +355,27 @@ def _modules(keys: Iterable[tuple[str, int]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.rpartition('.')[0] for name, _ in keys))
 
 
-def _layers(tracer: Tracer, gate_axes: dict[tuple[str, int],
+def _layers(labels: Labels, gate_axes: dict[tuple[str, int],
                                             Tensor]) -> tuple[Layer, ...]:
     layers = []
-    for kernel, call in tracer.calls.items():
-        outputs = gate_axes[kernel, 0]
-        inputs = gate_axes.get((kernel, 1), torch.full((call.inputs, ), -1))
+    for kernel, call in labels.calls.items():
+        inputs, outputs = (
+            gate_axes.get((kernel, axis), torch.full((size, ), -1))
+            for axis, size in zip(call.axes, call.sizes))
         layers.append(
             Layer(
                 kernel.rpartition('.')[0], kernel, call.positions,
-                outputs if call.depthwise else inputs, outputs, call.depthwise,
-                call.counted))
+                call.axes[0], inputs, outputs, call.blocks, call.counted))
     return tuple(layers)
 
 
-def _frozen(tracer: Tracer, axes: dict[tuple[str, int], np.ndarray],
+def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
             reasons: dict[int, str]) -> tuple[Frozen, ...]:
     """Written channels without a gate, by reason, most channels first."""
     found: dict[str, tuple[set[int], set[tuple[str, int]]]] = {}
     for key in axes:
         for index in set(
-                axes[key].tolist()) if (key in tracer.written_axes) else ():
+                axes[key].tolist()) if (key in labels.written_axes) else ():
             if index in reasons:
                 indices, keys = found.setdefault(reasons[index],
                                                  (set(), set()))

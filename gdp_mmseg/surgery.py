@@ -2,8 +2,8 @@
 
 A pruned network computes exactly what the gated one does. It is described by
 its *widths*: module name to ``[C_out, C_in]`` (convolution, linear layer),
-``[C]`` (batch norm) or, for a parameter of another module, parameter name to
-shape. A module without channels is replaced: a batch norm by the identity, a
+``[C_out, C_in, groups]`` (grouped convolution), ``[C]`` (batch norm, group
+norm) or, for a parameter of another module, parameter name to shape. A module without channels is replaced: a batch norm by the identity, a
 layer by :class:`Constant`.
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .gate import slot_values
+from .gate import along, slot_values
 from .groups import Group, Groups
 
 Widths = dict[str, list[int]]
@@ -40,13 +40,16 @@ class Constant(nn.Module):
 
     def __init__(self, layer: nn.Linear | _ConvNd, channels: int) -> None:
         super().__init__()
-        # How a window moves along each spatial axis; none for a linear layer.
+        # Kernel size, stride, padding of both sides with what is added to the
+        # output, along each spatial axis; none for a linear layer.
         self.windows: list[tuple[int, int, int]] | None = None
+        self.transposed = isinstance(layer, _ConvNd) and layer.transposed
         if isinstance(layer, _ConvNd):
-            self.windows = [(step, dilation * (size - 1) + 1, around)
-                            for size, step, dilation, around in zip(
+            self.windows = [(dilation * (size - 1) + 1, step, around - added)
+                            for size, step, dilation, around, added in zip(
                                 layer.kernel_size, layer.stride,
-                                layer.dilation, _total_padding(layer))]
+                                layer.dilation, _total_padding(layer),
+                                layer.output_padding)]
         self.bias: nn.Parameter | None = None
         if channels:
             self.bias = nn.Parameter(layer.weight.new_zeros(channels))
@@ -60,9 +63,11 @@ class Constant(nn.Module):
         # Cloned, because what follows may work in place.
         if self.windows is None:
             return channels.expand(*inputs.shape[:-1], -1).clone()
-        size = [(length + around - window) // step + 1
-                for length, (step, window,
-                             around) in zip(inputs.shape[2:], self.windows)]
+        size = [(length - 1) * step - around +
+                window if self.transposed else (length + around - window) //
+                step + 1 for length, (window, step,
+                                      around) in zip(inputs.shape[2:],
+                                                     self.windows)]
         return channels.reshape(-1, *(1 for _ in size)).expand(
             len(inputs), -1, *size).clone()
 
@@ -185,8 +190,7 @@ def absorb_(state: dict[str, Tensor], groups: Groups,
         kernel = state[layer.kernel]
         scale = slot_values(openness.detach().to(kernel),
                             layer.inputs.to(kernel.device))
-        state[layer.kernel] = kernel * scale.reshape(
-            1, -1, *(1 for _ in kernel.shape[2:]))
+        state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 
 
 def apply_widths_(model: nn.Module, widths: Mapping[str,
@@ -215,7 +219,7 @@ def apply_widths_(model: nn.Module, widths: Mapping[str,
         _check_width(name, part, width)
         if isinstance(part, nn.Parameter):
             setattr(parent, leaf, _narrowed(part, *width))
-        elif isinstance(part, _BatchNorm):
+        elif isinstance(part, (_BatchNorm, nn.GroupNorm)):
             if width[0]:
                 _set_norm_width_(part, width[0])
             else:
@@ -233,13 +237,16 @@ def _check_width(name: str, part: nn.Module | nn.Parameter,
         dense: Sequence[int] = part.shape
     elif isinstance(part, _BatchNorm):
         dense = [part.num_features]
+    elif isinstance(part, nn.GroupNorm):
+        dense = [part.num_channels]
     elif isinstance(part, _ConvNd):
         dense = [part.out_channels, part.in_channels]
+        dense += [part.groups] if part.groups > 1 else []
     elif isinstance(part, nn.Linear):
         dense = [part.out_features, part.in_features]
     else:
         raise ValueError(f'widths: expected {name} to be a convolution, '
-                         'linear layer, batch norm or parameter, but got '
+                         'linear layer, norm or parameter, but got '
                          f'{type(part).__name__}')
     if len(width) != len(dense) or any(not 0 <= new <= old
                                        for new, old in zip(width, dense)):
@@ -248,24 +255,31 @@ def _check_width(name: str, part: nn.Module | nn.Parameter,
                          'belong to another config')
 
 
-def _set_layer_widths_(layer: nn.Linear | _ConvNd, outputs: int,
-                       inputs: int) -> None:
-    """Convolution or linear layer; a depthwise one has a group a channel."""
+def _set_layer_widths_(layer: nn.Linear | _ConvNd,
+                       outputs: int,
+                       inputs: int,
+                       groups: int = 1) -> None:
+    """Convolution or linear layer."""
+    sizes = [outputs, inputs // groups]
     if isinstance(layer, nn.Linear):
         layer.in_features, layer.out_features = inputs, outputs
-        slots = inputs
     else:
-        if layer.groups > 1 and layer.groups == layer.in_channels:
-            layer.groups = inputs
         layer.in_channels, layer.out_channels = inputs, outputs
-        slots = inputs // layer.groups
+        layer.groups = groups
+        if layer.transposed:
+            sizes = [inputs, outputs // groups]
     for name, parameter in list(layer.named_parameters(recurse=False)):
-        sizes = (outputs, slots) if name == 'weight' else (outputs, )
-        setattr(layer, name, _narrowed(parameter, *sizes))
+        setattr(
+            layer, name,
+            _narrowed(parameter, *(sizes if name == 'weight' else [outputs])))
 
 
-def _set_norm_width_(norm: _BatchNorm, channels: int) -> None:
-    norm.num_features = channels
+def _set_norm_width_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
+    if isinstance(norm, nn.GroupNorm):
+        norm.num_groups = norm.num_groups * channels // norm.num_channels
+        norm.num_channels = channels
+    else:
+        norm.num_features = channels
     for name, parameter in norm.named_parameters():
         setattr(norm, name, _narrowed(parameter, channels))
     for name, buffer in norm.named_buffers():
@@ -292,6 +306,7 @@ def _widths(model: nn.Module, groups: Groups,
             state: Mapping[str, Tensor]) -> Widths:
     """Widths of all modules that became narrower."""
     dense = dict([*model.named_parameters(), *model.named_buffers()])
+    blocks = {layer.name for layer in groups.layers if layer.blocks}
     widths: Widths = {}
     for name in dict.fromkeys(name for name, _ in groups.axes):
         shape = state[name].shape
@@ -301,16 +316,34 @@ def _widths(model: nn.Module, groups: Groups,
         module = model.get_submodule(owner)
         if isinstance(module, (_ConvNd, nn.Linear)):
             if leaf == 'weight':
-                widths[owner] = [shape[0], shape[1]]
-                if isinstance(module, _ConvNd) and module.groups > 1:
-                    # Depthwise; the kernel says nothing of its inputs.
-                    multiplier = module.out_channels // module.in_channels
-                    widths[owner][1] = shape[0] // multiplier
-        elif isinstance(module, _BatchNorm):
+                widths[owner] = _layer_widths(module, shape, owner in blocks)
+        elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
             widths[owner] = [shape[0]]
         else:
             widths[name] = list(shape)
     return widths
+
+
+def _layer_widths(layer: nn.Linear | _ConvNd, kernel: torch.Size,
+                  blocks: bool) -> list[int]:
+    """Widths of a layer whose kernel has got this shape.
+
+    Args:
+        layer (nn.Linear | _ConvNd): The dense one.
+        kernel (torch.Size): ``(C_out, C_in / groups, ...)``, or ``(C_in,
+            C_out / groups, ...)`` if transposed.
+        blocks (bool): Whether whole groups went, or channels of each.
+    """
+    if isinstance(layer, nn.Linear) or layer.groups == 1:
+        turned = isinstance(layer, _ConvNd) and layer.transposed
+        return [kernel[1], kernel[0]] if turned else [kernel[0], kernel[1]]
+    if blocks:
+        groups = kernel[0] * layer.groups // layer.weight.shape[0]
+        return [
+            size * groups // layer.groups
+            for size in (layer.out_channels, layer.in_channels)
+        ] + [groups]
+    return [kernel[0], kernel[1] * layer.groups, layer.groups]
 
 
 def _fold_constants_(model: nn.Module, groups: Groups,
@@ -321,7 +354,7 @@ def _fold_constants_(model: nn.Module, groups: Groups,
     sees a constant in training mode would lose its mean.
     """
     for layer, width in list(widths.items()):
-        if 0 not in width or len(width) != 2:
+        if 0 not in width or len(width) < 2 or f'{layer}.weight' not in state:
             continue
         kernel = state[f'{layer}.weight']
         bias = state.get(f'{layer}.bias', kernel.new_zeros(width[0]))

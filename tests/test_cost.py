@@ -74,13 +74,25 @@ def test_depthwise_of_two_per_channel() -> None:
           POSITIONS * 9 * (3 * a + 2 * a + 2 * a * b + b * 2))
 
 
-def test_grouped() -> None:
-    groups, cost = cost_of('grouped convolution')
+def test_grouped_with_channels_of_each_group() -> None:
+    groups, cost = cost_of('grouped convolution of few groups')
     g = openness_of(groups)
-    body = sum_of(groups, g, 'body.0', 'head')
-    fixed = 3 * 4 + 4 * 6 // 2
-    check(cost, g, POSITIONS * 9 * (fixed + 6 * 5 + 5 * 2),
-          POSITIONS * 9 * (fixed + 6 * body + body * 2))
+    a = 2 * sum_of(groups, g, 'stem.0', 'grouped.0')
+    b = 2 * sum_of(groups, g, 'grouped.0', 'body.0')
+    c = sum_of(groups, g, 'body.0', 'head')
+    check(cost, g, POSITIONS * 9 * (3 * 8 + 8 * 6 // 2 + 6 * 5 + 5 * 2),
+          POSITIONS * 9 * (3 * a + a * b / 2 + b * c + c * 2))
+
+
+def test_grouped_with_whole_groups() -> None:
+    groups, cost = cost_of('grouped convolution of many groups')
+    g = openness_of(groups)
+    blocks = sum_of(groups, g, 'stem.0', 'grouped.0', 'body.0')
+    a = sum_of(groups, g, 'body.0', 'head')
+    check(
+        cost, g, POSITIONS * 9 * (3 * 8 + 8 * 12 // 4 + 12 * 5 + 5 * 2),
+        POSITIONS * 9 *
+        (3 * 2 * blocks + blocks * 2 * 3 + 3 * blocks * a + a * 2))
 
 
 def test_linear_counts_its_rows() -> None:

@@ -142,7 +142,11 @@ def open_gates(open_: Tensor) -> Gates:
 def counted_macs(net: nn.Module,
                  inputs: Tensor,
                  forward: Callable[[nn.Module, Tensor], Any] = run) -> int:
-    """Multiply-adds as PyTorch counts them: two FLOPs each."""
+    """Multiply-adds as PyTorch counts them: two FLOPs each.
+
+    Without data, where attention runs as the products that it is made of.
+    """
+    net, inputs = copy.deepcopy(net).to('meta'), inputs.to('meta')
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward(net, inputs)
     return counter.get_total_flops() // 2
@@ -222,6 +226,28 @@ def _tied_decoder(net: Any, x: Tensor) -> Tensor:
     code = net.middle(F.relu(net.code(x)))
     return net.head(
         F.conv_transpose2d(F.relu(code), net.code.weight, padding=1))
+
+
+def _grouped_shuffle(net: Any, x: Tensor) -> Tensor:
+    x = net.first(net.stem(x))
+    n, c, h, w = x.shape
+    x = x.view(n, 2, c // 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+    return net.head(net.second(x))
+
+
+def _attend(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x).flatten(2).transpose(1, 2)
+    weights = (net.query(x) @ net.key(x).transpose(1, 2)).softmax(-1)
+    return net.head(weights @ net.value(x))
+
+
+def _attend_in_heads(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x).flatten(2).transpose(1, 2)
+    query, key, value = (
+        part(x).unflatten(2, (2, -1)).transpose(1, 2)
+        for part in (net.query, net.key, net.value))
+    x = F.scaled_dot_product_attention(query, key, value)
+    return net.head(x.transpose(1, 2).flatten(2))
 
 
 TOYS: dict[str, Toy] = {
@@ -471,27 +497,50 @@ TOYS: dict[str, Toy] = {
     'group norm':
     Toy(
         lambda: nn.Sequential(
-            conv(3, 4), nn.GroupNorm(2, 4), *block(4, 5), last(5)),
-        ((5, '2 5'), ), {'0': 'group_norm in 1'}),
+            conv(3, 6), nn.GroupNorm(3, 6), nn.ReLU(), *block(6, 5), last(5)),
+        ((3, '0 3'), (5, '3 6'))),
+    'group norm of one group':
+    Toy(
+        lambda: nn.Sequential(
+            conv(3, 6), nn.GroupNorm(1, 6), *block(6, 5), last(5)),
+        ((1, '0 2'), (5, '2 5'))),
+    'layer norm':
+    Toy(
+        lambda: nn.Sequential(
+            conv(3, 4), nn.LayerNorm([8, 8]), *block(4, 5), last(5)),
+        ((5, '2 5'), ), {'0': 'native_layer_norm in 1'}),
     'PReLU':
     Toy(lambda: nn.Sequential(conv(3, 4), nn.PReLU(4), *block(4, 5), last(5)),
         ((4, '0 2'), (5, '2 5'))),
     'transposed convolution':
-    Toy(lambda: nn.Sequential(*block(3, 4), nn.ConvTranspose2d(4, 5, 2, 2),
-                              *block(5, 6), last(6)), ((6, '4 7'), ),
-        {'0': 'convolution in 3'},
-        uncounted=2 * 2 * 8 * 8 * 4 * 5),
+    Toy(
+        lambda: nn.Sequential(
+            *block(3, 4),
+            nn.ConvTranspose2d(4, 5, 3, 2, 1, output_padding=1),
+            nn.BatchNorm2d(5), nn.ReLU(), *block(5, 6), last(6)),
+        ((4, '0 3'), (5, '3 6'), (6, '6 9'))),
+    'transposed depthwise convolution':
+    Toy(
+        lambda: nn.Sequential(
+            *block(3, 4), nn.ConvTranspose2d(4, 4, 2, 2, groups=4), *block(
+                4, 6), last(6)), ((4, '0 3 4'), (6, '4 7'))),
+    'transposed grouped convolution':
+    Toy(
+        lambda: nn.Sequential(
+            *block(3, 4), nn.ConvTranspose2d(4, 6, 2, 2, groups=2), *block(
+                6, 5), last(5)), ((5, '4 7'), ), {'0': 'convolution in 3'},
+        uncounted=2 * 2 * 8 * 8 * 4 * 3),
     'kernel used twice, once transposed':
-    Toy(lambda: Net(
-        _tied_decoder,
-        stem=block(3, 4),
-        code=conv(4, 5),
-        middle=branch(5, 7, 5),
-        head=last(4)), ((7, 'middle.0 middle.3'), ), {
-            'stem.0': 'convolution',
-            'code': 'convolution'
-        },
-        uncounted=3 * 3 * 8 * 8 * 5 * 4),
+    Toy(
+        lambda: Net(
+            _tied_decoder,
+            stem=block(3, 4),
+            code=conv(4, 5),
+            middle=branch(5, 7, 5),
+            head=last(4)), ((7, 'middle.0 middle.3'), ), {
+                'stem.0': 'code.weight is used without a call of its layer',
+                'code': 'code.weight is used without a call of its layer'
+            }),
     'zero-padded shortcut':
     Toy(
         lambda: Net(
@@ -508,17 +557,99 @@ TOYS: dict[str, Toy] = {
             _zeros, stem=block(3, 4), branch=branch(4, 5, 6), head=last(6)),
         ((4, 'stem.0 branch.0 branch.3 head'), (5, 'branch.0 branch.3')),
         {'branch.3': 'joined with channels of no layer'}),
-    'grouped convolution':
+    'grouped convolution of few groups':
     Toy(
         lambda: Net(
             lambda net, x: net.head(net.body(net.grouped(net.stem(x)))),
-            stem=block(3, 4),
-            grouped=block(4, 6, groups=2),
+            stem=block(3, 8),
+            grouped=block(8, 6, groups=2),
             body=block(6, 5),
-            head=last(5)), ((5, 'body.0 head'), ), {
-                'stem.0': 'grouped convolution grouped.0',
-                'grouped.0': 'grouped convolution grouped.0'
-            }),
+            head=last(5)), ((4, 'stem.0 grouped.0'), (3, 'grouped.0 body.0'),
+                            (5, 'body.0 head'))),
+    'grouped convolution of many groups':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(net.body(net.grouped(net.stem(x)))),
+            stem=block(3, 8),
+            grouped=block(8, 12, groups=4),
+            body=block(12, 5),
+            head=last(5)), ((4, 'stem.0 grouped.0 body.0'),
+                            (5, 'body.0 head'))),
+    'two grouped convolutions around a shuffle':
+    Toy(
+        lambda: Net(
+            _grouped_shuffle,
+            stem=block(3, 8),
+            first=block(8, 12, groups=2),
+            second=block(12, 8, groups=2),
+            head=last(8)), ((4, 'stem.0 first.0'), (3, 'first.0 second.0'),
+                            (4, 'second.0 head'))),
+    'pixel shuffle':
+    Toy(
+        lambda: nn.Sequential(*block(3, 8), nn.PixelShuffle(2), *block(2, 5),
+                              last(5)), ((2, '0 4'), (5, '4 7'))),
+    'pixel unshuffle':
+    Toy(
+        lambda: nn.Sequential(*block(3, 4), nn.PixelUnshuffle(2), *block(
+            16, 5), last(5)), ((4, '0 4'), (5, '4 7'))),
+    'unfold':
+    Toy(
+        lambda: nn.Sequential(*block(3, 4), nn.Unfold(3, padding=1),
+                              nn.Unflatten(2, (8, 8)), *block(36, 5), last(5)),
+        ((4, '0 5'), (5, '5 8'))),
+    'maximum over positions':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(net.stem(x).flatten(2).max(2)[0]),
+            stem=block(3, 4),
+            head=nn.Linear(4, 2)), ((4, 'stem.0 head'), )),
+    'attention':
+    Toy(
+        lambda: Net(
+            _attend,
+            stem=block(3, 4),
+            query=nn.Linear(4, 6),
+            key=nn.Linear(4, 6),
+            value=nn.Linear(4, 5),
+            head=nn.Linear(5, 2)), ((4, 'stem.0 query key value'),
+                                    (5, 'value head')), {
+                                        'query': 'bmm over it',
+                                        'key': 'bmm over it'
+                                    }),
+    'attention of several heads':
+    Toy(
+        lambda: Net(
+            _attend_in_heads,
+            stem=block(3, 4),
+            query=nn.Linear(4, 6),
+            key=nn.Linear(4, 6),
+            value=nn.Linear(4, 8),
+            head=nn.Linear(8, 2)), ((4, 'stem.0 query key value'),
+                                    (4, 'value head')),
+        {
+            'query': 'bmm over it',
+            'key': 'bmm over it'
+        }),
+    'products of channels with channels':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(
+                (y := net.stem(x).flatten(2)) @ y.transpose(1, 2)),
+            stem=nn.Sequential(*block(3, 5), *block(5, 4)),
+            head=nn.Linear(4, 2)), ((5, 'stem.0 stem.3'), ),
+        {'stem.3': 'bmm'}),
+    'kernel used without its layer':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(
+                F.conv2d(net.stem(x), net.body.weight, padding=1)),
+            stem=nn.Sequential(*block(3, 5), *block(5, 4)),
+            body=conv(4, 5),
+            head=last(5)), ((5, 'stem.0 stem.3'), ),
+        {
+            'stem.3': 'body.weight is used without a call',
+            'body': 'body.weight is used without a call'
+        }),
 }
 
 

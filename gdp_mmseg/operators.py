@@ -1,0 +1,568 @@
+"""What each ATen operator does to labels: the rules behind ``trace.py``.
+
+A rule is a function of the :class:`Labels` and one executed operator. It puts
+labels beside the outputs and returns True, or returns False: then all labels
+that the operator reads are frozen, as they are by an operator without a rule.
+An unknown operator costs saving, never correctness.
+
+Letters: ``N`` batch, ``C`` channels, ``H, W`` height and width, ``B`` blocks
+(groups of a grouped convolution).
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from typing import Any, Callable
+
+import torch
+from torch import Tensor
+
+from .labels import (Call, Labels, Product, blocks, spread, thinned, varies,
+                     vector)
+
+# Element by element too, but without the tag that says so.
+_POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
+              'masked_fill_', 'native_dropout')
+# New tensors of a shape alone.
+_CREATIONS = ('zeros_like', 'ones_like', 'empty_like', 'full_like',
+              'new_zeros', 'new_ones', 'new_empty', 'new_full')
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """An operator that was executed.
+
+    Args:
+        function (Any): The overload, callable on labels too.
+        args (tuple[Any, ...]): What it got.
+        kwargs (dict[str, Any]): What it got by name.
+        tensors (list[Tensor]): All tensors among them.
+        outputs (list[Tensor]): What it returned.
+    """
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    tensors: list[Tensor]
+    outputs: list[Tensor]
+
+    @property
+    def name(self) -> str:
+        """Without the overload, e.g. ``'add'``."""
+        name: str = self.function.overloadpacket.__name__
+        return name
+
+    @property
+    def source(self) -> Tensor | None:
+        """The first argument, if it is a tensor."""
+        first = self.args[0] if self.args else None
+        return first if isinstance(first, Tensor) else None
+
+    def argument(self, index: int, name: str, default: Any = None) -> Any:
+        """An argument by its place or its name."""
+        if len(self.args) > index:
+            return self.args[index]
+        return self.kwargs.get(name, default)
+
+
+Rule = Callable[[Labels, Operation], bool]
+# A rule of an operator that only rearranges or reduces one labelled tensor
+# gets its labels.
+SourceRule = Callable[[Labels, Operation, Tensor], bool]
+
+_RULES: dict[str, Rule] = {}
+_SOURCE_RULES: dict[str, SourceRule] = {}
+
+
+def _rule(*names: str) -> Callable[[Rule], Rule]:
+
+    def register(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def _source_rule(*names: str) -> Callable[[SourceRule], SourceRule]:
+
+    def register(function: SourceRule) -> SourceRule:
+        _SOURCE_RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+def apply(labels: Labels, operation: Operation) -> bool:
+    """Let one operator act on the labels; False if nothing is known of it."""
+    name = operation.name
+    if name in _RULES:
+        return _RULES[name](labels, operation)
+    if torch.Tag.pointwise in operation.function.tags or name in _POINTWISE:
+        return _pointwise(labels, operation)
+    if name in _CREATIONS:
+        return True
+    source = operation.source
+    if source is None or len(operation.tensors) > 1 or any(
+            tensor is source for tensor in operation.outputs):
+        return False
+    known = labels.own(source)
+    if known is None:
+        return False
+    if name in _SOURCE_RULES:
+        return _SOURCE_RULES[name](labels, operation, known)
+    if name.startswith(_SPATIAL):
+        return _spatial(labels, operation, known)
+    return False
+
+
+# -- layers -----------------------------------------------------------------
+
+
+@_rule('convolution')
+def _convolution(labels: Labels, operation: Operation) -> bool:
+    inputs, weight, bias = operation.args[:3]
+    transposed, number = operation.args[6], operation.args[8]
+    kernel = labels.name_of(weight)
+    known = labels.get(inputs)
+    channels = None if known is None else vector(known, 1)
+    if kernel is None or (known is not None and channels is None):
+        return False
+    output = operation.outputs[0]
+    read = inputs.shape[1] // number  # channels that one output reads
+    moves = inputs if transposed else output
+    positions = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
+    positions = positions * len(inputs) // labels.images
+    if number > read:
+        if transposed and not read == weight.shape[1] == 1:
+            return False
+        written = labels.axis(kernel, 0, weight.shape[0])
+        if channels is None:
+            labels.freeze_labels(written, f'input of {labels.here()}')
+        else:
+            block = labels.tie_along(channels.reshape(number, read), 1)
+            labels.tie(written.reshape(number, -1), block[:, :1])
+        call = Call(positions * read, (len(written), len(written)), (0, 0),
+                    True, labels.counted)
+        return labels.write(kernel, call, written, bias, output, 1)
+    if transposed and number > 1:
+        return False
+    axes = (0, 1) if transposed else (1, 0)
+    written = labels.axis(kernel, axes[1], weight.shape[axes[1]])
+    if number > 1:
+        # As many of each block go: at the same place in each.
+        labels.tie_along(written.reshape(number, -1), 0)
+        if channels is not None:
+            channels = labels.tie_along(channels.reshape(number, read), 0)[0]
+    labels.read(kernel, axes[0], read, channels)
+    call = Call(positions, (read, len(written)), axes, False, labels.counted)
+    return labels.write(kernel, call, written, bias, output, 1)
+
+
+@_rule('addmm', 'mm', 'linear')
+def _linear(labels: Labels, operation: Operation) -> bool:
+    if operation.name == 'linear':
+        inputs, weight, *bias = operation.args
+        kernel = labels.name_of(weight)
+    else:
+        *bias, inputs, weight = operation.args[:3]
+        kernel = labels.kernels.get(id(weight))
+    if kernel is None:
+        return operation.name == 'mm' and _product(labels, operation)
+    known = labels.get(inputs)
+    channels = None if known is None else vector(known, -1)
+    if known is not None and channels is None:
+        return False
+    output = operation.outputs[0]
+    rows = math.prod(output.shape[:-1]) // labels.images
+    sizes = (inputs.shape[-1], output.shape[-1])
+    labels.read(kernel, 1, sizes[0], channels)
+    written = labels.axis(kernel, 0, sizes[1])
+    call = Call(rows, sizes, (1, 0), False, labels.counted)
+    return labels.write(kernel, call, written, bias[0] if bias else None,
+                        output, -1)
+
+
+@_rule('native_batch_norm', '_native_batch_norm_legit',
+       '_native_batch_norm_legit_no_training', 'cudnn_batch_norm',
+       'miopen_batch_norm', '_batch_norm_with_update',
+       '_batch_norm_no_update')
+def _batch_norm(labels: Labels, operation: Operation) -> bool:
+    inputs, weight = operation.args[:2]
+    known = labels.get(inputs)
+    channels = None if known is None else vector(known, 1)
+    if known is None or channels is None:
+        return False
+    for tensor in operation.args[1:5]:
+        if isinstance(tensor, Tensor):
+            labels.per_channel(tensor, channels)
+    if isinstance(weight, Tensor):
+        labels.norm(inputs, weight)
+    return labels.set(operation.outputs[0], known)
+
+
+@_rule('native_group_norm')
+def _group_norm(labels: Labels, operation: Operation) -> bool:
+    """Whole groups can go: each is normalised by itself."""
+    inputs, weight, bias = operation.args[:3]
+    known = labels.get(inputs)
+    channels = None if known is None else vector(known, 1)
+    if (known is None or channels is None or weight is None
+            or labels.name_of(weight) != f'{labels.here()}.weight'):
+        return False
+    labels.tie_along(channels.reshape(operation.args[6], -1), 1)
+    for tensor in (weight, bias):
+        labels.per_channel(tensor, channels)
+    labels.needs_channels(known)
+    return labels.set(operation.outputs[0], known)
+
+
+# -- of several tensors -----------------------------------------------------
+
+
+def _pointwise(labels: Labels, operation: Operation) -> bool:
+    tensors = operation.tensors
+    known = [labels.own(tensor) for tensor in tensors]
+    if any(one is None and tensor.numel() > 1
+           and labels.name_of(tensor) is not None
+           for tensor, one in zip(tensors, known)):
+        return False
+    result: Tensor | None = None
+    for one in known:
+        if one is not None:
+            result = one if result is None else _meet(labels, result, one)
+    if result is None:
+        return False
+    for tensor, one in zip(tensors, known):
+        if one is None and _spans(tensor, result):
+            return False
+    output = operation.outputs[0]
+    return labels.set(
+        output,
+        result.expand(torch.broadcast_shapes(result.shape, output.shape)))
+
+
+def _meet(labels: Labels, first: Tensor, second: Tensor) -> Tensor:
+    """Labels of an elementwise operator's result."""
+    shape = torch.broadcast_shapes(first.shape, second.shape)
+    for one, other in ((first, second), (second, first)):
+        wide = other.expand(torch.broadcast_shapes(other.shape, shape))
+        thin = one.reshape((1, ) * (len(shape) - one.dim()) + one.shape)
+        if any(thin.shape[dim] == 1 and shape[dim] > 1 and varies(wide, dim)
+               for dim in range(len(shape))):
+            # One channel for all, e.g. a spatial attention map.
+            labels.freeze_labels(
+                one, f'channel spread over others in {labels.here()}')
+            return wide
+    labels.tie(first, second)
+    return first.expand(shape)
+
+
+def _spans(tensor: Tensor, known: Tensor) -> bool:
+    """Whether an unlabelled tensor has a size along a channel axis."""
+    offset = known.dim() - tensor.dim()
+    return any(size > 1 and varies(known, dim + offset)
+               for dim, size in enumerate(tensor.shape) if dim + offset >= 0)
+
+
+@_rule('bmm')
+def _product(labels: Labels, operation: Operation) -> bool:
+    """``(..., n, k) @ (..., k, m)``: channels of n or m go through.
+
+    What is summed over, k, has no gate on its way, so it stays; so do
+    channels of the batch's axes, and n and m if both are of channels.
+    """
+    output = operation.outputs[0]
+    passing: list[tuple[Tensor, int]] = []
+    for tensor, dim in zip(operation.tensors, (-2, -1)):
+        known = labels.own(tensor)
+        channels = None if known is None else vector(known, dim)
+        if known is None:
+            labels.freeze(tensor, f'{operation.name} in {labels.here()}')
+        elif channels is None:
+            labels.freeze(tensor,
+                          f'{operation.name} over it in {labels.here()}')
+        elif varies(channels, 0):
+            passing.append((channels, dim))
+    channels, way = passing[0] if len(passing) == 1 else (None, -1)
+    _count_product(labels, output.shape, operation.args[0].shape[-1], channels,
+                   way)
+    return len(passing) < 2 and labels.set(
+        output,
+        None if channels is None else spread(channels, output.shape, way))
+
+
+def _count_product(labels: Labels, shape: torch.Size, summed: int,
+                   channels: Tensor | None, dim: int) -> None:
+    """Multiply-adds of an output ``shape`` whose axis is of channels."""
+    if channels is None:
+        channels = torch.zeros(shape[dim], dtype=torch.long)
+    positions = math.prod(shape) // shape[dim] // labels.images
+    labels.products.append(
+        Product(labels.here(), positions, summed, channels, labels.counted))
+
+
+@_rule('_scaled_dot_product_flash_attention_for_cpu',
+       '_scaled_dot_product_flash_attention',
+       '_scaled_dot_product_efficient_attention',
+       '_scaled_dot_product_fused_attention_overrideable',
+       '_scaled_dot_product_cudnn_attention')
+def _attention(labels: Labels, operation: Operation) -> bool:
+    """Of the values, channels go through; of queries and keys, none."""
+    values = operation.args[2]
+    for tensor in operation.tensors:
+        if tensor is not values:
+            labels.freeze(tensor, f'attention in {labels.here()}')
+    known = labels.get(values)
+    channels = None if known is None else vector(known, -1)
+    output = operation.outputs[0]
+    query, key = operation.args[:2]
+    _count_product(labels, query.shape[:-1] + key.shape[-2:-1],
+                   query.shape[-1], None, -1)
+    _count_product(labels, output.shape, key.shape[-2], channels, -1)
+    return (known is None or channels is not None) and labels.set(
+        output,
+        None if channels is None else spread(channels, output.shape, -1))
+
+
+@_rule('cat', 'stack')
+def _join(labels: Labels, operation: Operation) -> bool:
+    output = operation.outputs[0]
+    parts = []
+    for tensor in operation.args[0]:
+        known = labels.own(tensor)
+        if known is None and labels.name_of(
+                tensor) is not None and tensor.dim() and tensor.numel() > 1:
+            labels.freeze(tensor, f'{operation.name} in {labels.here()}')
+        parts.append(
+            torch.zeros((), dtype=torch.long).
+            expand(tensor.shape) if known is None else known)
+    dim = operation.argument(1, 'dim', 0) % output.dim()
+    if operation.name == 'stack':
+        parts = [part.unsqueeze(dim) for part in parts]
+    elif any(varies(part, dim) for part in parts):
+        # Along the channels: each other axis must be free of them.
+        vectors = [
+            channels for part in parts
+            if (channels := vector(part, dim)) is not None
+        ]
+        if len(vectors) < len(parts):
+            return False
+        return labels.set(output,
+                          spread(torch.cat(vectors), output.shape, dim))
+    return labels.set(output, torch.cat(parts, dim))
+
+
+# -- of one tensor ----------------------------------------------------------
+
+
+@_rule('t', 'transpose', 'permute')
+def _permute(labels: Labels, operation: Operation) -> bool:
+    source, output = operation.args[0], operation.outputs[0]
+    name = labels.name_of(source)
+    known = labels.own(source)
+    if name is not None and known is None:
+        # The kernel of a linear layer, before its product.
+        if source.dim() == 2 and output.shape == source.shape[::-1]:
+            labels.kernels[id(output)] = name
+            return True
+        return False
+    return known is not None and _rearrange(labels, operation, known)
+
+
+@_source_rule('clone', 'detach', 'alias', '_to_copy', 'contiguous',
+              'lift_fresh')
+def _copy(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    return labels.set(operation.outputs[0], known)
+
+
+@_source_rule('expand', 'unsqueeze', 'squeeze')
+def _rearrange(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    """Done to the labels as it is."""
+    labels.needs_channels(known)
+    return labels.set(
+        operation.outputs[0],
+        operation.function(known, *operation.args[1:], **operation.kwargs))
+
+
+@_source_rule('select', 'flip', 'roll')
+def _move(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    """The same, along axes that must not be of channels."""
+    labels.needs_channels(known)
+    select = operation.name == 'select'
+    dims = operation.args[1] if select else operation.args[-1]
+    return not any(varies(known, dim) for dim in _as_list(dims)) and (
+        labels.set(operation.outputs[0],
+                   operation.function(known, *operation.args[1:])))
+
+
+@_source_rule('view', '_unsafe_view', 'reshape', '_reshape_alias')
+def _reshape(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    """Axes merge as they are; an axis splits into equal blocks."""
+    labels.needs_channels(known)
+    shape = operation.outputs[0].shape
+    # Only the axes that labels vary on, so that nothing large is copied.
+    small = [1] * len(shape)
+    split: list[list[int]] = []
+    for old, new in blocks(known.shape, shape):
+        if any(varies(known, dim) for dim in old):
+            if len(old) > 1 and len(new) > 1:
+                return False
+            for dim in new:
+                small[dim] = shape[dim]
+            split.append(new)
+        else:
+            for dim in old:
+                known = known.narrow(dim, 0, 1)
+    result = known.reshape(small)
+    for new in split:
+        # Of (outer, inner) axes one gets shorter. The outer one, if the inner
+        # one is of one channel; else each block keeps the same of itself.
+        for index, dim in enumerate(new[:-1]):
+            if any(varies(result, inner) for inner in new[index + 1:]):
+                result = labels.tie_along(result, dim)
+    return labels.set(operation.outputs[0], result.expand(shape))
+
+
+@_source_rule('split', 'split_with_sizes')
+def _split(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    dim = operation.argument(2, 'dim', 0)
+    outputs = operation.outputs
+    pieces = known.split([output.shape[dim] for output in outputs], dim)
+    if varies(known, dim):
+        if len({piece.shape for piece in pieces}) > 1:
+            return False
+        # Equal pieces stay equal if all keep the same.
+        for piece in pieces:
+            labels.tie(pieces[0], piece)
+        pieces = (pieces[0], ) * len(pieces)
+    return all(map(labels.set, outputs, pieces))
+
+
+@_source_rule('unbind')
+def _unbind(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    dim = operation.argument(1, 'dim', 0)
+    return not varies(known, dim) and all(
+        labels.set(output, known.select(dim, 0))
+        for output in operation.outputs)
+
+
+@_source_rule('slice')
+def _slice(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    output = operation.outputs[0]
+    changed = [
+        dim for dim in range(known.dim())
+        if known.shape[dim] != output.shape[dim]
+    ]
+    if any(varies(known, dim) for dim in changed):
+        return False
+    for dim in changed:
+        known = known.narrow(dim, 0, 1)
+    return labels.set(output, known.expand(output.shape))
+
+
+@_source_rule('repeat')
+def _repeat(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    shape = operation.outputs[0].shape
+    times = operation.args[1]
+    known = known.reshape((1, ) * (len(shape) - known.dim()) + known.shape)
+    times = [
+        count if varies(known, dim) else 1 for dim, count in enumerate(times)
+    ]
+    return labels.set(operation.outputs[0],
+                      thinned(known).repeat(times).expand(shape))
+
+
+@_source_rule('mean', 'sum', 'amax', 'amin', 'max', 'min', 'var', 'std',
+              'linalg_vector_norm')
+def _reduce(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    place = 2 if operation.name == 'linalg_vector_norm' else 1
+    given = operation.argument(place, 'dim')
+    dims = ({dim % known.dim()
+             for dim in _as_list(given)} or set(range(known.dim())))
+    if any(varies(known, dim) for dim in dims):
+        return False
+    output = operation.outputs[0]
+    for dim in sorted(dims, reverse=True):
+        known = known.narrow(dim, 0, 1)
+        if output.dim() < operation.args[0].dim():
+            known = known.squeeze(dim)
+    # The second output of max and min are places, numbers of no channel.
+    return labels.set(output, known)
+
+
+@_source_rule('_softmax', '_log_softmax')
+def _softmax(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    labels.needs_channels(known)
+    return (not varies(known, operation.args[1])
+            and labels.set(operation.outputs[0], known))
+
+
+# Operators on the last axes that neither mix channels nor look at their
+# number, by prefix.
+_SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
+            '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
+            'replication_pad')
+
+
+def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    # The operators end in the number of axes that they act on.
+    axes = re.search(r'([123])d', operation.name)
+    return axes is not None and _on_last_axes(labels, operation, known,
+                                              int(axes[1]))
+
+
+@_source_rule('constant_pad_nd')
+def _pad(labels: Labels, operation: Operation, known: Tensor) -> bool:
+    return _on_last_axes(labels, operation, known, len(operation.args[1]) // 2)
+
+
+def _on_last_axes(labels: Labels, operation: Operation, known: Tensor,
+                  axes: int) -> bool:
+    """The last axes must be free of channels; the others stay."""
+    labels.needs_channels(known)
+    last = range(known.dim() - axes, known.dim())
+    if any(varies(known, dim) for dim in last):
+        return False
+    for dim in last:
+        known = known.narrow(dim, 0, 1)
+    return all(
+        labels.set(output, known.expand(output.shape))
+        for output in operation.outputs)
+
+
+@_source_rule('pixel_shuffle')
+def _pixel_shuffle(labels: Labels, operation: Operation,
+                   known: Tensor) -> bool:
+    """``(N, C r^2, H, W) -> (N, C, r H, r W)``: r^2 channels become one."""
+    labels.needs_channels(known)
+    channels = vector(known, 1)
+    if channels is None:
+        return False
+    output = operation.outputs[0]
+    merged = labels.tie_along(channels.reshape(output.shape[1], -1), 1)
+    return labels.set(output, spread(merged[:, 0], output.shape, 1))
+
+
+@_source_rule('pixel_unshuffle', 'im2col')
+def _gather_pixels(labels: Labels, operation: Operation,
+                   known: Tensor) -> bool:
+    """``(N, C, ...) -> (N, C k, ...)``: one channel becomes k in a row."""
+    labels.needs_channels(known)
+    channels = vector(known, 1)
+    if channels is None:
+        return False
+    output = operation.outputs[0]
+    repeated = channels.repeat_interleave(output.shape[1] // len(channels))
+    return labels.set(output, spread(repeated, output.shape, 1))
+
+
+def _as_list(dims: Any) -> list[int]:
+    """Axes as an operator takes them: none, one or several."""
+    if dims is None:
+        return []
+    return [dims] if isinstance(dims, int) else list(dims)
