@@ -159,14 +159,14 @@ def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
         raise ValueError('checkpoint: expected one with gates, but it has '
                          'none; pass one that was trained with GDPModel and '
                          'GDPHook')
-    gated = revert_sync_batchnorm(MODELS.build(_without_pretrained(cfg)))
+    gated = revert_sync_batchnorm(MODELS.build(without_pretrained(cfg)))
     _load(gated, state)
     return gated.eval()
 
 
 def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
     """The same model without gates, in eval mode."""
-    model = _without_pretrained(cfg)
+    model = without_pretrained(cfg)
     for key in ('type', 'gdp'):
         del model[key]
     dense = revert_sync_batchnorm(
@@ -178,7 +178,7 @@ def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
     return dense.eval()
 
 
-def _without_pretrained(cfg: Config) -> ConfigDict:
+def without_pretrained(cfg: Config) -> ConfigDict:
     """A model config that looks for no pretrained weights."""
     model = copy.deepcopy(cfg.model)
     if 'pretrained' in model:
@@ -347,7 +347,7 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
     Training starts from the exported weights beside the config.
     """
     content = cfg.to_dict()
-    model = _without_pretrained(cfg).to_dict()
+    model = without_pretrained(cfg).to_dict()
     model.update(type='gdp_mmseg.PrunedModel', gdp=dict(widths=widths))
     model.setdefault('base', default_base(model))
     model['init_cfg'] = dict(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .cost import Cost
 from .gate import Gates, Schedule, gate_layer_
 from .groups import Groups, analyse
+from .proof import prove
 from .registry import MODELS
 from .surgery import apply_widths_, constant_channels, kept_channels
 
@@ -37,6 +38,10 @@ class Settings:
         travel (float): The way that a theta, 1 at the start, can go in the
             pruning phase.
         close_below (float): Openness under which a gate closes for good.
+        ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
+            of which nothing may change.
+        prune (tuple[str, ...], optional): Names or patterns of modules; no
+            others lose channels of their own. Defaults to all.
     """
     target: float
     input_shape: tuple[int, ...] | None = None
@@ -44,6 +49,8 @@ class Settings:
     epsilon: tuple[float, float] = (0.1, 1e-4)
     travel: float = 8.
     close_below: float = 1e-2
+    ignore: tuple[str, ...] = ()
+    prune: tuple[str, ...] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
@@ -75,6 +82,13 @@ class Settings:
             value = getattr(settings, name)
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
+                                 f'but got {value!r}')
+        for name in ('ignore', 'prune'):
+            value = getattr(settings, name)
+            if value is not None and (not isinstance(value, tuple) or not all(
+                    isinstance(item, str) for item in value)):
+                raise ValueError(f"gdp.{name}: expected a list of names or "
+                                 "patterns of modules, e.g. ['decode_head'], "
                                  f'but got {value!r}')
         Schedule(settings.phases, settings.epsilon)
         start = 1 / (1 + settings.epsilon[0])
@@ -194,8 +208,9 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     Args:
         gdp (Mapping[str, Any]): See :class:`Settings`.
         base (str, optional): The model's own ``type``. Defaults to
-            mmsegmentation's ``EncoderDecoder``, or ``CascadeEncoderDecoder``
-            if there are several decode heads.
+            mmsegmentation's ``EncoderDecoder``, ``CascadeEncoderDecoder`` if
+            there are several decode heads, or, if there is none,
+            mmpretrain's ``ImageClassifier``.
         **model: The rest of the user's model config, as it is.
 
     Returns:
@@ -207,7 +222,7 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     settings = Settings.from_config(gdp)
     shape = input_shape_of(settings, model)
     network = build_base_model(base, model)
-    groups = analyse_model(network, shape)
+    groups, _ = analyse_model(network, shape, settings)
     network.gdp = Pruner(groups, settings)
     for layer in groups.readers():
         gate_layer_(
@@ -246,7 +261,9 @@ def build_base_model(base: str | None, model: Mapping[str, Any]) -> nn.Module:
 
 
 def default_base(model: Mapping[str, Any]) -> str:
-    """mmsegmentation's class for a model config."""
+    """The usual class for a model config."""
+    if 'decode_head' not in model and 'head' in model:
+        return 'mmpretrain.ImageClassifier'
     return ('CascadeEncoderDecoder' if isinstance(
         model.get('decode_head'), Sequence) else 'EncoderDecoder')
 
@@ -283,31 +300,40 @@ def analyse_config(model: Mapping[str, Any]) -> Groups:
     base = plain.pop('base', None) if kind == 'gdp_mmseg.GDPModel' else kind
     settings = Settings.from_config(gdp or dict(target=0.5))
     shape = input_shape_of(settings, plain)
-    return analyse_model(build_base_model(base, plain), shape)
+    return analyse_model(build_base_model(base, plain), shape, settings)[0]
 
 
-def analyse_model(network: nn.Module, shape: tuple[int, ...]) -> Groups:
-    """Analyse an mm model: inference in ``tensor`` mode, auxiliary heads.
+def analyse_model(network: nn.Module, shape: tuple[int, ...],
+                  settings: Settings) -> tuple[Groups, float]:
+    """Analyse an mm model, and prove on a copy that its surgery is exact.
 
     Args:
         network (nn.Module): Without gates.
         shape (tuple[int, ...]): ``(C, H, W)``.
+        settings (Settings): ``ignore`` and ``prune``.
 
     Returns:
-        Groups: See :func:`gdp_mmseg.groups.analyse`.
+        tuple[Groups, float]: See :func:`gdp_mmseg.proof.prove`.
+
+    Raises:
+        ValueError: If the model cannot be pruned.
     """
+    groups = analyse(network, shape, infer, train, settings.ignore,
+                     settings.prune)
+    return prove(network, groups, infer, train)
 
-    def infer(network: Any, inputs: Tensor) -> Any:
-        return network(inputs, mode='tensor')
 
-    def run_auxiliary_heads(network: Any, inputs: Tensor) -> Any:
-        heads = network.auxiliary_head
+def infer(network: Any, inputs: Tensor) -> Any:
+    """What inference runs."""
+    return network(inputs, mode='tensor')
+
+
+def train(network: Any, inputs: Tensor) -> Any:
+    """What training runs, but for the losses: with auxiliary heads."""
+    outputs = [network(inputs, mode='tensor')]
+    heads = getattr(network, 'auxiliary_head', None)
+    if heads is not None:
         features = network.extract_feat(inputs)
-        return [
-            head(features) for head in (
-                heads if isinstance(heads, nn.ModuleList) else [heads])
-        ]
-
-    auxiliary = getattr(network, 'auxiliary_head', None) is not None
-    return analyse(network, shape, infer,
-                   run_auxiliary_heads if auxiliary else None)
+        heads = heads if isinstance(heads, nn.ModuleList) else [heads]
+        outputs += [head(features) for head in heads]
+    return outputs

@@ -50,7 +50,7 @@ class Tracer(TorchDispatchMode):
         labels = self.labels
         labels.counted, labels.images = counted, len(inputs)
         try:
-            _set_mode_(self.model, training=not counted)
+            set_mode_(self.model, training=not counted)
             with self._module_names(), torch.no_grad(), _plain_attention(
             ), self:
                 outputs = forward(self.model, inputs)
@@ -109,7 +109,7 @@ class Tracer(TorchDispatchMode):
         return output
 
 
-def _set_mode_(model: nn.Module, training: bool) -> None:
+def set_mode_(model: nn.Module, training: bool) -> None:
     """Training mode, but for norms, dropout and all that has no parts."""
     for module in model.modules():
         module.training = training and any(module.children())

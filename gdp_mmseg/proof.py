@@ -1,0 +1,236 @@
+"""A proof by experiment that the surgery of a model is exact.
+
+The analysis knows what operators do, not what a forward pass reads from its
+own attributes: ``x.view(n, self.heads, 32, -1)`` works on the dense network
+and on no other. So the surgery is done once, on a copy with lively random
+weights and random gates, before anything is trained: what the pruned copy
+computes is compared with what the gated copy computes. Groups of channels
+for which that fails stay as they are.
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
+
+from .gate import Gates, gate_layer_
+from .groups import Groups, nothing_left
+from .surgery import prune
+from .trace import Forward, set_mode_
+
+TOLERANCE = 1e-5
+_REASON = 'not exact when pruned: the forward counts on these channels'
+# Sides of the input that are tried before the one that was analysed.
+_SIDES = (64, 128)
+
+
+def prove(model: nn.Module,
+          groups: Groups,
+          forward: Forward,
+          training_forward: Forward | None = None,
+          tolerance: float = TOLERANCE) -> tuple[Groups, float]:
+    """Keep the groups whose surgery is exact on a copy of this very model.
+
+    Args:
+        model (nn.Module): The model that was analysed, without gates; left as
+            it is.
+        groups (Groups): What the analysis found.
+        forward (Forward): See :func:`gdp_mmseg.groups.analyse`.
+        training_forward (Forward, optional): Likewise.
+        tolerance (float): Largest difference of outputs, over the largest
+            output.
+
+    Returns:
+        tuple[Groups, float]: The groups, some frozen, some that keep a
+        channel; and the difference with half of their channels gone.
+
+    Raises:
+        ValueError: If that is not exact whatever is frozen.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        trial = _Trial(model, groups, forward, training_forward)
+        wrong = _culprits(lambda some: trial.difference(some, half=True),
+                          range(len(groups.groups)), tolerance)
+        if wrong:
+            groups = groups.without(wrong, _REASON)
+            if not groups.number:
+                raise ValueError(nothing_left(groups))
+            trial.use(groups)
+        everyone = range(len(groups.groups))
+        stiff = _culprits(lambda some: trial.difference(some, half=False),
+                          everyone, tolerance)
+        if stiff:
+            groups = dataclasses.replace(
+                groups,
+                groups=tuple(
+                    dataclasses.replace(
+                        group, vanishes=group.vanishes and index not in stiff)
+                    for index, group in enumerate(groups.groups)))
+            trial.use(groups)
+        half, whole = (
+            trial.difference(everyone, half) for half in (True, False))
+    if not max(half, whole) <= tolerance:
+        frozen = [frozen.writers[0] for frozen in groups.frozen]
+        raise ValueError(
+            'expected a pruned copy of the model to compute what the gated '
+            f'one does, but got a relative difference of '
+            f'{max(half, whole):.1e}, also with the channels of '
+            f'{", ".join(frozen[-len(wrong):]) or "no layer"} frozen; keep '
+            'parts out with ignore=[...]')
+    return groups, half
+
+
+def _culprits(difference: Callable[[Sequence[int]], float],
+              suspects: Sequence[int], tolerance: float) -> list[int]:
+    """The suspects that are not exact by themselves, by halving."""
+    if not suspects or difference(suspects) <= tolerance:
+        return []
+    if len(suspects) == 1:
+        return list(suspects)
+    middle = len(suspects) // 2
+    return [
+        index for half in (suspects[:middle], suspects[middle:])
+        for index in _culprits(difference, half, tolerance)
+    ]
+
+
+class _Trial:
+    """A lively copy of a model, gated, to be pruned in many ways."""
+
+    def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
+                 training_forward: Forward | None) -> None:
+        self.model = randomise_(copy.deepcopy(model).to('cpu'))
+        self.forwards = [(forward, False)]
+        if training_forward is not None:
+            self.forwards.append((training_forward, True))
+        self.inputs = self._small_inputs(groups.input_shape)
+        self.use(groups)
+
+    def use(self, groups: Groups) -> None:
+        """Gate a copy of the model at these groups."""
+        self.groups = groups
+        self.gates = Gates(groups.number)
+        self.gated = copy.deepcopy(self.model)
+        self.known: dict[tuple[Sequence[int], bool], float] = {}
+        for layer in groups.readers():
+            gate_layer_(
+                self.gated.get_submodule(layer.name), self.gates, layer.inputs)
+
+    def _small_inputs(self, shape: tuple[int, ...]) -> Tensor:
+        """The least input that the dense model takes."""
+        _, channels, height, width = shape
+        for side in (*_SIDES, max(height, width)):
+            inputs = torch.randn(1, channels, min(side, height),
+                                 min(side, width))
+            try:
+                self._run(self.model, inputs)
+                return inputs
+            except Exception:  # the model's own, of any kind
+                if side >= max(height, width):
+                    raise
+        raise AssertionError('unreachable')
+
+    def _run(self, model: nn.Module, inputs: Tensor) -> list[Tensor]:
+        outputs: list[Any] = []
+        for forward, training in self.forwards:
+            set_mode_(model, training)
+            torch.manual_seed(1)
+            with torch.no_grad():
+                outputs += tree_leaves(forward(model, inputs))
+        return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+
+    def difference(self, closed: Sequence[int], half: bool) -> float:
+        """Relative difference of gated and pruned outputs.
+
+        Args:
+            closed (Sequence[int]): Groups of which channels go; those of all
+                others stay, and count as they do without gates.
+            half (bool): Whether about half of the channels go, or all; the
+                others of these groups are gated by numbers in (0, 1).
+        """
+        if (closed, half) not in self.known:
+            self.known[closed, half] = self._measure(closed, half)
+        return self.known[closed, half]
+
+    def _measure(self, closed: Sequence[int], half: bool) -> float:
+        openness = torch.ones(self.groups.number)
+        generator = torch.Generator().manual_seed(len(closed))
+        for index in closed:
+            gates = self.groups.groups[index].gates
+            # Odd numbers stay, that differ from group to group: none that a
+            # forward may count on, or take for that of other channels.
+            quarter = len(gates) // 4
+            stay = quarter + int(
+                torch.randint(
+                    len(gates) // 2 + 1, (), generator=generator)) | 1
+            number = len(gates) - stay * half
+            order = torch.randperm(len(gates), generator=generator)
+            openness[gates] = 0.3 + 0.6 * torch.rand(
+                len(gates), generator=generator)
+            openness[gates[order[:number]]] = 0
+        self._set_gates(openness)
+        wanted = self._run(self.gated, self.inputs)
+        try:
+            pruned, _ = prune(self.model, self.groups, openness)
+            got = self._run(pruned, self.inputs)
+        except Exception:  # the model's own, of any kind
+            return math.inf
+        return largest_difference(got, wanted)
+
+    @torch.no_grad()
+    def _set_gates(self, openness: Tensor) -> None:
+        """The thetas that have this openness; exactly 1 far out."""
+        odds = openness / (1 - openness)
+        theta = (self.gates.epsilon * odds).sqrt().clamp(max=1e6)
+        self.gates.theta.copy_(theta)
+
+
+def largest_difference(got: Sequence[Tensor],
+                       wanted: Sequence[Tensor]) -> float:
+    """Over all outputs, each over the largest number in it; inf if in doubt.
+    """
+    if len(got) != len(wanted):
+        return math.inf
+    worst = 0.
+    for one, other in zip(got, wanted):
+        if one.shape != other.shape:
+            return math.inf
+        if one.is_floating_point() and one.numel():
+            scale = float(other.abs().max()) or 1.
+            difference = float((one - other).abs().max()) / scale
+            # nan must not be lost in a maximum.
+            worst = max(worst, difference) if difference >= 0 else math.inf
+    return worst
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module) -> nn.Module:
+    """Random numbers of the order of 1 for all that is learnt, in place.
+
+    Weights at the start of a training hide errors: zero biases, layer scales
+    of 1e-6, norms that are the identity.
+    """
+    for parameter in model.parameters():
+        if not parameter.is_floating_point():
+            continue
+        if sum(size > 1 for size in parameter.shape) > 1:
+            inputs = parameter.numel() / parameter.shape[0]
+            parameter.normal_(0, (2 / inputs)**0.5)
+        else:
+            parameter.uniform_(0.5, 1.5)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            if module.running_mean is not None:
+                module.running_mean.normal_(0, 0.1)
+            if module.running_var is not None:
+                module.running_var.uniform_(0.5, 1.5)
+            if module.bias is not None:
+                module.bias.normal_(0, 0.5)
+    return model

@@ -1,0 +1,227 @@
+"""A surgery that an analysis wrongly calls exact is found, and not done."""
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.proof import TOLERANCE, largest_difference, prove
+from gdp_mmseg.surgery import kept_channels
+
+from toys import SHAPE, TOYS, Net, block, conv, last, run
+
+
+def proven(net: nn.Module) -> tuple[Groups, Groups]:
+    """What the analysis says, and what is left of it."""
+    groups = analyse(net, SHAPE, run)
+    return groups, prove(net, groups, run)[0]
+
+
+def writers(groups: Groups) -> set[str]:
+    return {name for group in groups.groups for name in group.writers}
+
+
+@pytest.mark.parametrize('name', TOYS)
+def test_exact_analysis_is_left_as_it_is(name: str) -> None:
+    toy = TOYS[name]
+    net, groups = toy.analyse()
+    left, difference = prove(net, groups, run)
+    assert left.number == groups.number
+    assert left.groups == groups.groups
+    assert difference <= TOLERANCE
+
+
+class DirectConv(nn.Conv2d):
+    """Runs its kernel without the method that a gate replaces."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.conv2d(input, self.weight, self.bias, padding=1)
+
+
+def view_by_stored_number(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x)
+    n, _, h, w = x.shape
+    return net.head(net.body(x.view(n, -1, 4, h, w).flatten(1, 2)))
+
+
+def split_by_stored_sizes(net: Any, x: Tensor) -> Tensor:
+    left, right = net.stem(x).split([4, 4], 1)
+    return net.head(net.body(torch.cat([right, left], 1)))
+
+
+def scale_by_stored_number(net: Any, x: Tensor) -> Tensor:
+    """No error, only another result."""
+    return net.head(net.body(net.stem(x) / net.stem[0].out_channels))
+
+
+def view_by_numbers_of_others(net: Any, x: Tensor) -> Tensor:
+    """Two parts that have as many channels by chance."""
+    x = net.stem(x)
+    y = net.twin(x)
+    return net.head(net.body(y.flatten().view(x.shape)))
+
+
+def test_channels_taken_for_as_many_others_stay() -> None:
+    net = Net(
+        view_by_numbers_of_others,
+        stem=block(3, 16),
+        twin=block(16, 16),
+        body=block(16, 6),
+        head=last(6))
+    assert writers(proven(net)[1]) == {'body.0'}
+
+
+def plain(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.body(net.stem(x)))
+
+
+@pytest.mark.parametrize('forward', [
+    view_by_stored_number, split_by_stored_sizes, scale_by_stored_number
+])
+def test_channels_that_the_forward_counts_on_stay(forward: Any) -> None:
+    net = Net(forward, stem=block(3, 8), body=block(8, 6), head=last(6))
+    groups, left = proven(net)
+    assert writers(groups) == {'stem.0', 'body.0'}
+    assert writers(left) == {'body.0'}
+    assert left.number == 6
+    row = left.frozen[-1]
+    assert row.writers == ('stem.0', ) and 'counts on' in row.reason
+    assert all(name != 'stem.0.weight' for name, _ in left.axes)
+
+
+def test_layer_in_which_no_gate_works_keeps_its_inputs() -> None:
+    net = Net(
+        plain,
+        stem=block(3, 8),
+        body=DirectConv(8, 6, 3, padding=1),
+        head=last(6))
+    groups, left = proven(net)
+    assert writers(groups) == {'stem.0', 'body'}
+    assert writers(left) == {'body'}
+
+
+def refuse_nothing(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x)
+    if not x.shape[1]:
+        raise ValueError('expected channels')
+    return net.head(net.body(x))
+
+
+def test_group_keeps_a_channel_where_the_forward_needs_one() -> None:
+    net = Net(refuse_nothing, stem=block(3, 8), body=block(8, 6), head=last(6))
+    groups, left = proven(net)
+    assert left.number == groups.number
+    stem, = (group for group in left.groups if group.writers == ('stem.0', ))
+    assert not stem.vanishes
+    kept = kept_channels(left, torch.zeros(left.number))
+    assert kept[stem.gates].sum() == 1
+
+
+def test_several_culprits_are_found_among_many() -> None:
+    net = nn.Sequential(
+        *(Net(view_by_stored_number if index in (2, 5) else plain,
+              stem=block(3, 8),
+              body=block(8, 6),
+              head=conv(6, 3)) for index in range(7)))
+    groups, left = proven(net)
+    assert writers(groups) - writers(left) == {'2.stem.0', '5.stem.0'}
+
+
+def test_model_that_is_never_the_same_is_refused() -> None:
+    calls = itertools.count()
+    net = Net(
+        lambda net, x: plain(net, x) + next(calls),
+        stem=block(3, 8),
+        body=block(8, 6),
+        head=last(6))
+    with pytest.raises(ValueError, match='prunable|relative difference'):
+        proven(net)
+
+
+def test_training_forward_counts_too() -> None:
+    net = Net(plain, stem=block(3, 8), body=block(8, 6), head=last(6))
+
+    def training(net: Any, x: Tensor) -> Tensor:
+        return view_by_stored_number(net, x)
+
+    groups = analyse(net, SHAPE, run, training)
+    assert writers(prove(net, groups, run, training)[0]) == {'body.0'}
+
+
+def test_neither_model_nor_random_numbers_are_touched() -> None:
+    net = Net(
+        view_by_stored_number, stem=block(3, 8), body=block(8, 6),
+        head=last(6)).train()
+    before = copy.deepcopy(net.state_dict())
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    proven(net)
+    assert torch.equal(torch.rand(3), wanted)
+    assert all(module.training for module in net.modules())
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in net.state_dict().items())
+
+
+def test_proof_is_the_same_each_time() -> None:
+    net = Net(
+        view_by_stored_number, stem=block(3, 8), body=block(8, 6),
+        head=last(6))
+    groups = analyse(net, SHAPE, run)
+    first, second = (prove(net, groups, run) for _ in range(2))
+    assert first[1] == second[1]
+    assert [g.writers for g in first[0].groups
+            ] == [g.writers for g in second[0].groups]
+
+
+@pytest.mark.parametrize('got, wanted, difference', [
+    ([[1., 2.]], [[1., 2.]], 0.),
+    ([[1., 2.5]], [[1., 2.]], 0.25),
+    ([[1., float('nan')]], [[1., 2.]], float('inf')),
+    ([[1., 2., 3.]], [[1., 2.]], float('inf')),
+    ([[1., 2.]], [[1., 2.], [1., 2.]], float('inf')),
+    ([[0.5]], [[0.]], 0.5),
+])
+def test_largest_difference(got: list[list[float]], wanted: list[list[float]],
+                            difference: float) -> None:
+    assert largest_difference([torch.tensor(one) for one in got],
+                              [torch.tensor(one)
+                               for one in wanted]) == difference
+
+
+# -- ignore and prune -------------------------------------------------------
+
+
+def test_ignored_part_is_not_touched_at_all() -> None:
+    net = TOYS['residual with downsample'].analyse()[0]
+    groups = analyse(net, SHAPE, run, ignore=['branch.0'])
+    # It reads the stem and writes what branch.3 reads.
+    assert writers(groups) == {'down.0', 'branch.3'}
+    assert not any(name.startswith('branch.0') for name, _ in groups.axes)
+    with pytest.raises(ValueError, match='kept out by ignore'):
+        analyse(net, SHAPE, run, ignore=['bran*', 'stem'])
+
+
+def test_prune_restricts_whose_outputs_go() -> None:
+    net = TOYS['chain'].analyse()[0]
+    groups = analyse(net, SHAPE, run, prune=['3'])
+    assert writers(groups) == {'3'}
+    assert ('6.weight', 1) in groups.axes
+    assert any('kept out by prune' in row.reason and row.writers == ('0', )
+               for row in groups.frozen)
+
+
+@pytest.mark.parametrize('option', ['ignore', 'prune'])
+def test_pattern_of_no_module_is_named(option: str) -> None:
+    options: Any = {option: ['branch', 'bodi*']}
+    with pytest.raises(
+            ValueError,
+            match=rf"{option}: .*'bodi\*' matches none.* stem, branch, head"):
+        analyse(TOYS['residual'].build(), SHAPE, run, **options)
