@@ -166,10 +166,8 @@ class _Trial:
             gates = self.groups.groups[index].gates
             # Odd numbers stay, that differ from group to group: none that a
             # forward may count on, or take for that of other channels.
-            quarter = len(gates) // 4
-            stay = quarter + int(
-                torch.randint(
-                    len(gates) // 2 + 1, (), generator=generator)) | 1
+            golden = index * 0.618 % 1
+            stay = len(gates) // 4 + int(golden * (len(gates) // 2 + 1)) | 1
             number = len(gates) - stay * half
             order = torch.randperm(len(gates), generator=generator)
             openness[gates] = 0.3 + 0.6 * torch.rand(
