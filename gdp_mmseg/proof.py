@@ -9,10 +9,11 @@ for which that fails stay as they are.
 """
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import math
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from torch.utils._pytree import tree_leaves
 
 from .gate import Gates, gate_layer_
 from .groups import Groups, nothing_left
-from .surgery import prune
+from .surgery import copy_structure, prune
 from .trace import Forward, set_mode_
 
-TOLERANCE = 1e-5
+# Of numbers in double precision, in which a small error is not lost in noise.
+TOLERANCE = 1e-8
 _REASON = 'not exact when pruned: the forward counts on these channels'
 # Sides of the input that are tried before the one that was analysed.
 _SIDES = (64, 128)
@@ -53,7 +55,7 @@ def prove(model: nn.Module,
     Raises:
         ValueError: If that is not exact whatever is frozen.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _double_precision():
         torch.manual_seed(0)
         trial = _Trial(model, groups, forward, training_forward)
         wrong = _culprits(lambda some: trial.difference(some, half=True),
@@ -87,6 +89,17 @@ def prove(model: nn.Module,
     return groups, half
 
 
+@contextlib.contextmanager
+def _double_precision() -> Iterator[None]:
+    """New tensors, also those that a forward makes, are of float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _culprits(difference: Callable[[Sequence[int]], float],
               suspects: Sequence[int], tolerance: float) -> list[int]:
     """The suspects that are not exact by themselves, by halving."""
@@ -106,7 +119,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
                  training_forward: Forward | None) -> None:
-        self.model = randomise_(copy.deepcopy(model).to('cpu'))
+        self.model = randomise_(copy.deepcopy(model).to('cpu', torch.float64))
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
@@ -117,7 +130,7 @@ class _Trial:
         """Gate a copy of the model at these groups."""
         self.groups = groups
         self.gates = Gates(groups.number)
-        self.gated = copy.deepcopy(self.model)
+        self.gated = copy_structure(self.model)
         self.known: dict[tuple[Sequence[int], bool], float] = {}
         for layer in groups.readers():
             gate_layer_(

@@ -9,6 +9,7 @@ layer by :class:`Constant`.
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -152,10 +153,7 @@ def prune(model: nn.Module, groups: Groups,
         ValueError: If a number in the model is not finite.
     """
     keep = kept_channels(groups, openness)
-    state = {
-        name: tensor.detach().clone()
-        for name, tensor in model.state_dict().items()
-    }
+    state = dict(model.state_dict())
     absorb_(state, groups, openness)
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -167,14 +165,20 @@ def prune(model: nn.Module, groups: Groups,
                                                slots.to(state[name].device))
     widths = _widths(model, groups, state)
     _fold_constants_(model, groups, state, widths)
-    pruned = copy.deepcopy(model)
+    pruned = copy_structure(model)
     apply_widths_(pruned, widths)
-    wanted = pruned.state_dict()
     pruned.load_state_dict({
-        name: state[name] if name in state else tensor
-        for name, tensor in wanted.items()
-    })
+        name: state.get(name, tensor).clone()
+        for name, tensor in pruned.state_dict().items()
+    },
+                           assign=True)
     return pruned, widths
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """A deep copy of a model that shares its tensors."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def absorb_(state: dict[str, Tensor], groups: Groups,

@@ -129,6 +129,10 @@ def _build(cfg: Config) -> tuple[Any, list[int]]:
     model = without_pretrained(cfg)
     size = (cfg.get('crop_size') or (model.get('data_preprocessor') or {}).get(
         'size') or (224, 224))
+    for part in (model.backbone, model.get('decode_head')):
+        # Of what takes one size only: the positions that it knows.
+        if isinstance(part, dict) and 'img_size' in part:
+            part['img_size'] = (SIDE, SIDE)
     network = build_base_model(model.pop('type'), model)
     return revert_sync_batchnorm(network).eval(), [SIDE, max(size)]
 
@@ -154,7 +158,8 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
     gated_slots = sum(int((slots >= 0).sum()) for slots in written)
 
     torch.manual_seed(7)
-    network = randomise_(network)
+    torch.set_default_dtype(torch.float64)
+    network = randomise_(network.double())
     gates = Gates(groups.number)
     with torch.no_grad():
         gates.theta.uniform_(0.3, 1.)
