@@ -30,6 +30,7 @@ TOLERANCE = 1e-8
 _REASON = 'not exact when pruned: the forward counts on these channels'
 # Sides of the input that are tried before the one that was analysed.
 _SIDES = (64, 128)
+_GAINS = (1., 0.5, 0.25, 0.1)
 
 
 def prove(model: nn.Module,
@@ -119,11 +120,13 @@ class _Trial:
 
     def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
                  training_forward: Forward | None) -> None:
-        self.model = randomise_(copy.deepcopy(model).to('cpu', torch.float64))
+        self.model = copy.deepcopy(model).to('cpu', torch.float64)
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
         self.inputs = self._small_inputs(groups.input_shape)
+        randomise_until_finite_(self.model,
+                                lambda net: self._run(net, self.inputs))
         self.use(groups)
 
     def use(self, groups: Groups) -> None:
@@ -221,9 +224,25 @@ def largest_difference(got: Sequence[Tensor],
     return worst
 
 
+def randomise_until_finite_(model: nn.Module,
+                            run: Callable[[nn.Module], Any]) -> nn.Module:
+    """:func:`randomise_` as lively as the model bears, in place.
+
+    Args:
+        model (nn.Module): Changed.
+        run (Callable[[nn.Module], Any]): Its outputs on some input.
+    """
+    for gain in _GAINS:
+        randomise_(model, gain)
+        if all(leaf.isfinite().all() for leaf in tree_leaves(run(model))
+               if isinstance(leaf, Tensor)):
+            break
+    return model
+
+
 @torch.no_grad()
-def randomise_(model: nn.Module) -> nn.Module:
-    """Random numbers of the order of 1 for all that is learnt, in place.
+def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
+    """Random numbers of the order of ``gain`` for all that is learnt, in place.
 
     Weights at the start of a training hide errors: zero biases, layer scales
     of 1e-6, norms that are the identity.
@@ -233,9 +252,9 @@ def randomise_(model: nn.Module) -> nn.Module:
             continue
         if sum(size > 1 for size in parameter.shape) > 1:
             inputs = parameter.numel() / parameter.shape[0]
-            parameter.normal_(0, (2 / inputs)**0.5)
+            parameter.normal_(0, gain * inputs**-0.5)
         else:
-            parameter.uniform_(0.5, 1.5)
+            parameter.uniform_(0.5 * gain, 1.5 * gain)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             if module.running_mean is not None:
