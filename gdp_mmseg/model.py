@@ -222,7 +222,8 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     settings = Settings.from_config(gdp)
     shape = input_shape_of(settings, model)
     network = build_base_model(base, model)
-    groups, _ = analyse_model(network, shape, settings)
+    groups, _ = analyse_model(network, shape, settings.ignore,
+                              settings.prune)
     network.gdp = Pruner(groups, settings)
     for layer in groups.readers():
         gate_layer_(
@@ -300,17 +301,22 @@ def analyse_config(model: Mapping[str, Any]) -> Groups:
     base = plain.pop('base', None) if kind == 'gdp_mmseg.GDPModel' else kind
     settings = Settings.from_config(gdp or dict(target=0.5))
     shape = input_shape_of(settings, plain)
-    return analyse_model(build_base_model(base, plain), shape, settings)[0]
+    network = build_base_model(base, plain)
+    return analyse_model(network, shape, settings.ignore, settings.prune)[0]
 
 
-def analyse_model(network: nn.Module, shape: tuple[int, ...],
-                  settings: Settings) -> tuple[Groups, float]:
+def analyse_model(
+        network: nn.Module,
+        shape: tuple[int, ...],
+        ignore: Sequence[str] = (),
+        prune: Sequence[str] | None = None) -> tuple[Groups, float]:
     """Analyse an mm model, and prove on a copy that its surgery is exact.
 
     Args:
         network (nn.Module): Without gates.
         shape (tuple[int, ...]): ``(C, H, W)``.
-        settings (Settings): ``ignore`` and ``prune``.
+        ignore (Sequence[str]): See :class:`Settings`.
+        prune (Sequence[str], optional): Likewise.
 
     Returns:
         tuple[Groups, float]: See :func:`gdp_mmseg.proof.prove`.
@@ -318,8 +324,7 @@ def analyse_model(network: nn.Module, shape: tuple[int, ...],
     Raises:
         ValueError: If the model cannot be pruned.
     """
-    groups = analyse(network, shape, infer, train, settings.ignore,
-                     settings.prune)
+    groups = analyse(network, shape, infer, train, ignore, prune)
     return prove(network, groups, infer, train)
 
 

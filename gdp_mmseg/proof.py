@@ -59,16 +59,13 @@ def prove(model: nn.Module,
     with torch.random.fork_rng(devices=[]), _double_precision():
         torch.manual_seed(0)
         trial = _Trial(model, groups, forward, training_forward)
-        wrong = _culprits(lambda some: trial.difference(some, half=True),
-                          range(len(groups.groups)), tolerance)
+        wrong = _culprits(trial, half=True, tolerance=tolerance)
         if wrong:
             groups = groups.without(wrong, _REASON)
             if not groups.number:
                 raise ValueError(nothing_left(groups))
             trial.use(groups)
-        everyone = range(len(groups.groups))
-        stiff = _culprits(lambda some: trial.difference(some, half=False),
-                          everyone, tolerance)
+        stiff = _culprits(trial, half=False, tolerance=tolerance)
         if stiff:
             groups = dataclasses.replace(
                 groups,
@@ -77,6 +74,7 @@ def prove(model: nn.Module,
                         group, vanishes=group.vanishes and index not in stiff)
                     for index, group in enumerate(groups.groups)))
             trial.use(groups)
+        everyone = range(len(groups.groups))
         half, whole = (
             trial.difference(everyone, half) for half in (True, False))
     if not max(half, whole) <= tolerance:
@@ -101,18 +99,33 @@ def _double_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _culprits(difference: Callable[[Sequence[int]], float],
-              suspects: Sequence[int], tolerance: float) -> list[int]:
-    """The suspects that are not exact by themselves, by halving."""
-    if not suspects or difference(suspects) <= tolerance:
-        return []
-    if len(suspects) == 1:
-        return list(suspects)
-    middle = len(suspects) // 2
-    return [
-        index for half in (suspects[:middle], suspects[middle:])
-        for index in _culprits(difference, half, tolerance)
-    ]
+def _culprits(trial: _Trial, half: bool, tolerance: float) -> list[int]:
+    """The groups that are not exact by themselves.
+
+    Where a forward pass fails says where to look first.
+    """
+
+    def search(suspects: Sequence[int]) -> list[int]:
+        if not suspects or trial.difference(suspects, half) <= tolerance:
+            return []
+        if len(suspects) == 1:
+            return list(suspects)
+        middle = len(suspects) // 2
+        return search(suspects[:middle]) + search(suspects[middle:])
+
+    everyone = range(len(trial.groups.groups))
+    found: list[int] = []
+    left: Sequence[int] = everyone
+    while left and not trial.difference(left, half) <= tolerance:
+        for suspects in (*trial.near_failure(left), left):
+            more = search(suspects)
+            if more:
+                break
+        else:
+            break  # none by itself
+        found += more
+        left = tuple(index for index in everyone if index not in found)
+    return sorted(found)
 
 
 class _Trial:
@@ -135,6 +148,8 @@ class _Trial:
         self.gates = Gates(groups.number)
         self.gated = copy_structure(self.model)
         self.known: dict[tuple[Sequence[int], bool], float] = {}
+        # The module that ran last.
+        self.failed_at = ''
         for layer in groups.readers():
             gate_layer_(
                 self.gated.get_submodule(layer.name), self.gates, layer.inputs)
@@ -161,6 +176,22 @@ class _Trial:
             with torch.no_grad():
                 outputs += tree_leaves(forward(model, inputs))
         return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+
+    def near_failure(self, suspects: Sequence[int]) -> list[tuple[int, ...]]:
+        """Those that touch the module after which a forward last failed.
+
+        Then those that touch the module around it, and so on.
+        """
+        found: list[tuple[int, ...]] = []
+        module = self.failed_at
+        while module:
+            near = tuple(index for index in suspects
+                         if any(f'{name}.'.startswith(f'{module}.')
+                                for name in _members(self.groups, index)))
+            if near and near not in found:
+                found.append(near)
+            module = module.rpartition('.')[0]
+        return found
 
     def difference(self, closed: Sequence[int], half: bool) -> float:
         """Relative difference of gated and pruned outputs.
@@ -189,14 +220,23 @@ class _Trial:
             openness[gates] = 0.3 + 0.6 * torch.rand(
                 len(gates), generator=generator)
             openness[gates[order[:number]]] = 0
-        self._set_gates(openness)
-        wanted = self._run(self.gated, self.inputs)
+        pruned, _ = prune(self.model, self.groups, openness)
+        self.failed_at = ''
+        for name, module in pruned.named_modules():
+            module.register_forward_pre_hook(self._remember(name))
         try:
-            pruned, _ = prune(self.model, self.groups, openness)
             got = self._run(pruned, self.inputs)
         except Exception:  # the model's own, of any kind
             return math.inf
-        return largest_difference(got, wanted)
+        self._set_gates(openness)
+        return largest_difference(got, self._run(self.gated, self.inputs))
+
+    def _remember(self, name: str) -> Callable[..., None]:
+
+        def begin(module: nn.Module, inputs: Any) -> None:
+            self.failed_at = name
+
+        return begin
 
     @torch.no_grad()
     def _set_gates(self, openness: Tensor) -> None:
@@ -204,6 +244,11 @@ class _Trial:
         odds = openness / (1 - openness)
         theta = (self.gates.epsilon * odds).sqrt().clamp(max=1e6)
         self.gates.theta.copy_(theta)
+
+
+def _members(groups: Groups, index: int) -> tuple[str, ...]:
+    group = groups.groups[index]
+    return group.writers + group.readers
 
 
 def largest_difference(got: Sequence[Tensor],

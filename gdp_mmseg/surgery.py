@@ -167,11 +167,9 @@ def prune(model: nn.Module, groups: Groups,
     _fold_constants_(model, groups, state, widths)
     pruned = copy_structure(model)
     apply_widths_(pruned, widths)
-    pruned.load_state_dict({
-        name: state.get(name, tensor).clone()
-        for name, tensor in pruned.state_dict().items()
-    },
-                           assign=True)
+    # Now that it is small, with tensors of its own.
+    pruned = copy.deepcopy(pruned)
+    pruned.load_state_dict({name: state[name] for name in pruned.state_dict()})
     return pruned, widths
 
 

@@ -51,7 +51,7 @@ class Tracer(TorchDispatchMode):
         labels.counted, labels.images = counted, len(inputs)
         try:
             set_mode_(self.model, training=not counted)
-            with self._module_names(), torch.no_grad(), _plain_attention(
+            with module_names(self.model, labels.modules), torch.no_grad(), _plain_attention(
             ), self:
                 outputs = forward(self.model, inputs)
             for output in tree_leaves(outputs):
@@ -61,27 +61,6 @@ class Tracer(TorchDispatchMode):
         finally:
             labels.forget_activations()
             self._alive.clear()
-
-    @contextlib.contextmanager
-    def _module_names(self) -> Iterator[None]:
-        """Keep the name of the running module."""
-        running = self.labels.modules
-
-        def enter(name: str) -> Callable[..., None]:
-            return lambda module, inputs: running.append(name)
-
-        def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-            running.pop()
-
-        handles = []
-        for name, module in self.model.named_modules():
-            handles.append(module.register_forward_pre_hook(enter(name)))
-            handles.append(module.register_forward_hook(leave))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __torch_dispatch__(self,
                            function: Any,
@@ -107,6 +86,32 @@ class Tracer(TorchDispatchMode):
                     labels.freeze(tensor,
                                   f'{operation.name} in {labels.here()}')
         return output
+
+
+@contextlib.contextmanager
+def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
+    """Keep the names of the modules that run, the innermost last.
+
+    Args:
+        model (nn.Module): Gets hooks for that long.
+        running (list[str]): Changed as modules begin and end.
+    """
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda module, inputs: running.append(name)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        running.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(leave))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def set_mode_(model: nn.Module, training: bool) -> None:

@@ -194,7 +194,7 @@ def test_cost_moves_with_its_module_and_adds_nothing_to_a_checkpoint() -> None:
 def test_dense_deeplab_is_what_torch_counts(name: str) -> None:
     from gdp_mmseg.model import analyse_model, build_base_model
     net = build_base_model(None, deeplab(BACKBONES[name])).eval()
-    groups = analyse_model(net, (3, 49, 41))
+    groups, _ = analyse_model(net, (3, 49, 41))
     cost = Cost(groups)
     assert cost.dense == counted_macs(
         net, torch.zeros(1, 3, 49, 41),

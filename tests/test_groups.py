@@ -184,7 +184,7 @@ def segmentor(backbone: str | None, **heads: int) -> nn.Module:
 
 def analysed(net: nn.Module, size: int) -> Groups:
     from gdp_mmseg.model import analyse_model
-    return analyse_model(net, (3, size, size))
+    return analyse_model(net, (3, size, size))[0]
 
 
 def head_channels(low: int, channels: int) -> list[int]:

@@ -331,7 +331,7 @@ def dense(request: pytest.FixtureRequest,
           mmseg_scope: None) -> tuple[str, nn.Module, Groups]:
     from gdp_mmseg.model import analyse_model
     net = segmentor(request.param)
-    return request.param, net, analyse_model(net, (3, 49, 41))
+    return request.param, net, analyse_model(net, (3, 49, 41))[0]
 
 
 def images(number: int = 2) -> Tensor:

@@ -163,14 +163,13 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
 
     from gdp_mmseg.cost import Cost
     from gdp_mmseg.gate import Gates, gate_layer_
-    from gdp_mmseg.model import Settings, analyse_model, infer
+    from gdp_mmseg.model import analyse_model, infer
     from gdp_mmseg.proof import (TOLERANCE, largest_difference,
                                  randomise_until_finite_)
     from gdp_mmseg.surgery import copy_structure, kept_channels, prune
     channels = 3
     start = time.perf_counter()
-    groups, _ = analyse_model(network, (channels, side, side),
-                              Settings(target=0.5))
+    groups, _ = analyse_model(network, (channels, side, side))
     seconds = time.perf_counter() - start
     cost = Cost(groups)
     least = float(cost(kept_channels(groups, torch.zeros(groups.number)).
