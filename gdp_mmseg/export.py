@@ -21,9 +21,12 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
-from .model import build_base_model, default_base, find_pruner
+from .model import (build_base_model, default_base, find_pruner,
+                    model_config)
+from .proof import largest_difference
 from .surgery import Widths, prune
 from .version import __version__
 
@@ -180,7 +183,7 @@ def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
 
 def without_pretrained(cfg: Config) -> ConfigDict:
     """A model config that looks for no pretrained weights."""
-    model = copy.deepcopy(cfg.model)
+    model = model_config(cfg)
     if 'pretrained' in model:
         model['pretrained'] = None
     backbone = model.get('backbone') or {}
@@ -257,19 +260,12 @@ def _preprocessed(loader: Any, model: nn.Module) -> list[Tensor]:
 def max_rel_diff(gated: nn.Module, pruned: nn.Module,
                  inputs: list[Tensor]) -> float:
     """Largest difference of outputs, over the largest output."""
-    worst = 0.
-    for image in inputs:
-        expected = gated(image, mode='tensor')
-        got = pruned(image, mode='tensor')
-        pairs = ((expected, got), ) if isinstance(expected, Tensor) else zip(
-            expected, got)
-        for one, other in pairs:
-            scale = float(one.abs().max()) or 1.
-            # nan must not be lost in a maximum.
-            worst = float(
-                np.maximum(worst,
-                           float((one - other).abs().max()) / scale))
-    return worst
+    return max(
+        largest_difference(
+            *([
+                leaf for leaf in tree_leaves(model(image, mode='tensor'))
+                if isinstance(leaf, Tensor)
+            ] for model in (pruned, gated))) for image in inputs)
 
 
 def _measure(gated: nn.Module, dense: nn.Module,

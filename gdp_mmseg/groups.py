@@ -264,10 +264,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
     """From labels to classes, gates and groups."""
     classes = _classes(labels)
-    axes = {
-        key: classes[slots.numpy()]
-        for key, slots in labels.axes.items()
-    }
+    axes = {key: classes[slots.numpy()] for key, slots in labels.axes.items()}
     reasons = _reasons(labels, classes, axes)
     places = _places(axes, reasons)
 
@@ -278,7 +275,8 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
         members.setdefault(places[index], []).append(index)
     stopped = set(
         np.concatenate([np.zeros(0, int)] +
-                       [classes[stop.numpy()] for stop in labels.stops]).tolist())
+                       [classes[stop.numpy()]
+                        for stop in labels.stops]).tolist())
     keys, groups, number = list(axes), [], 0
     for place, indices in members.items():
         gates = np.arange(number, number + len(indices))
@@ -359,9 +357,9 @@ def _layers(labels: Labels, gate_axes: dict[tuple[str, int],
                                             Tensor]) -> tuple[Layer, ...]:
     layers = []
     for kernel, call in labels.calls.items():
-        inputs, outputs = (
-            gate_axes.get((kernel, axis), torch.full((size, ), -1))
-            for axis, size in zip(call.axes, call.sizes))
+        inputs, outputs = (gate_axes.get((kernel, axis),
+                                         torch.full((size, ), -1))
+                           for axis, size in zip(call.axes, call.sizes))
         layers.append(
             Layer(
                 kernel.rpartition('.')[0], kernel, call.positions,

@@ -6,10 +6,12 @@ that object: its class, attributes and state-dict keys stay what they were.
 """
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any, Mapping, Sequence
 
 import torch
+from mmengine.config import Config, ConfigDict
 from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
@@ -222,8 +224,7 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     settings = Settings.from_config(gdp)
     shape = input_shape_of(settings, model)
     network = build_base_model(base, model)
-    groups, _ = analyse_model(network, shape, settings.ignore,
-                              settings.prune)
+    groups, _ = analyse_model(network, shape, settings.ignore, settings.prune)
     network.gdp = Pruner(groups, settings)
     for layer in groups.readers():
         gate_layer_(
@@ -290,6 +291,15 @@ def input_shape_of(settings: Settings, model: Mapping[str,
     return tuple(size) if len(size) == 3 else (channels, *size)
 
 
+def model_config(cfg: Config) -> ConfigDict:
+    """A copy of a config's model, with the preprocessor that a runner adds."""
+    model = copy.deepcopy(cfg.model)
+    if cfg.get('data_preprocessor') is not None:
+        model.setdefault('data_preprocessor',
+                         copy.deepcopy(cfg.data_preprocessor))
+    return model
+
+
 def analyse_config(model: Mapping[str, Any]) -> Groups:
     """Analyse the model of a config, with ``GDPModel`` or without.
 
@@ -305,11 +315,10 @@ def analyse_config(model: Mapping[str, Any]) -> Groups:
     return analyse_model(network, shape, settings.ignore, settings.prune)[0]
 
 
-def analyse_model(
-        network: nn.Module,
-        shape: tuple[int, ...],
-        ignore: Sequence[str] = (),
-        prune: Sequence[str] | None = None) -> tuple[Groups, float]:
+def analyse_model(network: nn.Module,
+                  shape: tuple[int, ...],
+                  ignore: Sequence[str] = (),
+                  prune: Sequence[str] | None = None) -> tuple[Groups, float]:
     """Analyse an mm model, and prove on a copy that its surgery is exact.
 
     Args:

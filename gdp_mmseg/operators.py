@@ -184,8 +184,7 @@ def _linear(labels: Labels, operation: Operation) -> bool:
 
 @_rule('native_batch_norm', '_native_batch_norm_legit',
        '_native_batch_norm_legit_no_training', 'cudnn_batch_norm',
-       'miopen_batch_norm', '_batch_norm_with_update',
-       '_batch_norm_no_update')
+       'miopen_batch_norm', '_batch_norm_with_update', '_batch_norm_no_update')
 def _batch_norm(labels: Labels, operation: Operation) -> bool:
     inputs, weight = operation.args[:2]
     known = labels.get(inputs)
@@ -334,8 +333,8 @@ def _join(labels: Labels, operation: Operation) -> bool:
                 tensor) is not None and tensor.dim() and tensor.numel() > 1:
             labels.freeze(tensor, f'{operation.name} in {labels.here()}')
         parts.append(
-            torch.zeros((), dtype=torch.long).
-            expand(tensor.shape) if known is None else known)
+            torch.zeros((), dtype=torch.long).expand(tensor.shape) if known is
+            None else known)
     dim = operation.argument(1, 'dim', 0) % output.dim()
     if operation.name == 'stack':
         parts = [part.unsqueeze(dim) for part in parts]
@@ -390,9 +389,10 @@ def _move(labels: Labels, operation: Operation, known: Tensor) -> bool:
     labels.needs_channels(known)
     select = operation.name == 'select'
     dims = operation.args[1] if select else operation.args[-1]
-    return not any(varies(known, dim) for dim in _as_list(dims)) and (
-        labels.set(operation.outputs[0],
-                   operation.function(known, *operation.args[1:])))
+    return not any(varies(known, dim)
+                   for dim in _as_list(dims)) and (labels.set(
+                       operation.outputs[0],
+                       operation.function(known, *operation.args[1:])))
 
 
 @_source_rule('view', '_unsafe_view', 'reshape', '_reshape_alias')

@@ -185,9 +185,10 @@ class _Trial:
         found: list[tuple[int, ...]] = []
         module = self.failed_at
         while module:
-            near = tuple(index for index in suspects
-                         if any(f'{name}.'.startswith(f'{module}.')
-                                for name in _members(self.groups, index)))
+            near = tuple(
+                index for index in suspects
+                if any(f'{name}.'.startswith(f'{module}.')
+                       for name in _members(self.groups, index)))
             if near and near not in found:
                 found.append(near)
             module = module.rpartition('.')[0]
@@ -269,8 +270,8 @@ def largest_difference(got: Sequence[Tensor],
     return worst
 
 
-def randomise_until_finite_(model: nn.Module,
-                            run: Callable[[nn.Module], Any]) -> nn.Module:
+def randomise_until_finite_(model: nn.Module, run: Callable[[nn.Module],
+                                                            Any]) -> nn.Module:
     """:func:`randomise_` as lively as the model bears, in place.
 
     Args:
@@ -287,7 +288,7 @@ def randomise_until_finite_(model: nn.Module,
 
 @torch.no_grad()
 def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
-    """Random numbers of the order of ``gain`` for all that is learnt, in place.
+    """Random numbers of order ``gain`` for all that is learnt, in place.
 
     Weights at the start of a training hide errors: zero biases, layer scales
     of 1e-6, norms that are the identity.

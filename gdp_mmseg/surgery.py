@@ -3,8 +3,9 @@
 A pruned network computes exactly what the gated one does. It is described by
 its *widths*: module name to ``[C_out, C_in]`` (convolution, linear layer),
 ``[C_out, C_in, groups]`` (grouped convolution), ``[C]`` (batch norm, group
-norm) or, for a parameter of another module, parameter name to shape. A module without channels is replaced: a batch norm by the identity, a
-layer by :class:`Constant`.
+norm) or, for a parameter of another module, parameter name to shape. A module
+without channels is replaced: a batch norm by the identity, a layer by
+:class:`Constant`.
 """
 from __future__ import annotations
 
@@ -46,11 +47,12 @@ class Constant(nn.Module):
         self.windows: list[tuple[int, int, int]] | None = None
         self.transposed = isinstance(layer, _ConvNd) and layer.transposed
         if isinstance(layer, _ConvNd):
-            self.windows = [(dilation * (size - 1) + 1, step, around - added)
-                            for size, step, dilation, around, added in zip(
-                                layer.kernel_size, layer.stride,
-                                layer.dilation, _total_padding(layer),
-                                layer.output_padding)]
+            self.windows = [
+                (dilation * (size - 1) + 1, step, around - added)
+                for size, step, dilation, around, added in zip(
+                    layer.kernel_size, layer.stride, layer.dilation,
+                    _total_padding(layer), layer.output_padding)
+            ]
         self.bias: nn.Parameter | None = None
         if channels:
             self.bias = nn.Parameter(layer.weight.new_zeros(channels))
@@ -64,11 +66,10 @@ class Constant(nn.Module):
         # Cloned, because what follows may work in place.
         if self.windows is None:
             return channels.expand(*inputs.shape[:-1], -1).clone()
-        size = [(length - 1) * step - around +
-                window if self.transposed else (length + around - window) //
-                step + 1 for length, (window, step,
-                                      around) in zip(inputs.shape[2:],
-                                                     self.windows)]
+        size = [(length - 1) * step - around + window if self.transposed else
+                (length + around - window) // step + 1
+                for length, (window, step,
+                             around) in zip(inputs.shape[2:], self.windows)]
         return channels.reshape(-1, *(1 for _ in size)).expand(
             len(inputs), -1, *size).clone()
 

@@ -51,8 +51,9 @@ class Tracer(TorchDispatchMode):
         labels.counted, labels.images = counted, len(inputs)
         try:
             set_mode_(self.model, training=not counted)
-            with module_names(self.model, labels.modules), torch.no_grad(), _plain_attention(
-            ), self:
+            with module_names(
+                    self.model,
+                    labels.modules), torch.no_grad(), _plain_attention(), self:
                 outputs = forward(self.model, inputs)
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor):

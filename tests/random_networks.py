@@ -44,8 +44,8 @@ class RandomNetwork(nn.Module):
         head = self._part(
             nn.Conv2d(sum(self.widths[i] for i in left), 3, 1, bias=True))
         self._add(
-            3, lambda p, maps: p[head](torch.cat([maps[1 + i] for i in left], 1)),
-            'head')
+            3, lambda p, maps: p[head]
+            (torch.cat([maps[1 + i] for i in left], 1)), 'head')
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``(N, 3, 8, 8) -> (N, 3, 8, 8)``."""
@@ -78,7 +78,8 @@ class RandomNetwork(nn.Module):
         if self.random.random() < 0.7:
             layers.append(
                 self.random.choice(
-                    [nn.ReLU(), nn.PReLU(outputs),
+                    [nn.ReLU(),
+                     nn.PReLU(outputs),
                      nn.GELU(),
                      nn.Hardswish()]))
         return self._part(nn.Sequential(*layers))
@@ -91,10 +92,7 @@ class RandomNetwork(nn.Module):
     def _some(self, number: int) -> list[int]:
         return [self._pick()[0] for _ in range(number)]
 
-    def _add(self,
-             width: int,
-             step: Step,
-             kind: str = '') -> None:
+    def _add(self, width: int, step: Step, kind: str = '') -> None:
         self.widths.append(width)
         self.program.append(step)
         if kind:
@@ -114,14 +112,15 @@ class RandomNetwork(nn.Module):
         first = self._block(width, inside)
         second = self._block(inside, width)
         self._add(
-            width, lambda p, maps: maps[1 + place] + p[second](p[first]
-                                                              (maps[1 + place])))
+            width, lambda p, maps: maps[1 + place] + p[second]
+            (p[first](maps[1 + place])))
 
     def add_two(self) -> None:
         (one, width), (two, other) = self._pick(), self._pick()
         fit = self._block(other, width)
-        self._add(width, lambda p, maps: F.relu(maps[1 + one] + p[fit](maps[1 + two])
-                                             ))
+        self._add(
+            width, lambda p, maps: F.relu(maps[1 + one] + p[fit]
+                                          (maps[1 + two])))
 
     def concat(self) -> None:
         (one, width), (two, other) = self._pick(), self._pick()
@@ -165,7 +164,8 @@ class RandomNetwork(nn.Module):
         place, width = self._pick()
         outputs = self._width()
         up = self._part(nn.ConvTranspose2d(width, outputs, 2, 2))
-        self._add(outputs, lambda p, maps: F.max_pool2d(p[up](maps[1 + place]), 2))
+        self._add(outputs,
+                  lambda p, maps: F.max_pool2d(p[up](maps[1 + place]), 2))
 
     def linear(self) -> None:
         place, width = self._pick()
@@ -193,7 +193,8 @@ class RandomNetwork(nn.Module):
 
         def step(p: Any, maps: list[Tensor]) -> Tensor:
             x = maps[1 + place]
-            return x * p[up](p[down](x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+            return x * p[up](p[down](x.mean(
+                (2, 3), keepdim=True)).relu()).sigmoid()
 
         self._add(width, step)
 
@@ -218,8 +219,8 @@ class RandomNetwork(nn.Module):
         place, width = self._pick()
         scale = self._part(nn.ParameterList([torch.ones(width)]))
         self._add(
-            width, lambda p, maps: maps[1 + place] * p[scale][0].unsqueeze(
-                -1).unsqueeze(-1))
+            width, lambda p, maps: maps[1 + place] * p[scale][0].unsqueeze(-1).
+            unsqueeze(-1))
 
     def softmax(self) -> None:
         """Mixes channels: these are frozen."""

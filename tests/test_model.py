@@ -12,9 +12,11 @@ from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
 from gdp_mmseg.gate import openness
 from gdp_mmseg.model import (Pruner, Settings, analyse_config,
-                             build_base_model, default_base)
+                             build_base_model, build_gated_model, default_base,
+                             find_pruner)
 
 from project import Project, build, nothing_to_prune, unet
+from toys import BACKBONES, deeplab
 
 pytest_plugins = ['project']
 
@@ -312,3 +314,51 @@ def test_base_model_is_the_dense_one(dense: Config) -> None:
     plain = build_base_model(None, model)
     assert type(plain) is EncoderDecoder
     assert not hasattr(plain, 'gdp')
+
+
+# -- ignore and prune -------------------------------------------------------
+
+
+def members(model: Any) -> tuple[set[str], set[str]]:
+    """Parts of a model whose outputs, and whose inputs, carry gates."""
+    groups = find_pruner(model).groups.groups
+    return ({name.partition('.')[0] for group in groups
+             for name in group.writers},
+            {name.partition('.')[0] for group in groups
+             for name in group.readers})
+
+
+@pytest.mark.usefixtures('mmseg_scope')
+@pytest.mark.parametrize('options, writers, readers', [
+    (dict(ignore=['decode_head', 'auxiliary_head']), {'backbone'},
+     {'backbone'}),
+    (dict(prune=['backbone']), {'backbone'},
+     {'backbone', 'decode_head', 'auxiliary_head'}),
+    (dict(prune=['decode_head.*conv*']), {'decode_head'}, {'decode_head'}),
+])
+def test_parts_are_kept_out_by_name(options: dict[str, Any],
+                                    writers: set[str],
+                                    readers: set[str]) -> None:
+    model = build_gated_model(
+        gdp=dict(target=0.98, input_shape=(64, 64), **options),
+        **deeplab(BACKBONES['ResNet-18']))
+    assert members(model) == (writers, readers)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(ignore='decode_head'), "gdp.ignore: expected a list of names.*"
+     "'decode_head'"),
+    (dict(prune=[3]), r'gdp.prune: expected a list of names.*\(3,\)'),
+])
+def test_ignore_and_prune_are_lists_of_names(options: dict[str, Any],
+                                             message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Settings.from_config(dict(target=0.4, **options))
+
+
+@pytest.mark.usefixtures('mmseg_scope')
+def test_name_of_no_module_is_an_error_before_any_work() -> None:
+    with pytest.raises(ValueError, match="ignore: .*'head'.*decode_head"):
+        build_gated_model(
+            gdp=dict(target=0.9, input_shape=(64, 64), ignore=['head']),
+            **deeplab(BACKBONES['ResNet-18']))

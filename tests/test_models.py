@@ -19,8 +19,8 @@ from gdp_mmseg.export import build_gated, export, read_checkpoint  # noqa: E402
 from gdp_mmseg.model import find_pruner  # noqa: E402
 from gdp_mmseg.proof import largest_difference  # noqa: E402
 
-from project import (DENSE, Project, make_demo_data, run_program,  # noqa: E402
-                     train)
+from project import run_program  # noqa: E402
+from project import DENSE, Project, make_demo_data, train
 
 CONFIGS = Path(mmseg.__file__).parent / '.mim' / 'configs'
 ITERATIONS = 8
@@ -32,12 +32,12 @@ TOLERANCE = 1e-5
 _UPER: dict[str, Any] = dict(channels=32)
 # Config of the installed mmseg, and what makes it small.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    'ResNet + PSPNet': ('_base_/models/pspnet_r50-d8.py',
-                        dict(
-                            backbone=dict(
-                                depth=18, base_channels=8, stem_channels=8),
-                            decode_head=dict(in_channels=64, channels=16),
-                            auxiliary_head=dict(in_channels=32, channels=8))),
+    'ResNet + PSPNet':
+    ('_base_/models/pspnet_r50-d8.py',
+     dict(
+         backbone=dict(depth=18, base_channels=8, stem_channels=8),
+         decode_head=dict(in_channels=64, channels=16),
+         auxiliary_head=dict(in_channels=32, channels=8))),
     'HRNet': ('_base_/models/fcn_hr18.py', {}),
     'UNet': ('_base_/models/fcn_unet_s5-d16.py',
              dict(
@@ -55,37 +55,34 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                             in_index=0,
                             channels=16,
                             input_transform=None))),
-    'BiSeNetV2': ('_base_/models/bisenetv2.py',
-                  dict(decode_head=dict(channels=64))),
+    'BiSeNetV2':
+    ('_base_/models/bisenetv2.py', dict(decode_head=dict(channels=64))),
     'STDC': ('_base_/models/stdc.py', {}),
     'DDRNet': ('ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_'
                'cityscapes-1024x1024.py', {}),
     'ERFNet': ('_base_/models/erfnet_fcn.py', {}),
-    'ConvNeXt + UPerNet': ('_base_/models/upernet_convnext.py',
-                           dict(
-                               backbone=dict(arch='atto'),
-                               decode_head=dict(
-                                   in_channels=[40, 80, 160, 320], **_UPER),
-                               auxiliary_head=dict(
-                                   in_channels=160, channels=16))),
+    'ConvNeXt + UPerNet':
+    ('_base_/models/upernet_convnext.py',
+     dict(
+         backbone=dict(arch='atto'),
+         decode_head=dict(in_channels=[40, 80, 160, 320], **_UPER),
+         auxiliary_head=dict(in_channels=160, channels=16))),
     'SegFormer': ('_base_/models/segformer_mit-b0.py',
                   dict(decode_head=dict(channels=32))),
-    'Swin + UPerNet': ('_base_/models/upernet_swin.py',
-                       dict(
-                           backbone=dict(
-                               embed_dims=24,
-                               depths=[1, 1, 2, 1],
-                               num_heads=[1, 2, 4, 8]),
-                           decode_head=dict(
-                               in_channels=[24, 48, 96, 192], **_UPER),
-                           auxiliary_head=dict(in_channels=96, channels=16))),
-    'Twins': ('_base_/models/twins_pcpvt-s_fpn.py',
-              dict(
-                  backbone=dict(
-                      embed_dims=[16, 32, 80, 128], depths=[1, 1, 2, 1]),
-                  neck=dict(in_channels=[16, 32, 80, 128], out_channels=32),
-                  decode_head=dict(
-                      in_channels=[32, 32, 32, 32], channels=32))),
+    'Swin + UPerNet':
+    ('_base_/models/upernet_swin.py',
+     dict(
+         backbone=dict(
+             embed_dims=24, depths=[1, 1, 2,
+                                    1], num_heads=[1, 2, 4, 8]),
+         decode_head=dict(in_channels=[24, 48, 96, 192], **_UPER),
+         auxiliary_head=dict(in_channels=96, channels=16))),
+    'Twins':
+    ('_base_/models/twins_pcpvt-s_fpn.py',
+     dict(
+         backbone=dict(embed_dims=[16, 32, 80, 128], depths=[1, 1, 2, 1]),
+         neck=dict(in_channels=[16, 32, 80, 128], out_channels=32),
+         decode_head=dict(in_channels=[32, 32, 32, 32], channels=32))),
 }
 
 

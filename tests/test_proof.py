@@ -81,9 +81,9 @@ def plain(net: Any, x: Tensor) -> Tensor:
     return net.head(net.body(net.stem(x)))
 
 
-@pytest.mark.parametrize('forward', [
-    view_by_stored_number, split_by_stored_sizes, scale_by_stored_number
-])
+@pytest.mark.parametrize(
+    'forward',
+    [view_by_stored_number, split_by_stored_sizes, scale_by_stored_number])
 def test_channels_that_the_forward_counts_on_stay(forward: Any) -> None:
     net = Net(forward, stem=block(3, 8), body=block(8, 6), head=last(6))
     groups, left = proven(net)
@@ -124,11 +124,11 @@ def test_group_keeps_a_channel_where_the_forward_needs_one() -> None:
 
 
 def test_several_culprits_are_found_among_many() -> None:
-    net = nn.Sequential(
-        *(Net(view_by_stored_number if index in (2, 5) else plain,
-              stem=block(3, 8),
-              body=block(8, 6),
-              head=conv(6, 3)) for index in range(7)))
+    net = nn.Sequential(*(
+        Net(view_by_stored_number if index in (2, 5) else plain,
+            stem=block(3, 8),
+            body=block(8, 6),
+            head=conv(6, 3)) for index in range(7)))
     groups, left = proven(net)
     assert writers(groups) - writers(left) == {'2.stem.0', '5.stem.0'}
 
@@ -156,7 +156,9 @@ def test_training_forward_counts_too() -> None:
 
 def test_neither_model_nor_random_numbers_are_touched() -> None:
     net = Net(
-        view_by_stored_number, stem=block(3, 8), body=block(8, 6),
+        view_by_stored_number,
+        stem=block(3, 8),
+        body=block(8, 6),
         head=last(6)).train()
     before = copy.deepcopy(net.state_dict())
     torch.manual_seed(3)
@@ -172,13 +174,15 @@ def test_neither_model_nor_random_numbers_are_touched() -> None:
 
 def test_proof_is_the_same_each_time() -> None:
     net = Net(
-        view_by_stored_number, stem=block(3, 8), body=block(8, 6),
+        view_by_stored_number,
+        stem=block(3, 8),
+        body=block(8, 6),
         head=last(6))
     groups = analyse(net, SHAPE, run)
     first, second = (prove(net, groups, run) for _ in range(2))
     assert first[1] == second[1]
-    assert [g.writers for g in first[0].groups
-            ] == [g.writers for g in second[0].groups]
+    assert [g.writers
+            for g in first[0].groups] == [g.writers for g in second[0].groups]
 
 
 @pytest.mark.parametrize('got, wanted, difference', [

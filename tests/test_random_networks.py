@@ -7,6 +7,7 @@ from typing import Any, Callable
 
 import pytest
 import torch
+from random_networks import SHAPE, STEPS, RandomNetwork
 from torch import Tensor, nn
 
 from gdp_mmseg import operators
@@ -16,7 +17,6 @@ from gdp_mmseg.labels import Labels
 from gdp_mmseg.proof import largest_difference, randomise_
 from gdp_mmseg.surgery import prune
 
-from random_networks import SHAPE, STEPS, RandomNetwork
 from toys import gated, run
 
 SEEDS = range(300)
@@ -80,8 +80,7 @@ def skip_ties(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def skip_depthwise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a grouped convolution no longer go as a whole."""
-    monkeypatch.setattr(Labels, 'tie_along',
-                        lambda self, labels, dim: labels)
+    monkeypatch.setattr(Labels, 'tie_along', lambda self, labels, dim: labels)
 
 
 def skip_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,11 +89,10 @@ def skip_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(operators._SOURCE_RULES, '_softmax', rule)
 
 
-@pytest.mark.parametrize('mutation',
-                         [skip_ties, skip_depthwise, skip_softmax])
-def test_broken_analysis_is_noticed(
-        mutation: Callable[[pytest.MonkeyPatch], None],
-        monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize('mutation', [skip_ties, skip_depthwise, skip_softmax])
+def test_broken_analysis_is_noticed(mutation: Callable[[pytest.MonkeyPatch],
+                                                       None],
+                                    monkeypatch: pytest.MonkeyPatch) -> None:
     mutation(monkeypatch)
     wrong = 0
     for seed in SEEDS[:60]:

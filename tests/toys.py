@@ -515,20 +515,20 @@ TOYS: dict[str, Toy] = {
     'transposed convolution':
     Toy(
         lambda: nn.Sequential(
-            *block(3, 4),
-            nn.ConvTranspose2d(4, 5, 3, 2, 1, output_padding=1),
+            *block(3, 4), nn.ConvTranspose2d(4, 5, 3, 2, 1, output_padding=1),
             nn.BatchNorm2d(5), nn.ReLU(), *block(5, 6), last(6)),
         ((4, '0 3'), (5, '3 6'), (6, '6 9'))),
     'transposed depthwise convolution':
     Toy(
-        lambda: nn.Sequential(
-            *block(3, 4), nn.ConvTranspose2d(4, 4, 2, 2, groups=4), *block(
-                4, 6), last(6)), ((4, '0 3 4'), (6, '4 7'))),
+        lambda: nn.Sequential(*block(3, 4),
+                              nn.ConvTranspose2d(4, 4, 2, 2, groups=4),
+                              *block(4, 6), last(6)),
+        ((4, '0 3 4'), (6, '4 7'))),
     'transposed grouped convolution':
-    Toy(
-        lambda: nn.Sequential(
-            *block(3, 4), nn.ConvTranspose2d(4, 6, 2, 2, groups=2), *block(
-                6, 5), last(5)), ((5, '4 7'), ), {'0': 'convolution in 3'},
+    Toy(lambda: nn.Sequential(*block(3, 4),
+                              nn.ConvTranspose2d(4, 6, 2, 2, groups=2),
+                              *block(6, 5), last(5)), ((5, '4 7'), ),
+        {'0': 'convolution in 3'},
         uncounted=2 * 2 * 8 * 8 * 4 * 3),
     'kernel used twice, once transposed':
     Toy(
@@ -573,8 +573,8 @@ TOYS: dict[str, Toy] = {
             stem=block(3, 8),
             grouped=block(8, 12, groups=4),
             body=block(12, 5),
-            head=last(5)), ((4, 'stem.0 grouped.0 body.0'),
-                            (5, 'body.0 head'))),
+            head=last(5)),
+        ((4, 'stem.0 grouped.0 body.0'), (5, 'body.0 head'))),
     'two grouped convolutions around a shuffle':
     Toy(
         lambda: Net(
@@ -611,11 +611,11 @@ TOYS: dict[str, Toy] = {
             query=nn.Linear(4, 6),
             key=nn.Linear(4, 6),
             value=nn.Linear(4, 5),
-            head=nn.Linear(5, 2)), ((4, 'stem.0 query key value'),
-                                    (5, 'value head')), {
-                                        'query': 'bmm over it',
-                                        'key': 'bmm over it'
-                                    }),
+            head=nn.Linear(5, 2)),
+        ((4, 'stem.0 query key value'), (5, 'value head')), {
+            'query': 'bmm over it',
+            'key': 'bmm over it'
+        }),
     'attention of several heads':
     Toy(
         lambda: Net(
@@ -624,9 +624,8 @@ TOYS: dict[str, Toy] = {
             query=nn.Linear(4, 6),
             key=nn.Linear(4, 6),
             value=nn.Linear(4, 8),
-            head=nn.Linear(8, 2)), ((4, 'stem.0 query key value'),
-                                    (4, 'value head')),
-        {
+            head=nn.Linear(8, 2)),
+        ((4, 'stem.0 query key value'), (4, 'value head')), {
             'query': 'bmm over it',
             'key': 'bmm over it'
         }),
@@ -645,11 +644,10 @@ TOYS: dict[str, Toy] = {
                 F.conv2d(net.stem(x), net.body.weight, padding=1)),
             stem=nn.Sequential(*block(3, 5), *block(5, 4)),
             body=conv(4, 5),
-            head=last(5)), ((5, 'stem.0 stem.3'), ),
-        {
-            'stem.3': 'body.weight is used without a call',
-            'body': 'body.weight is used without a call'
-        }),
+            head=last(5)), ((5, 'stem.0 stem.3'), ), {
+                'stem.3': 'body.weight is used without a call',
+                'body': 'body.weight is used without a call'
+            }),
 }
 
 

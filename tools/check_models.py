@@ -66,7 +66,7 @@ def parse_args() -> argparse.Namespace:
 def folder_of(library: str) -> Path:
     """Where an installed library has its configs."""
     module = __import__(library)
-    return Path(module.__file__).parent / '.mim' / 'configs'
+    return Path(str(module.__file__)).parent / '.mim' / 'configs'
 
 
 def families(library: str) -> Iterator[tuple[str, list[Path]]]:
@@ -147,8 +147,9 @@ def _build(cfg: Config) -> tuple[Any, list[int]]:
     from gdp_mmseg.model import build_base_model
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = without_pretrained(cfg)
-    size = (cfg.get('crop_size') or (model.get('data_preprocessor') or {}).get(
-        'size') or (224, 224))
+    size = (
+        cfg.get('crop_size')
+        or (model.get('data_preprocessor') or {}).get('size') or (224, 224))
     for part in (model.backbone, model.get('decode_head')):
         # Of what takes one size only: the positions that it knows.
         if isinstance(part, dict) and 'img_size' in part:
@@ -172,8 +173,8 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
     groups, _ = analyse_model(network, (channels, side, side))
     seconds = time.perf_counter() - start
     cost = Cost(groups)
-    least = float(cost(kept_channels(groups, torch.zeros(groups.number)).
-                       float()))
+    least = float(
+        cost(kept_channels(groups, torch.zeros(groups.number)).float()))
     written = [layer.outputs for layer in groups.layers if layer.kernel]
     gated_slots = sum(int((slots >= 0).sum()) for slots in written)
 
@@ -184,8 +185,7 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
         gates.theta.uniform_(0.3, 1., generator=generator)
         gates.theta[torch.rand(groups.number, generator=generator) < 0.5] = 0
 
-    def compare(network: Any, gates: Any,
-                inputs: Any) -> tuple[float, float]:
+    def compare(network: Any, gates: Any, inputs: Any) -> tuple[float, float]:
         """Gated against pruned, and against the network without gates."""
         pruned, _ = prune(network, groups, gates.openness())
         gated = copy_structure(network)
@@ -230,7 +230,8 @@ def _leaves(outputs: Any) -> list[Any]:
     import torch
     from torch.utils._pytree import tree_leaves
     return [
-        leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)
+        leaf for leaf in tree_leaves(outputs)
+        if isinstance(leaf, torch.Tensor)
     ]
 
 

@@ -85,9 +85,10 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     from mmengine.registry import init_default_scope
 
+    from gdp_mmseg.model import model_config
     from gdp_mmseg.report import write_json
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    found = describe(cfg.model)
+    found = describe(model_config(cfg))
     show(found)
     if args.json:
         write_json(Path(args.json), found)
