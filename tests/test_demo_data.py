@@ -171,13 +171,13 @@ def test_shares_sum_to_one_and_no_class_is_rare(root: Path) -> None:
     assert sum(objects) > 0.15
 
 
-def test_colour_does_not_tell_the_class(root: Path) -> None:
+def test_colour_suggests_a_class_and_does_not_tell(root: Path) -> None:
     accuracy, count = _accuracy(root, painted=False)
     chance = 1 / len(OBJECTS)
     # Four standard deviations of a guesser's hit rate.
     margin = 4 * (chance * (1 - chance) / count)**0.5
     assert count >= 100
-    assert accuracy < chance + margin
+    assert chance + margin < accuracy < 0.95
 
 
 def test_colour_would_tell_if_classes_had_colours(root: Path) -> None:

@@ -202,7 +202,7 @@ def main() -> None:
     for name in ('dense', 'gdp', 'export'):
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
-    make_demo_data(data_root, train=240, val=160, size=128, seed=0)
+    make_demo_data(data_root, train=600, val=160, size=128, seed=0)
     train(DENSE, folder / 'dense', clock, AROUND / 3, 1)
     train(GATED, folder / 'gdp', clock, AROUND / 3 + iterations, GATED_COST)
     run([
@@ -217,7 +217,7 @@ def main() -> None:
     report.update(
         miou_dense=dense_miou(folder / 'dense'),
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
-        train='240 drawn images of 128 x 128, 3 classes, seed 0',
+        train='600 drawn images of 128 x 128, 3 classes, seed 0',
         test='160 drawn images of 128 x 128',
         crop=list(cfg.crop_size),
         batch_size=cfg.train_dataloader.batch_size,

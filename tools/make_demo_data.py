@@ -1,8 +1,9 @@
 """A small semantic segmentation data set in Pascal VOC layout, for demos.
 
-Six shapes lie on a cluttered ground, under bars and leaves. Colour and
-texture are drawn without regard to the class, so that only the outline
-tells a disc from a ring. The same arguments give the same bytes (with the
+One to three shapes lie on a cluttered ground, under bars and leaves. Texture is
+drawn without regard to the class and the hues of the classes overlap, among
+each other and with the ground: a colour suggests a class, the outline tells.
+The same arguments give the same bytes (with the
 same releases of numpy and Pillow).
 
     python tools/make_demo_data.py data/shapes --train 400 --val 80
@@ -28,7 +29,7 @@ CLASSES: tuple[str, ...] = ('background', 'disc', 'ring', 'cross')
 BORDER = 255
 MIN_SIZE = 32
 
-_FORMAT = 'gdp_mmseg demo data, version 1'
+_FORMAT = 'gdp_mmseg demo data, version 2'
 _SPLITS = ('train', 'val')
 _OVERSAMPLING = 4
 # Share of an object that the frame, and anything laid on it, must leave.
@@ -37,6 +38,9 @@ _MIN_LEFT = 0.6
 # Distance in RGB from the mean colour that an object or occluder covers.
 _MIN_CONTRAST = 0.45
 _TRIES = 12
+# Of a turn. The classes are a third of a turn apart: they overlap.
+_HUE_REACH = 0.2
+_ANY_HUE = (0.0, 1.0)
 
 Floats = NDArray[np.floating]
 Bytes = NDArray[np.uint8]
@@ -165,10 +169,12 @@ def _grid(size: int) -> tuple[Floats, Floats]:
     return x, y
 
 
-def _colour(rng: Rng, saturation: tuple[float, float],
-            value: tuple[float, float]) -> Floats:
-    """Draw an RGB colour of any hue, (3,)."""
-    hue, s, v = rng.random(), rng.uniform(*saturation), rng.uniform(*value)
+def _colour(rng: Rng,
+            saturation: tuple[float, float],
+            value: tuple[float, float],
+            hues: tuple[float, float] = _ANY_HUE) -> Floats:
+    """Draw an RGB colour of some hues, (3,)."""
+    hue, s, v = (rng.uniform(*span) for span in (hues, saturation, value))
     ramp = np.abs((hue * 6 + np.array([0, 4, 2])) % 6 - 3) - 1
     colour: Floats = v * (1 - s + s * np.clip(ramp, 0, 1))
     return colour.astype(np.float32)
@@ -179,19 +185,28 @@ def _blend(pattern: Floats, low: Floats, high: Floats) -> Floats:
     return low + pattern[..., None] * (high - low)
 
 
-def _two_colours(rng: Rng, behind: Floats) -> tuple[Floats, Floats]:
+def _two_colours(
+    rng: Rng,
+    behind: Floats,
+    hues: tuple[float, float] = _ANY_HUE,
+) -> tuple[Floats, Floats]:
     """Draw two colours, (3,) each, that stand out from a third."""
     while True:  # at least a tenth of the draws pass, whatever is behind
-        low = _colour(rng, (0.25, 0.9), (0.3, 1.0))
-        high = _colour(rng, (0.1, 0.8), (0.3, 1.0))
+        low = _colour(rng, (0.25, 0.9), (0.3, 1.0), hues)
+        high = _colour(rng, (0.1, 0.8), (0.3, 1.0), hues)
         high = low + rng.uniform(0.35, 0.8) * (high - low)
         if np.linalg.norm((low + high) / 2 - behind) >= _MIN_CONTRAST:
             return low, high
 
 
-def _texture(rng: Rng, size: int, behind: Floats) -> Floats:
+def _texture(
+    rng: Rng,
+    size: int,
+    behind: Floats,
+    hues: tuple[float, float] = _ANY_HUE,
+) -> Floats:
     """Draw a texture, (S, S, 3), that stands out from a colour (3,)."""
-    low, high = _two_colours(rng, behind)
+    low, high = _two_colours(rng, behind, hues)
     return _blend(_pattern(rng, size), low, high)
 
 
@@ -306,7 +321,9 @@ def _add_object_(scene: _Scene, rng: Rng) -> None:
         alpha = _coverage(scene.size, [placed[0]], placed[1])
         if _hides(scene, alpha) or not _in_frame(placed, alpha):
             continue
-        texture = _texture(rng, scene.size, scene.colour_under(alpha))
+        hue = label / (len(CLASSES) - 1)
+        texture = _texture(rng, scene.size, scene.colour_under(alpha),
+                           (hue - _HUE_REACH, hue + _HUE_REACH))
         x, y = _grid(scene.size)
         light = ((centre[0] - x) + (centre[1] - y)) / radius
         texture = texture * (1 + 0.1 * np.clip(light, -2, 2))[..., None]
