@@ -36,7 +36,9 @@ ARROWS: dict[str, set[str]] = {
     'report': {'cost', 'groups', 'surgery'},
     'model': {'gate', 'groups', 'cost', 'proof', 'surgery', 'registry'},
     'hook': {'gate', 'model', 'registry', 'cost'},
-    'export': {'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'},
+    'export': {
+        'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'
+    },
     '__init__': set(MODULES) - {'__init__'},
 }
 # What serves plain PyTorch models imports no mm package.

@@ -1,10 +1,10 @@
 """A small semantic segmentation data set in Pascal VOC layout, for demos.
 
-One to three shapes lie on a cluttered ground, under bars and leaves. Texture is
-drawn without regard to the class and the hues of the classes overlap, among
-each other and with the ground: a colour suggests a class, the outline tells.
-The same arguments give the same bytes (with the
-same releases of numpy and Pillow).
+One to three shapes lie on a cluttered ground, under bars and leaves. Texture
+is drawn without regard to the class, and the hues of the classes overlap, with
+each other and with the ground: colour suggests a class, the outline tells. The
+same arguments give the same bytes (with the same releases of numpy and
+Pillow).
 
     python tools/make_demo_data.py data/shapes --train 400 --val 80
 
