@@ -1,0 +1,211 @@
+"""GDP and its alternatives at the same cost, training time, data and seeds.
+
+Each run is one training of as many iterations. Runs that are done are not run
+again; each has a folder with its log and ``result.json``:
+
+    python benchmarks/accuracy.py camvid --data-root .../camvid \
+        --weights .../resnet18.pth --report docs/reports/accuracy_camvid.json
+
+The alternatives prune at the iteration at which the gates begin to, and train
+on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
+"""
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from gdp_mmseg.export import export
+from gdp_mmseg.gate import Schedule
+from gdp_mmseg.report import count_macs, count_parameters, write_json
+
+HERE = Path(__file__).resolve().parent
+METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
+ITERATIONS = dict(camvid=800, voc=1200)
+TRAIN = dict(
+    camvid='CamVid, the 367 images of ImageSets/Segmentation/train.txt',
+    voc='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of aug.txt'
+)
+TEST = dict(
+    camvid='the 101 images of val.txt, 480 x 360, whole',
+    voc='173 images of val.txt, short side 257')
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('data', choices=ITERATIONS)
+    parser.add_argument('--data-root', type=Path, required=True)
+    parser.add_argument(
+        '--weights', type=Path, required=True, help='of the backbone')
+    parser.add_argument(
+        '--work-dir', type=Path, default=Path('work_dirs/accuracy'))
+    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser.add_argument(
+        '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--iterations', type=int)
+    parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
+    parser.add_argument('--report', type=Path, help='rows of all runs')
+    parser.add_argument(
+        '--one', help=argparse.SUPPRESS)  # in this process: a run's name
+    return parser.parse_args()
+
+
+def plan(args: argparse.Namespace) -> Iterator[str]:
+    """Names of the runs: ``method-target-seed``, all of a seed first."""
+    for seed, target, method in itertools.product(args.seeds, args.targets,
+                                                  args.methods):
+        if method != 'dense':
+            yield f'{method}-{target}-{seed}'
+        elif target == args.targets[0]:
+            yield f'dense-1.0-{seed}'
+
+
+def config_of(args: argparse.Namespace, method: str, target: float,
+              seed: int) -> Config:
+    """The training of one run."""
+    name = dict(camvid='camvid', voc='voc_subset')[args.data]
+    cfg = Config.fromfile(HERE / f'configs/{name}.py')
+    root = str(args.data_root.resolve())
+    train = cfg.train_dataloader.dataset
+    for dataset in train.get('datasets', [train]):
+        dataset.data_root = root
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.data_root = root
+    cfg.model.backbone.init_cfg = dict(
+        type='Pretrained', checkpoint=str(args.weights.resolve()))
+    cfg.randomness = dict(seed=seed)
+    cfg.train_cfg.update(
+        max_iters=args.iterations, val_interval=args.iterations)
+    cfg.param_scheduler[0].end = args.iterations
+    cfg.default_hooks.checkpoint.interval = args.iterations
+    if method == 'gdp':
+        cfg.model.update(
+            type='gdp_mmseg.GDPModel', gdp=dict(target=target))
+        cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
+    return cfg
+
+
+def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
+    """Train, prune and evaluate one run; its row."""
+    method, target, seed = name.split('-')
+    cfg = config_of(args, method, float(target), int(seed))
+    cfg.work_dir = str(folder / 'training')
+    init_default_scope('mmseg')
+    start = time.time()
+    runner = Runner.from_cfg(cfg)
+    shape = (1, 3, *cfg.crop_size)
+    dense_macs = count_macs(runner.model, shape)
+    if method not in ('dense', 'gdp'):
+        from one_shot import PruneOnce
+        begin = 0 if method == 'narrow' else round(
+            Schedule().phases[0] * args.iterations)
+        runner.register_hook(
+            PruneOnce(method, float(target), begin, shape, int(seed)))
+    runner.train()
+    row = dict(
+        method=method,
+        target=float(target),
+        seed=int(seed),
+        iterations=args.iterations,
+        miou=_last_miou(folder),
+        minutes=(time.time() - start) / 60)
+    if method == 'gdp':
+        report = export(cfg,
+                        str(folder / f'training/iter_{args.iterations}.pth'),
+                        folder / 'pair', 'gdp')
+        g = runner.model.gdp.gates.openness()
+        return dict(
+            row,
+            macs=report['macs_pruned'] / report['macs_dense'],
+            params=report['params_pruned'] / report['params_dense'],
+            miou=report['miou_pruned'],
+            miou_gated=report['miou_gated'],
+            max_rel_diff=report['max_rel_diff'],
+            undecided=float(((g > 0.01) & (g < 0.5)).float().mean()),
+            groups=report['groups'])
+    dense_params = count_parameters(Runner.build_model(runner, cfg.model))
+    return dict(
+        row,
+        macs=count_macs(runner.model, shape) / dense_macs,
+        params=count_parameters(runner.model) / dense_params)
+
+
+def _last_miou(folder: Path) -> float:
+    """What the training's own last evaluation logged."""
+    scalars = sorted(folder.glob('training/*/vis_data/scalars.json'))[-1]
+    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
+    return [row['mIoU'] for row in rows if 'mIoU' in row][-1]
+
+
+def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
+    """One run in a process of its own, into its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / 'log.txt', 'w') as log:
+        return subprocess.Popen(
+            [sys.executable, '-W', 'ignore', *sys.argv, '--one', name],
+            stdout=log,
+            stderr=subprocess.STDOUT)
+
+
+def collect(args: argparse.Namespace, base: Path) -> dict[str, Any]:
+    """The report: what all runs share, and a row for each."""
+    rows = [
+        json.loads(path.read_text())
+        for path in sorted(base.glob('*/result.json'))
+    ]
+    return dict(
+        data=args.data,
+        train=TRAIN[args.data],
+        test=TEST[args.data],
+        iterations=args.iterations,
+        torch=torch.__version__,
+        machine=f'{platform.machine()}, {os.cpu_count()} CPU cores',
+        rows=rows)
+
+
+def main() -> None:
+    args = parse_args()
+    args.iterations = args.iterations or ITERATIONS[args.data]
+    base = args.work_dir / f'{args.data}-{args.iterations}'
+    if args.one:
+        folder = base / args.one
+        write_json(folder / 'result.json', run(args, args.one, folder))
+        return
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    waiting = [
+        name for name in plan(args)
+        if not (base / name / 'result.json').exists()
+    ]
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            name = waiting.pop(0)
+            print(f'{time.strftime("%H:%M")} {name}', flush=True)
+            running[name] = run_apart(name, base / name)
+        time.sleep(2)
+        for name, process in list(running.items()):
+            if process.poll() is not None:
+                del running[name]
+                if process.returncode:
+                    print(f'{name} failed; read {base / name / "log.txt"}')
+        if args.report:
+            write_json(args.report, collect(args, base))
+    if args.report:
+        write_json(args.report, collect(args, base))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,123 @@
+"""The alternatives: channels removed at one point of a training, by rank.
+
+With Torch-Pruning (https://github.com/VainF/Torch-Pruning), at the same ratio
+in every layer, down to the same multiply-adds.
+"""
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from gdp_mmseg.model import train as training_forward
+from gdp_mmseg.report import count_macs
+
+IMPORTANCE: dict[str, Any] = dict(
+    narrow=tp.importance.RandomImportance,
+    random=tp.importance.RandomImportance,
+    l1=lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    slimming=tp.importance.BNScaleImportance)
+# Network Slimming (ICCV 2017), section 4: the weight of |gamma|.
+SPARSITY = 1e-4
+
+
+class PruneOnce(Hook):
+    """Prunes at one iteration; before, Network Slimming's penalty if asked.
+
+    Args:
+        method (str): A key of ``IMPORTANCE``.
+        target (float): Share of the dense multiply-adds.
+        iteration (int): Before which it prunes.
+        shape (tuple[int, ...]): ``(N, C, H, W)`` at which is counted.
+        seed (int): Of random ranks.
+    """
+
+    priority = 'VERY_HIGH'
+
+    def __init__(self, method: str, target: float, iteration: int,
+                 shape: tuple[int, ...], seed: int) -> None:
+        self.method = method
+        self.target = target
+        self.iteration = iteration
+        self.shape = shape
+        self.seed = seed
+        self.pruned = False
+
+    def before_train(self, runner: Runner) -> None:
+        """Add the penalty's gradient before each step until the pruning."""
+        if self.method != 'slimming':
+            return
+
+        def penalise(optimizer: Any, args: Any, kwargs: Any) -> None:
+            if self.pruned:
+                return
+            for module in runner.model.modules():
+                if isinstance(module, nn.BatchNorm2d) and (module.weight.grad
+                                                           is not None):
+                    module.weight.grad += SPARSITY * module.weight.sign()
+
+        runner.optim_wrapper.optimizer.register_step_pre_hook(penalise)
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Prune the runner's model in place."""
+        if runner.iter == self.iteration:
+            self.pruned = True
+            ratio = self._ratio(runner.model)
+            with torch.random.fork_rng():
+                prune_(runner.model, self.method, ratio, self.shape, self.seed)
+            optimizer = runner.optim_wrapper.optimizer
+            group, = optimizer.param_groups
+            group['params'] = list(runner.model.parameters())
+            optimizer.state.clear()
+            runner.logger.info(f'{self.method}: {ratio:.3f} of the channels '
+                               'of every layer are removed')
+
+    def _ratio(self, model: nn.Module) -> float:
+        """The least ratio that meets the target, by bisection."""
+        budget = self.target * count_macs(model, self.shape)
+        low, high = 0., 0.95
+        with torch.random.fork_rng():
+            for _ in range(8):
+                middle = (low + high) / 2
+                trial = copy.deepcopy(model)
+                prune_(trial, self.method, middle, self.shape, self.seed)
+                if count_macs(trial, self.shape) > budget:
+                    low = middle
+                else:
+                    high = middle
+        return high
+
+
+def prune_(model: nn.Module, method: str, ratio: float,
+           shape: tuple[int, ...], seed: int) -> None:
+    """Remove a share of the channels of every layer, in place."""
+    torch.manual_seed(seed)
+    training = {name: one.training for name, one in model.named_modules()}
+    model.eval()
+    classifiers = [
+        module for name, module in model.named_modules()
+        if name.endswith('conv_seg')
+    ]
+    tp.pruner.BasePruner(
+        model,
+        torch.randn(shape),
+        IMPORTANCE[method](),
+        pruning_ratio=ratio,
+        ignored_layers=classifiers,
+        forward_fn=_forward).step()
+    for name, module in model.named_modules():
+        module.training = training[name]
+    model.zero_grad(set_to_none=True)
+
+
+def _forward(model: nn.Module, inputs: Tensor) -> Any:
+    """With the auxiliary head, or it would not be sliced."""
+    return training_forward(model, inputs)
