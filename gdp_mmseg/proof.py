@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from .gate import Gates, gate_layer_
 from .groups import Groups, nothing_left
-from .surgery import copy_structure, prune
+from .surgery import copy_structure, cut
 from .trace import Forward, set_mode_
 
 # Of numbers in double precision, in which a small error is not lost in noise.
@@ -221,7 +221,7 @@ class _Trial:
             openness[gates] = 0.3 + 0.6 * torch.rand(
                 len(gates), generator=generator)
             openness[gates[order[:number]]] = 0
-        pruned, _ = prune(self.model, self.groups, openness)
+        pruned, _ = cut(self.model, self.groups, openness)
         self.failed_at = ''
         for name, module in pruned.named_modules():
             module.register_forward_pre_hook(self._remember(name))

@@ -153,24 +153,37 @@ def prune(model: nn.Module, groups: Groups,
     Raises:
         ValueError: If a number in the model is not finite.
     """
+    pruned, widths = cut(model, groups, openness)
+    return copy.deepcopy(pruned), widths
+
+
+def cut(model: nn.Module, groups: Groups,
+        openness: Tensor) -> tuple[nn.Module, Widths]:
+    """:func:`prune`, but what did not change is the model's own."""
     keep = kept_channels(groups, openness)
-    state = dict(model.state_dict())
-    absorb_(state, groups, openness)
-    for name, tensor in state.items():
+    dense = model.state_dict()
+    for name, tensor in dense.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f'expected finite weights, but got nan or inf in '
                              f'{name}; export an earlier checkpoint')
+    state = dict(dense)
     for (name, axis), gates in groups.axes.items():
         slots = _kept_slots(gates, keep).nonzero().flatten()
         state[name] = state[name].index_select(axis,
                                                slots.to(state[name].device))
+    absorb_(state, groups, openness, keep)
     widths = _widths(model, groups, state)
     _fold_constants_(model, groups, state, widths)
     pruned = copy_structure(model)
     apply_widths_(pruned, widths)
-    # Now that it is small, with tensors of its own.
-    pruned = copy.deepcopy(pruned)
-    pruned.load_state_dict({name: state[name] for name in pruned.state_dict()})
+    pruned.load_state_dict(
+        {
+            name: state[name]
+            for name in pruned.state_dict()
+            if state[name] is not dense.get(name)
+        },
+        strict=False,
+        assign=True)
     return pruned, widths
 
 
@@ -180,19 +193,21 @@ def copy_structure(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def absorb_(state: dict[str, Tensor], groups: Groups,
-            openness: Tensor) -> None:
+def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
+            keep: Tensor) -> None:
     """Multiply the gates into the kernels that read them, in place.
 
     Args:
         state (dict[str, Tensor]): A state dict; kernels are replaced.
         groups (Groups): What the analysis found.
         openness (Tensor): ``(G,)``.
+        keep (Tensor): ``(G,)`` bool, the gates whose slots the kernels have.
     """
     for layer in groups.readers():
         kernel = state[layer.kernel]
+        slots = layer.inputs[_kept_slots(layer.inputs, keep)]
         scale = slot_values(openness.detach().to(kernel),
-                            layer.inputs.to(kernel.device))
+                            slots.to(kernel.device))
         state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 
 

@@ -207,7 +207,7 @@ def test_absorbing_scales_the_columns_of_the_kernel() -> None:
     net, groups = TOYS['chain'].analyse()
     openness = torch.linspace(0, 0.9, groups.number)
     state = dict(net.state_dict())
-    absorb_(state, groups, openness)
+    absorb_(state, groups, openness, openness >= 0)
     gates_of = {
         group.readers: openness[group.gates]
         for group in groups.groups
