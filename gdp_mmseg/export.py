@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
-from .model import (build_base_model, default_base, find_pruner,
-                    model_config)
+from .model import (build_base_model, default_base, find_pruner, model_config)
 from .proof import largest_difference
 from .surgery import Widths, prune
 from .version import __version__
@@ -261,11 +260,10 @@ def max_rel_diff(gated: nn.Module, pruned: nn.Module,
                  inputs: list[Tensor]) -> float:
     """Largest difference of outputs, over the largest output."""
     return max(
-        largest_difference(
-            *([
-                leaf for leaf in tree_leaves(model(image, mode='tensor'))
-                if isinstance(leaf, Tensor)
-            ] for model in (pruned, gated))) for image in inputs)
+        largest_difference(*([
+            leaf for leaf in tree_leaves(model(image, mode='tensor'))
+            if isinstance(leaf, Tensor)
+        ] for model in (pruned, gated))) for image in inputs)
 
 
 def _measure(gated: nn.Module, dense: nn.Module,

@@ -176,11 +176,13 @@ def cut(model: nn.Module, groups: Groups,
     _fold_constants_(model, groups, state, widths)
     pruned = copy_structure(model)
     apply_widths_(pruned, widths)
+    # Not what it shares with the model: that may have several names.
     pruned.load_state_dict(
         {
             name: state[name]
-            for name in pruned.state_dict()
+            for name, tensor in pruned.state_dict().items()
             if state[name] is not dense.get(name)
+            or tensor.data_ptr() != dense[name].data_ptr()
         },
         strict=False,
         assign=True)

@@ -499,7 +499,7 @@ def test_slots_move_with_the_gates() -> None:
 @pytest.mark.parametrize(
     'layer',
     [nn.ReLU(), nn.BatchNorm2d(6),
-     nn.ConvTranspose2d(6, 4, 3)])
+     nn.Embedding(6, 4)])
 def test_only_convolutions_and_linear_layers_are_gated(
         layer: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(layer).__name__):
