@@ -1,6 +1,6 @@
 # DeepLabV3Plus-ResNet18 on CamVid, for two CPU cores: output stride 16, 256
-# DeepLabV3Plus-ResNet18 on CamVid, for two CPU cores: output stride 16, 256
-# 1 to 3) are given on the command line (see benchmarks/accuracy.py).
+# channels, crops of 192. data_root and the weights of the backbone (ImageNet,
+# stages 1 to 3) are given on the command line (see benchmarks/accuracy.py).
 _base_ = [
     '../../configs/_base_/models/deeplabv3plus_r50-d8.py',
     '../../configs/_base_/datasets/pascal_voc12.py',
