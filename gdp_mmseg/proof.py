@@ -137,9 +137,7 @@ class _Trial:
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
-        self.inputs = self._small_inputs(groups.input_shape)
-        randomise_until_finite_(self.model,
-                                lambda net: self._run(net, self.inputs))
+        self.inputs = self._make_lively_(groups.input_shape)
         self.use(groups)
 
     def use(self, groups: Groups) -> None:
@@ -154,23 +152,27 @@ class _Trial:
             gate_layer_(
                 self.gated.get_submodule(layer.name), self.gates, layer.inputs)
 
-    def _small_inputs(self, shape: tuple[int, ...]) -> Tensor:
-        """The least input that the dense model takes."""
+    def _make_lively_(self, shape: tuple[int, ...]) -> Tensor:
+        """Random weights, and the least input that the dense model takes."""
         _, channels, height, width = shape
         for side in (*_SIDES, max(height, width)):
             inputs = torch.randn(1, channels, min(side, height),
                                  min(side, width))
             try:
-                self._run(self.model, inputs)
+                randomise_until_finite_(self.model,
+                                        lambda net: self._run(net, inputs))
                 return inputs
             except Exception:  # the model's own, of any kind
                 if side >= max(height, width):
                     raise
         raise AssertionError('unreachable')
 
-    def _run(self, model: nn.Module, inputs: Tensor) -> list[Tensor]:
+    def _run(self,
+             model: nn.Module,
+             inputs: Tensor,
+             training_too: bool = True) -> list[Tensor]:
         outputs: list[Any] = []
-        for forward, training in self.forwards:
+        for forward, training in self.forwards[:1 + training_too]:
             set_mode_(model, training)
             torch.manual_seed(1)
             with torch.no_grad():
@@ -226,11 +228,12 @@ class _Trial:
         for name, module in pruned.named_modules():
             module.register_forward_pre_hook(self._remember(name))
         try:
-            got = self._run(pruned, self.inputs)
+            got = self._run(pruned, self.inputs, half)
         except Exception:  # the model's own, of any kind
             return math.inf
         self._set_gates(openness)
-        return largest_difference(got, self._run(self.gated, self.inputs))
+        wanted = self._run(self.gated, self.inputs, half)
+        return largest_difference(got, wanted)
 
     def _remember(self, name: str) -> Callable[..., None]:
 
