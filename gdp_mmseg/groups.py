@@ -263,7 +263,18 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; set input_shape '
                     'to one that it can take') from error
-    return tracer.labels
+    # On the meta device, a parameter with two names is two.
+    first: dict[int, str] = {}
+    same = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    labels = tracer.labels
+    labels.parameters = {
+        same[name]: shape
+        for name, shape in labels.parameters.items()
+    }
+    return labels
 
 
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
