@@ -1,8 +1,8 @@
 """Asked against got: is the budget met, on several models and schedules?
 
 Trains small models with gates for each target and number of iterations, and
-writes a report that ``benchmarks/results.py`` turns into a table. Runs that
-are done are not run again.
+writes a report, after each run, that ``benchmarks/results.py`` turns into a
+table. Runs that are done are not run again.
 
     OMP_NUM_THREADS=1 python benchmarks/budget.py \
         --report docs/reports/budget.json
@@ -32,19 +32,19 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     floors = {name: floor_of(name) for name in args.models}
-    results = [
-        train_once(Run(name, target, iterations, args.seed), args.work_dir)
-        for iterations in args.iterations for name in args.models
-        for target in args.targets if target > floors[name]
-    ]
-    write_json(
-        args.report,
-        dict(
-            title='The budget: asked against got',
-            floors=floors,
-            targets=args.targets,
-            runs=results,
-            **conditions()))
+    report = dict(
+        title='The budget: asked against got',
+        floors=floors,
+        targets=sorted(args.targets),
+        runs=[],
+        **conditions())
+    for iterations in args.iterations:
+        for target in args.targets:
+            for name in args.models:
+                if target > floors[name]:
+                    run = Run(name, target, iterations, args.seed)
+                    report['runs'].append(train_once(run, args.work_dir))
+                    write_json(args.report, report)
 
 
 if __name__ == '__main__':
