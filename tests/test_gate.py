@@ -439,6 +439,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'reflection padding':
     (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode='reflect'), IMAGE),
     'convolution over time': (lambda: nn.Conv1d(6, 4, 3), (2, 6, 9)),
+    'transposed convolution':
+    (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1), IMAGE),
     'linear': (lambda: nn.Linear(6, 4), (2, 6)),
     'linear on tokens, no bias': (lambda: nn.Linear(6, 4, bias=False), TOKENS),
 }
