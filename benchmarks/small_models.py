@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import json
 import math
+import os
 import platform
 import statistics
 import sys
@@ -195,7 +196,8 @@ def conditions() -> dict[str, Any]:
         phases=PHASES,
         optimizer='AdamW, lr 1e-3, polynomial decay, float32, no pretraining',
         input_shape=[1, 3, SIDE, SIDE],
-        machine=f'{platform.machine()}, {torch.get_num_threads()} CPU core(s)',
+        machine=f'{platform.machine()}, {torch.get_num_threads()} of '
+        f'{os.cpu_count()} CPU cores',
         torch=torch.__version__)
 
 
