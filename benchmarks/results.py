@@ -111,9 +111,8 @@ def controllers(report: Report) -> list[str]:
     runs = report['runs']
     targets = sorted({one['run']['target'] for one in runs})
     rows = [[
-        'multiplier',
-        *(f'asked {target}' for target in targets), 'within a point',
-        'undecided', 'above the budget', 'below it', 'loss'
+        'multiplier', *(f'asked {target}' for target in targets),
+        'within a point', 'undecided', 'above the budget', 'below it', 'loss'
     ]]
     for weight in sorted({one['run']['loss_weight'] for one in runs}):
         for way in dict.fromkeys(one['way'] for one in runs):
@@ -142,8 +141,8 @@ def controllers(report: Report) -> list[str]:
         f'training. {moved_while_settling(runs)} The step is the same in all '
         f'rows, and so are models ({", ".join(models)}), seeds, data order '
         f'and schedules ({", ".join(map(str, lengths))} iterations); only the '
-        'multiplier differs. A loss in another unit is the same task. Of the '
-        'pairs of proportional and integral gains, eleven were tried in '
+        'multiplier differs. Loss x 10 is the same task in another unit. Of '
+        'the pairs of proportional and integral gains, eleven were tried in '
         '200 iterations of DeepLabV3Plus-ResNet18; the first is the best.',
         '- Above the budget, below it: the most, in points, that what is held '
         'against the budget of the moment was off it in the pruning phase. '
