@@ -133,7 +133,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
                  training_forward: Forward | None) -> None:
-        self.model = copy.deepcopy(model).to('cpu', torch.float64)
+        self.model = _copy_in_double(model)
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
@@ -245,6 +245,18 @@ class _Trial:
         odds = openness / (1 - openness)
         theta = (self.gates.epsilon * odds).sqrt().clamp(max=1e6)
         self.gates.theta.copy_(theta)
+
+
+def _copy_in_double(model: nn.Module) -> nn.Module:
+    """On the CPU, without a copy in between: models can be large."""
+    memo: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
+        other = tensor.detach().to('cpu', dtype, copy=True)
+        memo[id(tensor)] = nn.Parameter(
+            other, tensor.requires_grad) if isinstance(
+                tensor, nn.Parameter) else other
+    return copy.deepcopy(model, memo)
 
 
 def _members(groups: Groups, index: int) -> tuple[str, ...]:

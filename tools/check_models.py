@@ -150,7 +150,7 @@ def _build(cfg: Config) -> tuple[Any, list[int]]:
     size = (
         cfg.get('crop_size')
         or (model.get('data_preprocessor') or {}).get('size') or (224, 224))
-    for part in (model.backbone, model.get('decode_head')):
+    for part in (model.get('backbone'), model.get('decode_head')):
         # Of what takes one size only: the positions that it knows.
         if isinstance(part, dict) and 'img_size' in part:
             part['img_size'] = (SIDE, SIDE)
@@ -312,7 +312,7 @@ def _first_line(error: BaseException) -> str:
     """The innermost cause of an error, in one short line."""
     while error.__cause__ is not None and isinstance(error, (KeyError, )):
         error = error.__cause__
-    text = ' '.join(str(error).split())
+    text = ' '.join(str(error).split()).partition(', the current sys.path')[0]
     return f'{type(error).__name__}: {text}'[:200]
 
 

@@ -1,5 +1,5 @@
 # DeepLabV3Plus-ResNet18 on CamVid, for two CPU cores: output stride 16, 256
-# channels, crops of 192. data_root and the backbone's weights (ImageNet, stages
+# DeepLabV3Plus-ResNet18 on CamVid, for two CPU cores: output stride 16, 256
 # 1 to 3) are given on the command line (see benchmarks/accuracy.py).
 _base_ = [
     '../../configs/_base_/models/deeplabv3plus_r50-d8.py',
