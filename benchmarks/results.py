@@ -91,7 +91,7 @@ def budget(report: Report) -> list[str]:
         f'- Share of the multiply-adds of whole channels at the end of the '
         f'training; {len(runs) - missed} of {len(runs)} runs within one point '
         'of what was asked, the others marked *. "floor": no gate can save '
-        'more, and such a target is refused. '
+        'more, and such a target is refused; "-": not run. '
         f'{moved_while_settling(runs)}',
         '- Undecided: share of gates of openness between 0.01 and 0.5 at the '
         'end, the most of the row. Largest step: the most that one iteration '
