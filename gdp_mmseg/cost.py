@@ -1,44 +1,53 @@
-"""Multiply-adds of a gated network, as a function of its gates' openness.
+"""What a gated network costs, as a function of its gates' openness.
 
-One fused multiply-add is one FLOP, at the input size that was analysed, for
-one image. Only convolutions and linear layers count (nothing else of a
-segmentation network has a cost in channels squared), and only those that
-inference runs.
+Every cost is a sum of products of two numbers of open channels, which makes
+its derivative a closed form, and a share: 1 with all gates open.
 
-Letters: ``G`` gates, ``S`` groups, ``K`` counted layers.
+- FLOPs: one fused multiply-add is one FLOP, at the input size that was
+  analysed, for one image. Only convolutions, linear layers and products of
+  activations count (nothing else of a segmentation network has a cost in
+  channels squared), and only those that inference runs.
+- Parameters: those that inference reads.
+- Latency: the measured times of the layers that FLOPs count.
+
+Letters: ``G`` gates, ``S`` groups, ``K`` products, ``L`` counted layers.
 """
 from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .groups import Groups
+from .groups import Groups, Layer
+
+# In a product, the place of a number of channels that is 1.
+_ONE = torch.tensor([-1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Two channel axes whose open channels multiply.
+
+    Args:
+        inputs (Tensor): ``(C_in,)`` gate of each slot, -1 for none.
+        outputs (Tensor): ``(C_out,)`` likewise.
+    """
+    inputs: Tensor
+    outputs: Tensor
 
 
 class Cost(nn.Module):
-    """Share of the dense multiply-adds, given the openness of all gates.
+    """Share of the dense cost, given the openness of all gates.
 
-    Source: GDP (ICCV 2021), section 3: a layer costs k^2 H W s_in s_out, a
-    depthwise one k^2 H W s, where s sums the openness of the channels.
+    Zero until :meth:`weigh_` said what each product costs.
 
     Args:
         groups (Groups): What the analysis found.
-
-    Attributes:
-        dense (int): Multiply-adds with all gates open.
-
-    Examples:
-        Two 1x1 convolutions, 3 -> 2 -> 4 channels, on 5 x 5 pixels.
-
-        >>> from .groups import analyse
-        >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
-        >>> cost = Cost(analyse(net, (3, 5, 5), lambda net, x: net(x)))
-        >>> cost.dense == 25 * (3 * 2 + 2 * 4)
-        True
-        >>> cost(torch.tensor([1., 0.])).item(), cost.macs(torch.ones(2))
-        (0.5, 350)
-        >>> cost.price(torch.ones(2)).tolist()  # (3 + 4) / 14 each
-        [0.5, 0.5]
+        products (Sequence[Product]): ``K`` of them.
+        persistent (bool): Whether the weights are in the state dict.
     """
 
     group_of: Tensor
@@ -46,43 +55,51 @@ class Cost(nn.Module):
     fixed_inputs: Tensor
     outputs: Tensor
     fixed_outputs: Tensor
-    positions: Tensor
     shares: Tensor
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self,
+                 groups: Groups,
+                 products: Sequence[Product],
+                 persistent: bool = False) -> None:
         super().__init__()
         group_of = torch.zeros(groups.number, dtype=torch.long)
         for index, group in enumerate(groups.groups):
             group_of[group.gates] = index
-        layers = [layer for layer in groups.layers if layer.counted]
-        sides: dict[str, Tensor] = {}
+        # Members of a group lie on the same axes equally often.
+        sizes = torch.tensor([len(group.gates) for group in groups.groups])
+        self.register_buffer('group_of', group_of, persistent=False)
         for side in ('inputs', 'outputs'):
-            slots = torch.zeros(len(layers), len(groups.groups))
-            fixed = torch.zeros(len(layers))
-            for row, layer in enumerate(layers):
-                gates = getattr(layer, side)
-                if side == 'inputs' and layer.blocks:
-                    fixed[row] = 1
-                    continue
+            slots = torch.zeros(len(products), len(groups.groups))
+            fixed = torch.zeros(len(products))
+            for row, product in enumerate(products):
+                gates = getattr(product, side)
                 fixed[row] = (gates < 0).sum()
                 slots[row].index_add_(0, group_of[gates[gates >= 0]],
                                       torch.ones(int((gates >= 0).sum())))
-            sides[side], sides[f'fixed_{side}'] = slots, fixed
-        # Members of a group lie on the same axes equally often.
-        sizes = torch.tensor([len(group.gates) for group in groups.groups])
-        for side in ('inputs', 'outputs'):
-            sides[side] /= sizes
-        positions = torch.tensor([layer.positions for layer in layers],
-                                 dtype=torch.double)
-        for name, tensor in dict(
-                group_of=group_of, positions=positions, **sides).items():
-            self.register_buffer(name, tensor, persistent=False)
-        self.dense = self.macs(torch.ones(groups.number))
+            self.register_buffer(side, slots / sizes, persistent=False)
+            self.register_buffer(f'fixed_{side}', fixed, persistent=False)
         self.register_buffer(
-            'shares', (positions / self.dense).float(), persistent=False)
+            'shares', torch.zeros(len(products)), persistent=persistent)
+
+    @torch.no_grad()
+    def weigh_(self, amounts: Tensor) -> float:
+        """Say what the products cost, in place.
+
+        Args:
+            amounts (Tensor): ``(K,)`` cost of each per pair of channels.
+
+        Returns:
+            float: The dense cost, in their unit.
+        """
+        amounts = amounts.to(self.shares.device, torch.double)
+        inputs, outputs = self._sums(
+            torch.ones_like(self.group_of, dtype=torch.double))
+        dense = float((amounts * inputs * outputs).sum())
+        self.shares.copy_(amounts / dense)
+        return dense
 
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
-        """Open input and output channels of each layer, ``(K,)`` twice."""
+        """Open input and output channels of each product, ``(K,)`` twice."""
         sums = openness.new_zeros(self.inputs.shape[1]).index_add(
             0, self.group_of, openness)
         return (self.inputs.to(sums) @ sums + self.fixed_inputs.to(sums),
@@ -105,19 +122,153 @@ class Cost(nn.Module):
             self.outputs.T @ (self.shares * inputs))
         return groups[self.group_of]
 
-    def macs(self, openness: Tensor) -> int:
-        """Multiply-adds per image, exact where openness is 0 or 1."""
-        inputs, outputs = self._sums(openness.double())
-        return round(float((self.positions * inputs * outputs).sum()))
-
-    def group_macs(self) -> Tensor:
+    def group_shares(self) -> Tensor:
         """Share ``(S,)`` of the dense cost that goes with each group.
 
-        The multiply-adds that would be gone if this group alone were closed.
-        Two neighbours share a layer, so the shares add up to more than 1.
+        What would be gone if this group alone were closed. Two neighbours
+        share a layer, so the shares add up to more than 1.
         """
         shares = []
         for index in range(self.inputs.shape[1]):
             openness = (self.group_of != index).float()
             shares.append(1 - self(openness))
         return torch.stack(shares)
+
+
+class CountCost(Cost):
+    """A cost that is a number of something.
+
+    Args:
+        groups (Groups): What the analysis found.
+        products (Sequence[Product]): ``K`` of them.
+        amounts (Sequence[float]): What each costs per pair of channels.
+
+    Attributes:
+        dense (int): The number with all gates open.
+    """
+
+    amounts: Tensor
+
+    def __init__(self, groups: Groups, products: Sequence[Product],
+                 amounts: Sequence[float]) -> None:
+        super().__init__(groups, products)
+        self.register_buffer(
+            'amounts',
+            torch.tensor(amounts, dtype=torch.double),
+            persistent=False)
+        self.dense = round(self.weigh_(self.amounts))
+
+    def count(self, openness: Tensor) -> int:
+        """The number itself, exact where openness is 0 or 1.
+
+        Args:
+            openness (Tensor): ``(G,)`` in [0, 1].
+        """
+        inputs, outputs = self._sums(openness.double())
+        return round(float((self.amounts * inputs * outputs).sum()))
+
+
+class FlopCost(CountCost):
+    """Multiply-adds.
+
+    Source: GDP (ICCV 2021), section 3: a layer costs k^2 H W s_in s_out, a
+    depthwise one k^2 H W s, where s sums the openness of the channels.
+
+    Args:
+        groups (Groups): What the analysis found.
+
+    Examples:
+        Two 1x1 convolutions, 3 -> 2 -> 4 channels, on 5 x 5 pixels.
+
+        >>> from .groups import analyse
+        >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
+        >>> cost = FlopCost(analyse(net, (3, 5, 5), lambda net, x: net(x)))
+        >>> cost.dense == 25 * (3 * 2 + 2 * 4)
+        True
+        >>> cost(torch.tensor([1., 0.])).item(), cost.count(torch.ones(2))
+        (0.5, 350)
+        >>> cost.price(torch.ones(2)).tolist()  # (3 + 4) / 14 each
+        [0.5, 0.5]
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        layers = counted_layers(groups)
+        super().__init__(groups, [_product(layer) for layer in layers],
+                         [layer.positions for layer in layers])
+
+
+class ParameterCost(CountCost):
+    """Parameters that inference reads: kernels, biases, those of norms.
+
+    A kernel costs k^2 s_in s_out, of a grouped convolution that by its
+    groups; a parameter per channel costs s; one without a gate is constant.
+    A layer of which nothing is left to read becomes a constant (see
+    ``surgery.py``), with one parameter per channel in place of its norm's
+    two and its bias: a difference that is not told.
+
+    Args:
+        groups (Groups): What the analysis found.
+
+    Examples:
+        Two 1x1 convolutions with biases, 3 -> 2 -> 4 channels.
+
+        >>> from .groups import analyse
+        >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
+        >>> cost = ParameterCost(
+        ...     analyse(net, (3, 5, 5), lambda net, x: net(x)))
+        >>> cost.dense == (3 * 2 + 2) + (2 * 4 + 4)
+        True
+        >>> cost.count(torch.tensor([1., 0.]))
+        12
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        products, amounts = [], []
+        for name, shape in groups.parameters.items():
+            gated = [
+                groups.axes[name, axis] for axis in range(len(shape))
+                if (name, axis) in groups.axes
+            ]
+            first, second = (*gated, _ONE, _ONE)[:2]
+            products.append(Product(first, second))
+            amounts.append(math.prod(shape) / (len(first) * len(second)))
+        super().__init__(groups, products, amounts)
+
+
+class LatencyCost(Cost):
+    """Time of the counted layers, one after the other, as it was measured.
+
+    A layer costs a + b s_in + c s_out + d s_in s_out. The four numbers of
+    each are measured once, when a training begins (see ``latency.py``), and
+    live in the state dict: whoever loads the checkpoint has the same cost.
+    The constant a stays, whatever is closed.
+
+    Args:
+        groups (Groups): What the analysis found.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        products = []
+        for layer in counted_layers(groups):
+            both = _product(layer)
+            products += [
+                Product(_ONE, _ONE),
+                Product(both.inputs, _ONE),
+                Product(_ONE, both.outputs), both
+            ]
+        super().__init__(groups, products, persistent=True)
+
+    @property
+    def measured(self) -> bool:
+        """Whether :meth:`weigh_` was called, or a state dict loaded."""
+        return bool(self.shares.any())
+
+
+def counted_layers(groups: Groups) -> list[Layer]:
+    """Those that inference runs, ``L`` of them."""
+    return [layer for layer in groups.layers if layer.counted]
+
+
+def _product(layer: Layer) -> Product:
+    """The channels of a layer that multiply."""
+    return Product(_ONE if layer.blocks else layer.inputs, layer.outputs)

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
-from .model import (build_base_model, default_base, find_pruner, model_config)
+from .model import (COSTS, build_base_model, default_base, find_pruner,
+                    model_config)
 from .proof import largest_difference
 from .surgery import Widths, prune
 from .version import __version__
@@ -66,11 +67,11 @@ def export(cfg: Config,
     pruner = find_pruner(gated)
     pruned, widths = prune(dense, pruner.groups, pruner.gates.openness())
     report = dict(name=name, **_measure(gated, dense, pruned))
-    share = report['macs_pruned'] / report['macs_dense']
-    if share > pruner.settings.target + 0.01:
-        progress(f'note: {share:.3f} of the FLOPs are left, asked for '
-                 f'{pruner.settings.target}; is the pruning phase over in '
-                 'this checkpoint?')
+    target = pruner.settings.target
+    if report['cost_pruned'] > target.ratio + 0.01:
+        progress(f'note: {report["cost_pruned"]:.3f} of the '
+                 f'{COSTS[target.type]} are left, asked for {target.ratio}; '
+                 'is the pruning phase over in this checkpoint?')
     anchor = next(folder for folder in out_dir.resolve().parents
                   if folder.is_dir())
     partial = Path(
@@ -275,9 +276,12 @@ def _measure(gated: nn.Module, dense: nn.Module,
     latencies = reporting.paired_latency_ms(
         [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
         shape)
-    keep = pruner.channels().cpu() > 0
+    channels = pruner.channels()
+    keep = channels.cpu() > 0
     return dict(
-        target=pruner.settings.target,
+        target=pruner.settings.target.ratio,
+        target_type=pruner.settings.target.type,
+        cost_pruned=float(pruner.cost(channels)),
         phases=list(pruner.settings.phases),
         input_shape=list(shape),
         macs_dense=reporting.count_macs(dense, shape),

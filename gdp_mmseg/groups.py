@@ -24,7 +24,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from .labels import Labels
+from .labels import Labels, Run
 from .trace import Forward, Tracer
 
 
@@ -47,6 +47,7 @@ class Layer:
             inputs that could be cut, and multiply-adds are
             ``positions * C_out``.
         counted (bool): False for what only training runs.
+        runs (tuple[Run, ...]): Its calls in inference.
     """
     name: str
     kernel: str
@@ -56,6 +57,7 @@ class Layer:
     outputs: Tensor
     blocks: bool
     counted: bool
+    runs: tuple[Run, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +102,8 @@ class Groups:
             closed gate are cut out.
         layers (tuple[Layer, ...]): In order of their first call.
         groups (tuple[Group, ...]): Each gate is in exactly one.
+        parameters (dict[str, tuple[int, ...]]): Name to dense shape of those
+            that inference reads.
         frozen (tuple[Frozen, ...]): Most channels first.
         norms (dict[str, str]): Layer to the batch norm that alone reads it.
         input_shape (tuple[int, ...]): ``(N, C, H, W)`` that was analysed.
@@ -108,6 +112,7 @@ class Groups:
     axes: dict[tuple[str, int], Tensor]
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
+    parameters: dict[str, tuple[int, ...]]
     frozen: tuple[Frozen, ...]
     norms: dict[str, str]
     input_shape: tuple[int, ...]
@@ -258,7 +263,18 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; set input_shape '
                     'to one that it can take') from error
-    return tracer.labels
+    # On the meta device, a parameter with two names is two.
+    first: dict[int, str] = {}
+    same = {
+        name: first.setdefault(id(parameter), name)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    labels = tracer.labels
+    labels.parameters = {
+        same[name]: shape
+        for name, shape in labels.parameters.items()
+    }
+    return labels
 
 
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
@@ -304,8 +320,10 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
             Layer(f'product in {product.module}', '', product.positions, 1,
                   torch.full((product.inputs, ), -1),
                   torch.from_numpy(gate_of[classes[product.outputs.numpy()]]),
-                  False, product.counted) for product in labels.products),
+                  False, product.counted, (Run((product.positions, )), ))
+            for product in labels.products),
         groups=tuple(groups),
+        parameters=labels.parameters,
         frozen=_frozen(labels, axes, reasons),
         norms=labels.norms(),
         input_shape=input_shape)
@@ -363,7 +381,8 @@ def _layers(labels: Labels, gate_axes: dict[tuple[str, int],
         layers.append(
             Layer(
                 kernel.rpartition('.')[0], kernel, call.positions,
-                call.axes[0], inputs, outputs, call.blocks, call.counted))
+                call.axes[0], inputs, outputs, call.blocks, call.counted,
+                call.runs))
     return tuple(layers)
 
 

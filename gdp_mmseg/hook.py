@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import is_main_process
+from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from .model import find_pruner
+from .latency import SECONDS
+from .model import COSTS, Pruner, find_pruner
 from .registry import HOOKS
 
 
@@ -50,6 +51,8 @@ class GDPHook(Hook):
             raise ValueError('GDPHook: expected one optimizer, but got '
                              f'{type(runner.optim_wrapper).__name__}; set '
                              'one optim_wrapper for all parameters')
+        if pruner.unmeasured:
+            _measure_(pruner, runner)
         if runner.iter == 0 and is_main_process():
             # A path of an earlier run in this folder is not ours.
             (Path(runner.work_dir) / 'gates.jsonl').unlink(missing_ok=True)
@@ -63,10 +66,12 @@ class GDPHook(Hook):
         optimizer.register_step_pre_hook(step)
         kept = ', '.join(f'{row.channels} channels ({row.reason})'
                          for row in pruner.groups.frozen)
+        target = pruner.settings.target
         runner.logger.info(f'GDP: {pruner.groups.number} gates in '
                            f'{len(pruner.groups.groups)} groups on '
-                           f'{pruner.cost.dense / 1e9:.2f} GFLOPs, target '
-                           f'{pruner.settings.target}; without a gate: {kept}')
+                           f'{pruner.flops.dense / 1e9:.2f} GFLOPs, target '
+                           f'{target.ratio} of the {COSTS[target.type]}; '
+                           f'without a gate: {kept}')
 
     def after_train_iter(self,
                          runner: Runner,
@@ -75,7 +80,8 @@ class GDPHook(Hook):
                          outputs: dict[str, Any] | None = None) -> None:
         """Log the share of FLOPs left, and the gates' path.
 
-        The share by whole channels and by openness goes with the losses;
+        The share by whole channels and by openness goes with the losses, and
+        that of the cost if the target is about another;
         ``gates.jsonl`` in the work folder gets the mean openness of each
         group.
         """
@@ -84,10 +90,12 @@ class GDPHook(Hook):
             openness = pruner.gates.openness()
             half_open = (openness > 0.01) & (openness < 0.5)
             scalars = dict(
-                flops=pruner.cost((openness > 0).float()),
-                flops_by_openness=pruner.cost(openness),
+                flops=pruner.flops((openness > 0).float()),
+                flops_by_openness=pruner.flops(openness),
                 undecided=half_open.float().mean(),
                 multiplier=pruner.gates.multiplier)
+            if pruner.cost is not pruner.flops:
+                scalars['cost'] = pruner.cost((openness > 0).float())
         # Each iteration, because mmengine logs the mean of the last ones.
         for name, value in scalars.items():
             runner.message_hub.update_scalar(f'train/gdp_{name}', value.item())
@@ -102,6 +110,16 @@ class GDPHook(Hook):
                 ])
             with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
                 file.write(json.dumps(row) + '\n')
+
+
+def _measure_(pruner: Pruner, runner: Runner) -> None:
+    """Measure the cost in one process, in place; all get its numbers."""
+    if is_main_process():
+        runner.logger.info('GDP: measuring the latency of the layers, in '
+                           f'about {SECONDS:.0f} s at most')
+        pruner.measure_()
+    broadcast(pruner.cost.shares)
+    pruner.check_target()
 
 
 def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:

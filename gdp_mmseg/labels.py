@@ -13,11 +13,29 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from typing import Any, Iterable, Iterator
+from typing import Any, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One call of a layer, to be repeated at other widths.
+
+    Args:
+        size (tuple[int, ...]): Of one image's input, without the channels:
+            ``(N, H, W)``, of a product of matrices ``(rows, )``.
+        kernel (tuple[int, ...]): Shape of the dense kernel; none of a product
+            of matrices.
+        options (tuple[Any, ...]): What ATen's convolution takes after the
+            bias: stride, padding, dilation, transposed, output padding,
+            groups; none of a product of matrices.
+    """
+    size: tuple[int, ...]
+    kernel: tuple[int, ...] = ()
+    options: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass
@@ -25,6 +43,7 @@ class Call:
     """How a convolution or linear layer was run.
 
     Args:
+        runs (tuple[Run, ...]): All counted calls.
         positions (int): Multiply-adds per image and pair of channels (of a
             layer of blocks: per output channel), over all counted calls.
         sizes (tuple[int, int]): Slots of its kernel's input and output axis.
@@ -35,6 +54,7 @@ class Call:
             axis of channels then, axis 0.
         counted (bool): Whether inference runs it.
     """
+    runs: tuple[Run, ...]
     positions: int
     sizes: tuple[int, int]
     axes: tuple[int, int]
@@ -77,6 +97,8 @@ class Labels:
             tensors without channels.
         calls (dict[str, Call]): Kernel name to how it was run, in order.
         products (list[Product]): What else costs multiply-adds.
+        parameters (dict[str, tuple[int, ...]]): Name to shape of those that
+            inference reads.
         read_axes, written_axes (set[tuple[str, int]]): Axes of kernels by
             which channels are read, and written.
         modules (list[str]): Names of the modules that are running.
@@ -92,6 +114,7 @@ class Labels:
         self.stops: list[Tensor] = []
         self.calls: dict[str, Call] = {}
         self.products: list[Product] = []
+        self.parameters: dict[str, tuple[int, ...]] = {}
         self.read_axes: set[tuple[str, int]] = set()
         self.written_axes: set[tuple[str, int]] = set()
         self.modules: list[str] = []
@@ -240,9 +263,10 @@ class Labels:
                     f'{kernel} is used without a call of its layer')
         if bias is not None:
             self.per_channel(bias, channels)
-        known = self.calls.setdefault(kernel,
-                                      dataclasses.replace(call, positions=0))
+        known = self.calls.setdefault(
+            kernel, dataclasses.replace(call, runs=(), positions=0))
         if call.counted:
+            known.runs += call.runs
             known.positions += call.positions
         elif not known.counted:
             self.freeze_labels(channels, f'{self.here()} is for training only')
@@ -258,9 +282,14 @@ class Labels:
             self._sources.setdefault(norm, set()).add(
                 self._written.get(id(inputs), ''))
 
-    def count_reads(self, tensors: Iterable[Tensor]) -> None:
+    def count_reads(self, tensors: Sequence[Tensor]) -> None:
         """An operator reads these tensors."""
-        self._reads.update({id(tensor) for tensor in tensors})
+        names = {id(tensor): self.name_of(tensor) for tensor in tensors}
+        self._reads.update(names.keys())
+        for tensor in tensors if self.counted else ():
+            name = names[id(tensor)]
+            if name is not None and name not in self._buffers:
+                self.parameters[name] = tuple(tensor.shape)
 
     def forget_activations(self) -> None:
         """A forward pass is over."""

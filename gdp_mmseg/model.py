@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -16,12 +17,55 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
-from .cost import Cost
-from .gate import Gates, Schedule, gate_layer_
+from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
+from .gate import Gates, Schedule, gate_layer_, openness
 from .groups import Groups, analyse
+from .latency import Stopwatch, measure, stopwatch
 from .proof import prove
 from .registry import MODELS
 from .surgery import apply_widths_, constant_channels, kept_channels
+
+# What a target can be about, in words.
+COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to keep how much of.
+
+    Args:
+        ratio (float): Share of the dense cost to keep, in (0, 1).
+        type (str): ``'flops'``, ``'params'`` or ``'latency'``.
+    """
+    ratio: float
+    type: str = 'flops'
+
+    @classmethod
+    def from_config(cls, config: Any) -> Target:
+        """Read ``target=0.4`` or ``target=dict(type='params', ratio=0.4)``.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is out of
+                its range.
+        """
+        if not isinstance(config, Mapping):
+            config = dict(type='flops', ratio=config)
+            key = 'gdp.target'
+        elif set(config) != {'type', 'ratio'}:
+            raise ValueError(
+                f'gdp.target: expected dict(type=..., ratio=...), but got '
+                f'{dict(config)}; change the keys of gdp.target')
+        else:
+            key = 'gdp.target.ratio'
+        if config['type'] not in [*COSTS]:
+            raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
+                             f'but got {config["type"]!r}')
+        ratio = config['ratio']
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ValueError(f'{key}: expected the share of '
+                             f'{COSTS[config["type"]]} to keep, in (0, 1), '
+                             f'but got {ratio!r}')
+        return cls(ratio, config['type'])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +73,8 @@ class Settings:
     """The keys of ``gdp=dict(...)`` in a config.
 
     Args:
-        target (float): Share of the dense multiply-adds to keep, in (0, 1).
+        target (Target): What to keep; in a config a number, the share of the
+            dense multiply-adds, or ``dict(type=..., ratio=...)``.
         input_shape (tuple[int, ...], optional): ``(H, W)`` or ``(C, H, W)``
             at which multiply-adds are counted. Defaults to ``size`` of the
             model's data preprocessor.
@@ -45,7 +90,7 @@ class Settings:
         prune (tuple[str, ...], optional): Names or patterns of modules; no
             others lose channels of their own. Defaults to all.
     """
-    target: float
+    target: Target
     input_shape: tuple[int, ...] | None = None
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
@@ -74,12 +119,8 @@ class Settings:
             key: tuple(value) if isinstance(value, list) else value
             for key, value in config.items()
         }
+        plain['target'] = Target.from_config(config['target'])
         settings = cls(**plain)
-        if not (isinstance(settings.target,
-                           (int, float)) and 0 < settings.target < 1):
-            raise ValueError('gdp.target: expected the share of FLOPs to '
-                             'keep, in (0, 1), but got '
-                             f'{settings.target!r}')
         for name in ('travel', 'close_below'):
             value = getattr(settings, name)
             if not isinstance(value, (int, float)) or value <= 0:
@@ -112,7 +153,8 @@ class Pruner(nn.Module):
 
     Attributes:
         gates (Gates): Their state is in the model's state dict.
-        cost (Cost): Share of the dense multiply-adds.
+        flops (FlopCost): Share of the dense multiply-adds.
+        cost (Cost): Share of what the target is about; may be ``flops``.
 
     Raises:
         ValueError: If the target is below what cannot be pruned.
@@ -125,23 +167,61 @@ class Pruner(nn.Module):
         self.schedule = Schedule(settings.phases, settings.epsilon)
         self.gates = Gates(groups.number, settings.epsilon[0],
                            settings.close_below)
-        self.cost = Cost(groups)
+        self.flops = FlopCost(groups)
+        self.cost: Cost = self.flops
+        if settings.target.type == 'params':
+            self.cost = ParameterCost(groups)
+        elif settings.target.type == 'latency':
+            self.cost = LatencyCost(groups)
         self.living = len(groups.groups)
-        least = float(
-            self.cost(
-                kept_channels(groups, torch.zeros(groups.number)).float()))
-        if settings.target <= least:
+        if not self.unmeasured:
+            self.check_target()
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the cost is yet to be measured, by :meth:`measure_`."""
+        return isinstance(self.cost, LatencyCost) and not self.cost.measured
+
+    def measure_(self, stopwatch: Stopwatch = stopwatch) -> None:
+        """Measure the latency of the model's layers, where it is, in place.
+
+        Args:
+            stopwatch (Stopwatch): See :func:`gdp_mmseg.latency.measure`.
+        """
+        coefficients = measure(
+            counted_layers(self.groups), self.gates.theta.device, stopwatch)
+        self.cost.weigh_(coefficients.flatten())
+
+    @torch.no_grad()
+    def check_target(self) -> None:
+        """Fail if the target is below what no gate can save.
+
+        Raises:
+            ValueError: If so.
+        """
+        closed = kept_channels(self.groups, torch.zeros(self.groups.number))
+        least = float(self.cost(closed.to(self.gates.theta)))
+        target = self.settings.target
+        if target.ratio <= least:
             raise ValueError(
                 f'gdp.target: expected more than {least:.4f}, the share of '
-                f'FLOPs that no gate can save, but got {settings.target}')
-        with torch.no_grad():
-            self.start = self._budgeted()
+                f'{COSTS[target.type]} that no gate can save, but got '
+                f'{target.ratio}')
 
-    def _budgeted(self) -> float:
-        """What the gate step holds against the budget."""
-        openness = self.gates.openness()
-        return float(self.cost(openness) +
-                     self.cost((openness > 0).float())) / 2
+    @functools.cached_property
+    def start(self) -> float:
+        """What the gate step holds against the budget, before the first.
+
+        Raises:
+            RuntimeError: If the cost is not measured.
+        """
+        if self.unmeasured:
+            raise RuntimeError('expected a measured latency before the first '
+                               'step of the gates, but got none; train with '
+                               'GDPHook, or call measure_()')
+        theta = self.gates.theta.detach()
+        fresh = openness(torch.ones_like(theta), self.settings.epsilon[0])
+        return float(self.cost(fresh) + self.cost(torch.ones_like(theta))) / 2
 
     @torch.no_grad()
     def step_(self, progress: float, iterations: int) -> None:
@@ -159,7 +239,7 @@ class Pruner(nn.Module):
             self.gates.step_(
                 self.cost,
                 self.schedule.budget_at(progress, self.start,
-                                        self.settings.target),
+                                        self.settings.target.ratio),
                 self.settings.travel /
                 max(iterations * self.schedule.phases[1], 1))
             self._close_dead_()

@@ -18,8 +18,8 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .labels import (Call, Labels, Product, blocks, spread, thinned, varies,
-                     vector)
+from .labels import (Call, Labels, Product, Run, blocks, spread, thinned,
+                     varies, vector)
 
 # Element by element too, but without the tag that says so.
 _POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
@@ -132,6 +132,7 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     moves = inputs if transposed else output
     positions = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
     positions = positions * len(inputs) // labels.images
+    runs = (_run_of(labels, operation), )
     if number > read:
         if transposed and not read == weight.shape[1] == 1:
             return False
@@ -141,8 +142,8 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
         else:
             block = labels.tie_along(channels.reshape(number, read), 1)
             labels.tie(written.reshape(number, -1), block[:, :1])
-        call = Call(positions * read, (len(written), len(written)), (0, 0),
-                    True, labels.counted)
+        call = Call(runs, positions * read, (len(written), len(written)),
+                    (0, 0), True, labels.counted)
         return labels.write(kernel, call, written, bias, output, 1)
     if transposed and number > 1:
         return False
@@ -154,8 +155,19 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
         if channels is not None:
             channels = labels.tie_along(channels.reshape(number, read), 0)[0]
     labels.read(kernel, axes[0], read, channels)
-    call = Call(positions, (read, len(written)), axes, False, labels.counted)
+    call = Call(runs, positions, (read, len(written)), axes, False,
+                labels.counted)
     return labels.write(kernel, call, written, bias, output, 1)
+
+
+def _run_of(labels: Labels, operation: Operation) -> Run:
+    """What it takes to repeat a convolution."""
+    inputs, weight = operation.args[:2]
+    return Run((max(len(inputs) // labels.images, 1), *inputs.shape[2:]),
+               tuple(weight.shape),
+               tuple(
+                   tuple(option) if isinstance(option, list) else option
+                   for option in operation.args[3:9]))
 
 
 @_rule('addmm', 'mm', 'linear')
@@ -177,7 +189,7 @@ def _linear(labels: Labels, operation: Operation) -> bool:
     sizes = (inputs.shape[-1], output.shape[-1])
     labels.read(kernel, 1, sizes[0], channels)
     written = labels.axis(kernel, 0, sizes[1])
-    call = Call(rows, sizes, (1, 0), False, labels.counted)
+    call = Call((Run((rows, )), ), rows, sizes, (1, 0), False, labels.counted)
     return labels.write(kernel, call, written, bias[0] if bias else None,
                         output, -1)
 

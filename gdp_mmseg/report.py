@@ -125,10 +125,22 @@ def comparison(report: Mapping[str, Any]) -> str:
     ])
 
 
+# What else a target can be about.
+_COSTS = dict(
+    params='Parameters that inference reads',
+    latency='Latency of the layers, by the fit made before the training')
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """``report.json`` for a reader."""
     _, channels, height, width = report['input_shape']
     share = report['macs_pruned'] / report['macs_dense']
+    asked = f', asked for {report["target"]}'
+    by_flops = report['target_type'] == 'flops'
+    of_cost = [] if by_flops else [
+        f'{_COSTS[report["target_type"]]}: {report["cost_pruned"]:.4f} of '
+        f'the dense network\'s{asked}.'
+    ]
     groups = [['group (written by)', 'channels', 'kept', 'kept share']]
     for group in report['groups']:
         more = len(group['writers']) - 1
@@ -141,7 +153,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'# {report["name"]}', '',
         comparison(report), '',
         f'FLOPs (multiply-adds of one {channels} x {height} x {width} input): '
-        f'{share:.4f} of the dense ones, asked for {report["target"]}.',
+        f'{share:.4f} of the dense ones{asked if by_flops else ""}.', *of_cost,
         f'Largest difference between the outputs of the gated and the pruned '
         f'network, relative to the largest output: '
         f'{report["max_rel_diff"]:.1e} on {report["compared_on"]}.',

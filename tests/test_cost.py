@@ -1,12 +1,13 @@
-"""Multiply-adds, counted by hand."""
+"""Multiply-adds, parameters and latency, counted by hand."""
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from gdp_mmseg.cost import Cost
+from gdp_mmseg.cost import Cost, FlopCost, LatencyCost, ParameterCost
 from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.surgery import Constant, kept_channels, prune
 
 from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
                   last, run)
@@ -14,9 +15,9 @@ from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
 POSITIONS = 8 * 8  # of every toy's feature map
 
 
-def cost_of(name: str) -> tuple[Groups, Cost]:
+def cost_of(name: str) -> tuple[Groups, FlopCost]:
     groups = TOYS[name].analyse()[1]
-    return groups, Cost(groups)
+    return groups, FlopCost(groups)
 
 
 def openness_of(groups: Groups) -> Tensor:
@@ -32,7 +33,8 @@ def sum_of(groups: Groups, openness: Tensor, *modules: str) -> Tensor:
     return openness[group.gates].sum()
 
 
-def check(cost: Cost, openness: Tensor, dense: int, by_hand: Tensor) -> None:
+def check(cost: FlopCost, openness: Tensor, dense: int,
+          by_hand: Tensor) -> None:
     assert cost.dense == dense
     torch.testing.assert_close(cost(openness), by_hand / dense)
     assert cost(torch.ones_like(openness)).item() == pytest.approx(1)
@@ -137,17 +139,29 @@ def test_what_only_training_runs_is_not_counted() -> None:
         stem=block(3, 4),
         head=last(4),
         extra=conv(4, 5))
-    plain = Cost(analyse(net, (3, 8, 8), run))
-    trained = Cost(
+    plain = FlopCost(analyse(net, (3, 8, 8), run))
+    trained = FlopCost(
         analyse(net, (3, 8, 8), run, lambda net, x: net.extra(net.stem(x))))
     openness = torch.linspace(0, 1, 4)
     assert trained.dense == plain.dense == POSITIONS * 9 * (3 * 4 + 4 * 2)
     assert torch.equal(trained(openness), plain(openness))
 
 
+def kinds_of_cost(groups: Groups) -> list[Cost]:
+    """One of each kind; latency by random numbers."""
+    latency = LatencyCost(groups)
+    latency.weigh_(
+        torch.rand(
+            len(latency.shares), generator=torch.Generator().manual_seed(7)))
+    return [FlopCost(groups), ParameterCost(groups), latency]
+
+
+@pytest.mark.parametrize('kind', range(3))
 @pytest.mark.parametrize('name', TOYS)
-def test_price_is_the_derivative_of_the_cost(name: str) -> None:
-    groups, cost = cost_of(name)
+def test_price_is_the_derivative_of_the_cost(name: str, kind: int) -> None:
+    groups = TOYS[name].analyse()[1]
+    cost = kinds_of_cost(groups)[kind]
+    assert float(cost(torch.ones(groups.number))) == pytest.approx(1)
     openness = openness_of(groups).requires_grad_()
     derivative, = torch.autograd.grad(cost(openness), openness)
     torch.testing.assert_close(cost.price(openness.detach()), derivative)
@@ -157,7 +171,7 @@ def test_price_is_the_derivative_of_the_cost(name: str) -> None:
 def test_dense_is_what_torch_counts(name: str) -> None:
     toy = TOYS[name]
     net, groups = toy.analyse()
-    assert Cost(groups).dense + toy.uncounted == counted_macs(
+    assert FlopCost(groups).dense + toy.uncounted == counted_macs(
         net,
         toy.inputs()[:1])
 
@@ -166,19 +180,19 @@ def test_dense_is_what_torch_counts(name: str) -> None:
 def test_macs_are_the_share_of_the_dense_ones(name: str) -> None:
     groups, cost = cost_of(name)
     openness = openness_of(groups)
-    assert cost.macs(torch.ones(groups.number)) == cost.dense
-    assert cost.macs(openness) == pytest.approx(
+    assert cost.count(torch.ones(groups.number)) == cost.dense
+    assert cost.count(openness) == pytest.approx(
         float(cost(openness)) * cost.dense, rel=1e-5, abs=1)
 
 
 @pytest.mark.parametrize('name', TOYS)
 def test_share_of_a_group_is_what_closing_it_saves(name: str) -> None:
     groups, cost = cost_of(name)
-    for group, share in zip(groups.groups, cost.group_macs(), strict=True):
+    for group, share in zip(groups.groups, cost.group_shares(), strict=True):
         openness = torch.ones(groups.number)
         openness[group.gates] = 0
         assert float(share) == pytest.approx(
-            1 - cost.macs(openness) / cost.dense, abs=1e-6)
+            1 - cost.count(openness) / cost.dense, abs=1e-6)
 
 
 def test_cost_moves_with_its_module_and_adds_nothing_to_a_checkpoint() -> None:
@@ -195,8 +209,94 @@ def test_dense_deeplab_is_what_torch_counts(name: str) -> None:
     from gdp_mmseg.model import analyse_model, build_base_model
     net = build_base_model(None, deeplab(BACKBONES[name])).eval()
     groups, _ = analyse_model(net, (3, 49, 41))
-    cost = Cost(groups)
+    cost = FlopCost(groups)
     assert cost.dense == counted_macs(
         net, torch.zeros(1, 3, 49, 41),
         lambda net, inputs: net(inputs, mode='tensor'))
-    assert cost.macs(torch.ones(groups.number)) == cost.dense
+    assert cost.count(torch.ones(groups.number)) == cost.dense
+
+
+# -- parameters -------------------------------------------------------------
+
+
+def parameters(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def halves(groups: Groups, seed: int) -> Tensor:
+    """About half of the gates open, at least one of each group."""
+    openness = torch.rand(
+        groups.number, generator=torch.Generator().manual_seed(seed)).round()
+    for group in groups.groups:
+        openness[group.gates[0]] = 1
+    return openness
+
+
+@pytest.mark.parametrize('name', TOYS)
+def test_parameters_are_those_of_the_pruned_network(name: str) -> None:
+    net, groups = TOYS[name].analyse()
+    cost = ParameterCost(groups)
+    assert cost.dense == parameters(net)
+    for seed in range(3):
+        openness = halves(groups, seed)
+        pruned, _ = prune(net, groups, openness)
+        assert cost.count(openness) == parameters(pruned)
+        assert float(cost(openness)) == pytest.approx(
+            parameters(pruned) / parameters(net))
+
+
+@pytest.mark.parametrize('name', TOYS)
+def test_parameters_but_for_constants_where_all_is_closed(name: str) -> None:
+    """A layer that reads nothing has one per channel, not of its norm."""
+    net, groups = TOYS[name].analyse()
+    keep = kept_channels(groups, torch.zeros(groups.number)).float()
+    pruned, _ = prune(net, groups, torch.zeros(groups.number))
+    difference = 0
+    for layer, module in pruned.named_modules():
+        if isinstance(module, Constant) and module.bias is not None:
+            dense = net.get_submodule(layer)
+            norm = groups.norms.get(layer, '')
+            folded = norm and isinstance(
+                pruned.get_submodule(norm), nn.Identity)
+            had = (dense.bias is not None) + 2 * bool(folded)
+            difference += (1 - had) * len(module.bias)
+    assert parameters(pruned) == (
+        ParameterCost(groups).count(keep) + difference)
+
+
+def test_parameters_by_hand() -> None:
+    net = nn.Sequential(*block(3, 4, bias=True), *block(4, 6), last(6))
+    groups = analyse(net, (3, 8, 8), run)
+    g = openness_of(groups)
+    a, b = sum_of(groups, g, '0', '3'), sum_of(groups, g, '3', '6')
+    check(
+        ParameterCost(groups), g,
+        (9 * 3 * 4 + 3 * 4) + (9 * 4 * 6 + 2 * 6) + (9 * 6 * 2 + 2),
+        (9 * 3 * a + 3 * a) + (9 * a * b + 2 * b) + (9 * b * 2 + 2))
+
+
+def test_parameters_that_only_training_uses_are_not_counted() -> None:
+    net = Net(
+        lambda net, x: net.head(net.stem(x)),
+        stem=block(3, 4),
+        head=last(4),
+        extra=block(4, 5),
+        idle=conv(4, 5))
+    cost = ParameterCost(
+        analyse(net, (3, 8, 8), run, lambda net, x: net.extra(net.stem(x))))
+    assert cost.dense == parameters(net.stem) + parameters(net.head)
+
+
+@pytest.mark.usefixtures('mmseg_scope')
+@pytest.mark.parametrize('name', BACKBONES)
+def test_parameters_of_a_pruned_deeplab_but_for_the_auxiliary_head(
+        name: str) -> None:
+    from gdp_mmseg.model import analyse_model, build_base_model
+    net = build_base_model(None, deeplab(BACKBONES[name])).eval()
+    groups, _ = analyse_model(net, (3, 49, 41))
+    openness = halves(groups, 0)
+    pruned, _ = prune(net, groups, openness)
+    for model, gates in ((net, torch.ones_like(openness)), (pruned, openness)):
+        assert ParameterCost(groups).count(
+            gates) == parameters(model) - parameters(
+                model.get_submodule('auxiliary_head'))

@@ -314,6 +314,70 @@ def test_step_finds_the_best_channels_for_a_budget(name: str, number: int,
     assert torch.equal(open_, best_subset(prices, budget))
 
 
+# Gain per price of gate i is 2^RANKS[i], so the best n cost a known budget.
+RANKS = torch.randperm(16, generator=torch.Generator().manual_seed(0))
+PRICES = torch.rand(16, generator=torch.Generator().manual_seed(1)) + 0.5
+BEST = RANKS.argsort(descending=True)
+Gains = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def open_after_pruning(gains_at: Gains,
+                       number: int,
+                       loss_scale: float = 1.,
+                       cost_scale: float = 1.) -> list[bool]:
+    """Which gates live, from the best gain per price to the worst.
+
+    Args:
+        gains_at (Gains): Gains at full gains, openness and iteration.
+        number (int): The budget is enough for so many of the best and a
+            half.
+        loss_scale (float): Unit of the loss.
+        cost_scale (float): Unit of the cost.
+    """
+    gates, cost = Gates(16), Linear(PRICES)
+    enough = PRICES[BEST[:number]].sum() + PRICES[BEST[number]] / 2
+    budget = float(enough / PRICES.sum())
+    cost.prices = cost_scale * cost.prices
+    schedule = Schedule((0., 1., 0.), epsilon=(0.1, 1e-4))
+    steps = 160
+    for index in range(steps):
+        gates.epsilon.fill_(schedule.epsilon_at(index / steps))
+        gains = gains_at(2.**RANKS * PRICES, gates.openness().detach(), index)
+        step(gates, loss_scale * gains, cost,
+             cost_scale * schedule.budget_at(index / steps, 0.95, budget),
+             8. / steps)
+    return (gates.openness() > 0)[BEST].tolist()
+
+
+@pytest.mark.parametrize('cost_scale', [1e-3, 1., 1e3])
+@pytest.mark.parametrize('loss_scale', [1e-3, 1., 1e3])
+@pytest.mark.parametrize('number', [1, 3, 8, 13, 15])
+def test_exactly_the_least_gains_per_price_close(number: int,
+                                                 loss_scale: float,
+                                                 cost_scale: float) -> None:
+    living = open_after_pruning(lambda gains, openness, index: gains, number,
+                                loss_scale, cost_scale)
+    assert living == [True] * number + [False] * (16 - number)
+
+
+@pytest.mark.parametrize('number', [3, 8, 13])
+def test_noise_as_large_as_the_gain_moves_the_border_by_one(
+        number: int) -> None:
+    living = open_after_pruning(
+        lambda gains, openness, index: gains *
+        (1 + random_gains(len(gains), index)), number)
+    assert all(living[:number - 1]) and not any(living[number + 1:])
+
+
+@pytest.mark.parametrize('number', [3, 8, 13])
+def test_gains_that_grow_as_a_gate_closes_keep_the_order(number: int) -> None:
+    """The loss sum a (1 - g)^2 / 2, whose best gates are half-open ones."""
+    living = open_after_pruning(
+        lambda gains, openness, index: gains * (1 - openness), number)
+    assert living == sorted(living, reverse=True)
+    assert number <= sum(living) < 16
+
+
 def test_open_budget_closes_no_gate_that_gains() -> None:
     gates = Gates(8)
     for _ in range(100):
@@ -375,6 +439,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     'reflection padding':
     (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode='reflect'), IMAGE),
     'convolution over time': (lambda: nn.Conv1d(6, 4, 3), (2, 6, 9)),
+    'transposed convolution':
+    (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1), IMAGE),
     'linear': (lambda: nn.Linear(6, 4), (2, 6)),
     'linear on tokens, no bias': (lambda: nn.Linear(6, 4, bias=False), TOKENS),
 }

@@ -30,15 +30,16 @@ ARROWS: dict[str, set[str]] = {
     'groups': {'labels', 'trace'},
     'proof': {'gate', 'groups', 'surgery', 'trace'},
     'cost': {'groups'},
+    'latency': {'groups', 'labels'},
     'surgery': {'gate', 'groups'},
     'registry': set(),
     'amp': {'registry'},
     'report': {'cost', 'groups', 'surgery'},
-    'model': {'gate', 'groups', 'cost', 'proof', 'surgery', 'registry'},
-    'hook': {'gate', 'model', 'registry', 'cost'},
-    'export': {
-        'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'
-    },
+    'model':
+    {'gate', 'groups', 'cost', 'latency', 'proof', 'surgery', 'registry'},
+    'hook': {'gate', 'model', 'registry', 'cost', 'latency'},
+    'export':
+    {'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'},
     '__init__': set(MODULES) - {'__init__'},
 }
 # What serves plain PyTorch models imports no mm package.
@@ -51,6 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     'proof': {'torch'},
     'groups': {'torch', 'scipy', 'numpy'},
     'cost': {'torch'},
+    'latency': {'torch', 'scipy', 'numpy'},
     'surgery': {'torch'},
 }
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
 from gdp_mmseg.gate import openness
-from gdp_mmseg.model import (Pruner, Settings, analyse_config,
+from gdp_mmseg.model import (Pruner, Settings, Target, analyse_config,
                              build_base_model, build_gated_model, default_base,
                              find_pruner)
 
@@ -209,14 +209,29 @@ BAD_SETTINGS = {
     'target text': (dict(target='0.4'), "'0.4'", 'gdp.target'),
     'target none': (dict(target=None), 'None', 'gdp.target'),
     'target true': (dict(target=True), 'True', 'gdp.target'),
+    'target of time':
+    (dict(target=dict(type='time', ratio=0.4)), "'time'", 'gdp.target.type'),
+    'target of a list': (dict(target=dict(type=['params'], ratio=0.4)),
+                         "['params']", 'gdp.target.type'),
+    'target without ratio':
+    (dict(target=dict(type='params')), 'params', 'gdp.target'),
+    'target without type': (dict(target=dict(ratio=0.4)), '0.4', 'gdp.target'),
+    'target with an unknown key':
+    (dict(target=dict(type='params', ratio=0.4, at=1)), "'at'", 'gdp.target'),
+    'ratio in percent': (dict(target=dict(type='params', ratio=40)), '40',
+                         'gdp.target.ratio'),
+    'ratio text': (dict(target=dict(type='latency', ratio='0.4')), "'0.4'",
+                   'gdp.target.ratio'),
+    'ratio below the frozen part':
+    (dict(target=dict(type='params', ratio=1e-6)), '1e-06', 'gdp.target'),
     'target nan': (dict(target=float('nan')), 'nan', 'gdp.target'),
     'target below the frozen part': (dict(target=1e-6), '1e-06', 'gdp.target'),
-    'phases too short':
-    (dict(target=0.4, phases=(0.5, 0.2, 0.2)), '(0.5, 0.2, 0.2)', 'phases'),
+    'phases too short': (dict(target=0.4, phases=(0.5, 0.2, 0.2)),
+                         '(0.5, 0.2, 0.2)', 'phases'),
     'two phases': (dict(target=0.4,
                         phases=(0.5, 0.5)), '(0.5, 0.5)', 'phases'),
-    'no pruning phase':
-    (dict(target=0.4, phases=(0.5, 0., 0.5)), '(0.5, 0.0, 0.5)', 'phases'),
+    'no pruning phase': (dict(target=0.4, phases=(0.5, 0., 0.5)),
+                         '(0.5, 0.0, 0.5)', 'phases'),
     'phases one number': (dict(target=0.4, phases=0.5), '0.5', 'phases'),
     'phases text': (dict(target=0.4,
                          phases=('0.1', '0.5', '0.4')), '0.5', 'phases'),
@@ -229,10 +244,10 @@ BAD_SETTINGS = {
     'travel text': (dict(target=0.4, travel='far'), "'far'", 'gdp.travel'),
     'close_below negative': (dict(target=0.4,
                                   close_below=-1), '-1', 'gdp.close_below'),
-    'close_below above all gates':
-    (dict(target=0.4, close_below=1.), '1.0', 'gdp.close_below'),
-    'input shape of one number':
-    (dict(target=0.4, input_shape=64), '64', 'gdp.input_shape'),
+    'close_below above all gates': (dict(target=0.4, close_below=1.), '1.0',
+                                    'gdp.close_below'),
+    'input shape of one number': (dict(target=0.4, input_shape=64), '64',
+                                  'gdp.input_shape'),
     'input shape with a batch': (dict(target=0.4, input_shape=(1, 3, 64, 64)),
                                  '(1, 3, 64, 64)', 'gdp.input_shape'),
     'input shape zero': (dict(target=0.4, input_shape=(0, 64)), '(0, 64)',
@@ -293,7 +308,7 @@ def test_an_input_that_the_network_cannot_take_is_an_error(
 
 def test_settings_have_the_documented_defaults() -> None:
     settings = Settings.from_config(dict(target=0.3))
-    assert settings.target == 0.3
+    assert settings.target == Target(0.3, 'flops')
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
@@ -322,22 +337,24 @@ def test_base_model_is_the_dense_one(dense: Config) -> None:
 def members(model: Any) -> tuple[set[str], set[str]]:
     """Parts of a model whose outputs, and whose inputs, carry gates."""
     groups = find_pruner(model).groups.groups
-    return ({name.partition('.')[0] for group in groups
-             for name in group.writers},
-            {name.partition('.')[0] for group in groups
-             for name in group.readers})
+    return ({
+        name.partition('.')[0]
+        for group in groups
+        for name in group.writers
+    }, {name.partition('.')[0]
+        for group in groups
+        for name in group.readers})
 
 
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.parametrize('options, writers, readers', [
-    (dict(ignore=['decode_head', 'auxiliary_head']), {'backbone'},
-     {'backbone'}),
+    (dict(ignore=['decode_head', 'auxiliary_head']), {'backbone'
+                                                      }, {'backbone'}),
     (dict(prune=['backbone']), {'backbone'},
      {'backbone', 'decode_head', 'auxiliary_head'}),
     (dict(prune=['decode_head.*conv*']), {'decode_head'}, {'decode_head'}),
 ])
-def test_parts_are_kept_out_by_name(options: dict[str, Any],
-                                    writers: set[str],
+def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
                                     readers: set[str]) -> None:
     model = build_gated_model(
         gdp=dict(target=0.98, input_shape=(64, 64), **options),

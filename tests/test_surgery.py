@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from gdp_mmseg.cost import Cost
+from gdp_mmseg.cost import FlopCost
 from gdp_mmseg.groups import Groups
 from gdp_mmseg.surgery import (Constant, Widths, absorb_, apply_widths_,
                                constant_channels, kept_channels, prune)
@@ -153,7 +153,7 @@ def test_macs_of_the_pruned_toy_are_what_the_cost_says(name: str,
     kept = kept_channels(groups, openness).float()
     assert counted_macs(
         pruned,
-        toy.inputs()[:1]) == Cost(groups).macs(kept) + toy.uncounted
+        toy.inputs()[:1]) == FlopCost(groups).count(kept) + toy.uncounted
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
@@ -362,8 +362,8 @@ def test_pruned_deeplab_computes_what_the_gated_one_does(
     assert (numbers(pruned) < numbers(net)) == (not bool(kept.all()))
     assert counted_macs(
         pruned, images(1),
-        lambda net, inputs: net(inputs, mode='tensor')) == Cost(groups).macs(
-            kept.float())
+        lambda net, inputs: net(inputs, mode='tensor')) == FlopCost(
+            groups).count(kept.float())
     assert torch.equal(kept_channels(groups, kept.float()), kept)
 
 

@@ -162,7 +162,7 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
     """What an analysis finds, and what pruning at random changes."""
     import torch
 
-    from gdp_mmseg.cost import Cost
+    from gdp_mmseg.cost import FlopCost
     from gdp_mmseg.gate import Gates, gate_layer_
     from gdp_mmseg.model import analyse_model, infer
     from gdp_mmseg.proof import (TOLERANCE, largest_difference,
@@ -172,7 +172,7 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
     start = time.perf_counter()
     groups, _ = analyse_model(network, (channels, side, side))
     seconds = time.perf_counter() - start
-    cost = Cost(groups)
+    cost = FlopCost(groups)
     least = float(
         cost(kept_channels(groups, torch.zeros(groups.number)).float()))
     written = [layer.outputs for layer in groups.layers if layer.kernel]

@@ -24,10 +24,10 @@ def parse_args() -> argparse.Namespace:
 
 def describe(model: Mapping[str, Any]) -> dict[str, Any]:
     """Groups of a model config, as plain types."""
-    from gdp_mmseg.cost import Cost
+    from gdp_mmseg.cost import FlopCost
     from gdp_mmseg.model import analyse_config
     groups = analyse_config(model)
-    cost = Cost(groups)
+    cost = FlopCost(groups)
     return dict(
         input_shape=list(groups.input_shape),
         macs=cost.dense,
@@ -39,7 +39,7 @@ def describe(model: Mapping[str, Any]) -> dict[str, Any]:
                 channels=len(group.gates),
                 flops_share=share)
             for group, share in zip(groups.groups,
-                                    cost.group_macs().tolist())
+                                    cost.group_shares().tolist())
         ],
         frozen=[
             dict(

@@ -1,0 +1,51 @@
+"""Asked against got: is the budget met, on several models and schedules?
+
+Trains small models with gates for each target and number of iterations, and
+writes a report, after each run, that ``benchmarks/results.py`` turns into a
+table. Runs that are done are not run again.
+
+    OMP_NUM_THREADS=1 python benchmarks/budget.py \
+        --report docs/reports/budget.json
+"""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gdp_mmseg.report import write_json
+
+from small_models import MODELS, Run, conditions, floor_of, train_once
+
+TARGETS = [0.2, 0.3, 0.4, 0.5, 0.7]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--report', type=Path, required=True)
+    parser.add_argument(
+        '--work-dir', type=Path, default=Path('work_dirs/budget'))
+    parser.add_argument('--models', nargs='+', default=list(MODELS))
+    parser.add_argument('--targets', nargs='+', type=float, default=TARGETS)
+    parser.add_argument(
+        '--iterations', nargs='+', type=int, default=[500, 2000])
+    parser.add_argument('--seed', type=int, default=0)
+    args = parser.parse_args()
+    floors = {name: floor_of(name) for name in args.models}
+    report = dict(
+        title='The budget: asked against got',
+        floors=floors,
+        targets=sorted(args.targets),
+        runs=[],
+        **conditions())
+    for iterations in args.iterations:
+        for target in args.targets:
+            for name in args.models:
+                if target > floors[name]:
+                    run = Run(name, target, iterations, args.seed)
+                    report['runs'].append(train_once(run, args.work_dir))
+                    write_json(args.report, report)
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,328 @@
+"""Small models of several kinds, and gated trainings of them on drawn data.
+
+What the benchmarks of the budget share. Each training is a real one:
+mmengine's runner, ``GDPModel`` and ``GDPHook``, on images of 64 x 64 of
+``tools/make_demo_data.py``; a minute or less on one core.
+"""
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import mmseg
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import init_default_scope
+from mmengine.runner import Runner
+
+from gdp_mmseg.cost import Cost
+from gdp_mmseg.model import Settings, analyse_config, find_pruner
+from gdp_mmseg.report import write_json
+from gdp_mmseg.surgery import kept_channels
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / 'tools'))
+
+from make_demo_data import CLASSES, PALETTE, make_demo_data  # noqa: E402
+
+THEIRS = Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_' / 'models'
+SIDE = 64
+BATCH = 4
+IMAGES = 64
+PHASES = Settings.phases
+_BRANCHES = [8, 16, 32, 64]
+
+
+def _stage(branches: int) -> dict[str, Any]:
+    """One module of an HRNet, a block in each branch."""
+    return dict(
+        num_modules=1,
+        num_branches=branches,
+        block='BASIC' if branches > 1 else 'BOTTLENECK',
+        num_blocks=(1, ) * branches,
+        num_channels=tuple(_BRANCHES[:branches]) if branches > 1 else (16, ))
+
+
+# Config of the installed mmseg, and what makes it small.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    'DeepLabV3Plus-ResNet18':
+    ('deeplabv3plus_r50-d8.py',
+     dict(
+         backbone=dict(
+             depth=18,
+             stem_channels=16,
+             base_channels=16,
+             strides=(1, 2, 2, 1),
+             dilations=(1, 1, 1, 2)),
+         decode_head=dict(
+             in_channels=128,
+             channels=32,
+             dilations=(1, 2, 3),
+             c1_in_channels=16,
+             c1_channels=8),
+         auxiliary_head=dict(in_channels=64, channels=16))),
+    'HRNet':
+    ('fcn_hr18.py',
+     dict(
+         backbone=dict(
+             extra=dict(
+                 stage1=_stage(1),
+                 stage2=_stage(2),
+                 stage3=_stage(3),
+                 stage4=_stage(4))),
+         decode_head=dict(in_channels=_BRANCHES, channels=sum(_BRANCHES)))),
+    'BiSeNetV2': ('bisenetv2.py',
+                  dict(
+                      backbone=dict(
+                          detail_channels=(16, 16, 32),
+                          semantic_channels=(8, 16, 24, 32),
+                          bga_channels=32),
+                      decode_head=dict(in_channels=32, channels=64),
+                      auxiliary_head={
+                          str(index): dict(in_channels=width, channels=16)
+                          for index, width in enumerate((8, 16, 24, 32))
+                      })),
+    'SegFormer': ('segformer_mit-b0.py', dict(decode_head=dict(channels=32))),
+    'DeepLabV3Plus-MobileNetV2':
+    ('deeplabv3plus_r50-d8.py',
+     dict(
+         backbone=dict(
+             _delete_=True,
+             type='MobileNetV2',
+             widen_factor=0.5,
+             strides=(1, 2, 2, 1, 1, 1, 1),
+             dilations=(1, 1, 1, 2, 2, 4, 4),
+             out_indices=(1, 2, 4, 6)),
+         decode_head=dict(
+             in_channels=160,
+             channels=32,
+             dilations=(1, 2, 3),
+             c1_in_channels=16,
+             c1_channels=8),
+         auxiliary_head=dict(in_channels=48, channels=16))),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A gated training of a small model.
+
+    Args:
+        model (str): A key of :data:`MODELS`.
+        target (float): Share of the multiply-adds to keep.
+        iterations (int): Its length.
+        seed (int): Of the weights and the order of the images.
+        loss_weight (float): Multiplies the task's loss.
+    """
+    model: str
+    target: float
+    iterations: int
+    seed: int = 0
+    loss_weight: float = 1.
+
+
+class Watch(Hook):
+    """What the gates were after each iteration."""
+
+    # After the hook that moves them.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.flops: list[float] = []
+        self.over: list[float] = []
+        self.losses: list[float] = []
+        self.end: dict[str, float] = {}
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: dict[str, Any] | None = None) -> None:
+        """Note the share of FLOPs that a pruned model would have."""
+        pruner = find_pruner(runner.model)
+        progress = runner.iter / runner.max_iters
+        with torch.no_grad():
+            openness = pruner.gates.openness()
+            self.flops.append(float(pruner.cost(pruner.channels())))
+            if pruner.schedule.phase_at(progress) == 'pruning':
+                held = pruner.cost(openness) + pruner.cost(
+                    (openness > 0).float())
+                self.over.append(
+                    float(held) / 2 - pruner.schedule.budget_at(
+                        progress, pruner.start, pruner.settings.target))
+        self.losses.append(float((outputs or {})['loss']))
+        self.end = dict(
+            undecided=float(
+                ((openness > 0.01) & (openness < 0.5)).float().mean()),
+            multiplier=float(pruner.gates.multiplier))
+
+
+def train_once(run: Run, folder: Path, way: str = 'ours') -> dict[str, Any]:
+    """:func:`train`, unless the folder holds its result.
+
+    Args:
+        run (Run): What to train.
+        folder (Path): Of data and results.
+        way (str): Sets it apart from other trainings of the same run.
+    """
+    name = '_'.join([way, *(str(value) for value in dataclasses.astuple(run))])
+    path = folder / 'runs' / f'{name}.json'
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, dict(train(run, folder), way=way))
+        print(path.read_text().replace('\n', ''), flush=True)
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def conditions() -> dict[str, Any]:
+    """What all these trainings share, for a report."""
+    return dict(
+        data=f'{IMAGES} drawn images of {SIDE} x {SIDE}, '
+        f'{len(CLASSES) - 1} classes and background',
+        batch_size=BATCH,
+        phases=PHASES,
+        optimizer='AdamW, lr 1e-3, polynomial decay, float32, no pretraining',
+        input_shape=[1, 3, SIDE, SIDE],
+        machine=f'{platform.machine()}, {torch.get_num_threads()} of '
+        f'{os.cpu_count()} CPU cores',
+        torch=torch.__version__)
+
+
+def floor_of(name: str) -> float:
+    """Share of the multiply-adds of a model that no gate can save."""
+    groups = analyse_config(_model(name))
+    none = kept_channels(groups, torch.zeros(groups.number)).float()
+    return float(Cost(groups)(none))
+
+
+def train(run: Run, folder: Path) -> dict[str, Any]:
+    """Train, and say how the share of FLOPs came down.
+
+    Args:
+        run (Run): What to train.
+        folder (Path): Holds ``data``, which is drawn if it is not there.
+
+    Returns:
+        dict[str, Any]: ``flops_pruned``, the share at the end of the pruning
+        phase, and ``flops``, at the end of the training: of the multiply-adds
+        of whole channels. ``jump``, the most that one iteration took away;
+        ``undecided``, the share of gates of openness in (0.01, 0.5) at the
+        end; ``behind`` and ``ahead``, the most that the cost was above and
+        below the budget of the moment in the pruning phase; ``loss``, the
+        mean of the last tenth; and the ``run``.
+    """
+    watch = Watch()
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as work_dir:
+        cfg = _config(run, folder / 'data')
+        cfg.work_dir = work_dir
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(watch)
+        runner.train()
+    flops = torch.tensor(watch.flops)
+    # Of the iterations 0, 1, ..., the first of the settling phase.
+    settled = math.ceil((PHASES[0] + PHASES[1]) * run.iterations - 1e-6)
+    return dict(
+        run=dataclasses.asdict(run),
+        flops_pruned=float(flops[settled - 1]),
+        flops=float(flops[-1]),
+        jump=float((flops[:-1] - flops[1:]).max()),
+        behind=max(watch.over),
+        ahead=-min(watch.over),
+        loss=statistics.mean(watch.losses[-run.iterations // 10:]) /
+        run.loss_weight,
+        seconds=time.perf_counter() - start,
+        **watch.end)
+
+
+def _model(name: str) -> dict[str, Any]:
+    """The model of a config, without gates."""
+    path, changes = MODELS[name]
+    cfg = Config.fromfile(THEIRS / path)
+    init_default_scope('mmseg')
+    cfg.merge_from_dict(dict(model=copy.deepcopy(changes)))
+    model = cfg.model.to_dict()
+    model['pretrained'] = None
+    model['data_preprocessor'] = dict(cfg.data_preprocessor, size=(SIDE, SIDE))
+    for head in _heads(model):
+        head['num_classes'] = len(CLASSES)
+    return model
+
+
+def _heads(model: dict[str, Any]) -> list[dict[str, Any]]:
+    """All heads of a model's config."""
+    auxiliary = model.get('auxiliary_head') or []
+    return [
+        model['decode_head'],
+        *(auxiliary if isinstance(auxiliary, list) else [auxiliary])
+    ]
+
+
+def _config(run: Run, data: Path) -> Config:
+    """The whole config of a training."""
+    make_demo_data(data, train=IMAGES, val=1, size=SIDE, seed=0)
+    model = _model(run.model)
+    for head in _heads(model):
+        head['loss_decode']['loss_weight'] *= run.loss_weight
+    model.update(
+        base=model['type'],
+        type='gdp_mmseg.GDPModel',
+        gdp=dict(target=run.target, phases=PHASES))
+    dataset = dict(
+        type='BaseSegDataset',
+        data_root=str(data),
+        ann_file='ImageSets/Segmentation/train.txt',
+        img_suffix='.jpg',
+        seg_map_suffix='.png',
+        data_prefix=dict(
+            img_path='JPEGImages', seg_map_path='SegmentationClass'),
+        metainfo=dict(classes=CLASSES, palette=PALETTE),
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations'),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackSegInputs')
+        ])
+    return Config(
+        dict(
+            default_scope='mmseg',
+            experiment_name=uuid.uuid4().hex,
+            model=model,
+            train_dataloader=dict(
+                batch_size=BATCH,
+                num_workers=0,
+                sampler=dict(type='InfiniteSampler', shuffle=True),
+                dataset=dataset),
+            optim_wrapper=dict(
+                type='OptimWrapper',
+                optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.01)),
+            param_scheduler=[
+                dict(
+                    type='PolyLR',
+                    power=0.9,
+                    eta_min=1e-5,
+                    end=run.iterations,
+                    by_epoch=False)
+            ],
+            train_cfg=dict(
+                type='IterBasedTrainLoop', max_iters=run.iterations),
+            default_hooks=dict(
+                logger=dict(type='LoggerHook', interval=run.iterations),
+                checkpoint=None,
+                gdp=dict(type='gdp_mmseg.GDPHook', interval=run.iterations)),
+            log_processor=dict(by_epoch=False),
+            log_level='ERROR',
+            randomness=dict(seed=run.seed)))
