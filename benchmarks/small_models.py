@@ -27,7 +27,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from gdp_mmseg.cost import Cost
+from gdp_mmseg.cost import FlopCost
 from gdp_mmseg.model import Settings, analyse_config, find_pruner
 from gdp_mmseg.report import write_json
 from gdp_mmseg.surgery import kept_channels
@@ -161,7 +161,8 @@ class Watch(Hook):
                     (openness > 0).float())
                 self.over.append(
                     float(held) / 2 - pruner.schedule.budget_at(
-                        progress, pruner.start, pruner.settings.target))
+                        progress, pruner.start,
+                        pruner.settings.target.ratio))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(
@@ -205,7 +206,7 @@ def floor_of(name: str) -> float:
     """Share of the multiply-adds of a model that no gate can save."""
     groups = analyse_config(_model(name))
     none = kept_channels(groups, torch.zeros(groups.number)).float()
-    return float(Cost(groups)(none))
+    return float(FlopCost(groups)(none))
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:

@@ -1,0 +1,49 @@
+"""The benchmarks run on the package as it is."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('mmseg')
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / 'benchmarks'
+
+
+@pytest.mark.parametrize('name, options', [
+    ('budget', ['--models', 'SegFormer', '--targets', '0.3', '0.6']),
+    ('controllers',
+     ['--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6']),
+])
+def test_budget_is_measured_run_by_run(name: str, options: list[str],
+                                       tmp_path: Path) -> None:
+    report = tmp_path / 'report.json'
+    subprocess.run([
+        sys.executable, '-W', 'ignore', BENCHMARKS / f'{name}.py', *options,
+        '--iterations', '8', '--work-dir', tmp_path, '--report', report
+    ],
+                   check=True,
+                   capture_output=True)
+    runs = json.loads(report.read_text())['runs']
+    # SegFormer cannot be pruned to 0.3.
+    assert runs and all(one['run']['target'] == 0.6 for one in runs)
+    assert all(0 < one['flops'] <= 1 and one['loss'] > 0 for one in runs)
+
+
+def test_reports_of_the_repository_become_the_results_page() -> None:
+    page = ROOT / 'docs' / 'results.md'
+    readme = ROOT / 'README.md'
+    before = page.read_bytes(), readme.read_bytes()
+    reports = sorted((ROOT / 'docs' / 'reports').glob('*.json'))
+    try:
+        subprocess.run([sys.executable, BENCHMARKS / 'results.py', *reports],
+                       check=True,
+                       capture_output=True)
+        assert (page.read_bytes(), readme.read_bytes()) == before
+    finally:
+        page.write_bytes(before[0])
+        readme.write_bytes(before[1])
