@@ -66,6 +66,8 @@ class Schedule:
         0.01
         >>> schedule.budget_at(0.0, 1.0, 0.4), schedule.budget_at(1., 1., 0.4)
         (1.0, 0.4)
+        >>> schedule.whole_at(0.35), schedule.whole_at(0.6)
+        (0.5, 1.0)
     """
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
@@ -109,6 +111,15 @@ class Schedule:
         share = min(self.pruned_share(progress) / self.ramp, 1.)
         return start + (target - start) * share
 
+    def whole_at(self, progress: float) -> float:
+        """Share of a half-open gate that counts as a whole channel.
+
+        One half while the budget falls; where the budget stands it rises
+        linearly to 1, which is what the gate will be in the pruned network.
+        """
+        standing = max(self.pruned_share(progress) - self.ramp, 0.)
+        return 0.5 + 0.5 * (standing / (1 - self.ramp) if standing else 0.)
+
 
 def _are_numbers(values: Any, length: int) -> bool:
     return (isinstance(values, (tuple, list)) and len(values) == length
@@ -123,6 +134,19 @@ class CostFunction(Protocol):
 
     def price(self, openness: Tensor) -> Tensor:
         """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
+
+
+def held_cost(cost: CostFunction, openness: Tensor, whole: float) -> Tensor:
+    """What is held against the budget, a scalar.
+
+    Args:
+        cost (CostFunction): Of an openness.
+        openness (Tensor): ``(G,)``.
+        whole (float): Share of a gate that counts as a whole channel; the
+            rest counts as its openness.
+    """
+    channels = (openness > 0).to(openness)
+    return (1 - whole) * cost(openness) + whole * cost(channels)
 
 
 class Gates(nn.Module):
@@ -143,9 +167,9 @@ class Gates(nn.Module):
     scales of loss and cost, and every gate moves by at most ~lr. Only the
     price closes a gate: a gain from closing is not told from noise, which
     would let gates drift shut while the budget holds of itself. The cost
-    counts a half-open gate half as its openness and half as a whole channel,
-    because a whole channel is what it will be. A gate whose openness falls
-    below ``close_below`` is closed: exact zero, for good.
+    counts a half-open gate partly as its openness and partly as a whole
+    channel, because a whole channel is what it will be. A gate whose openness
+    falls below ``close_below`` is closed: exact zero, for good.
 
     Args:
         number (int): ``G``.
@@ -248,13 +272,18 @@ class Gates(nn.Module):
         self.observed += 1
 
     @torch.no_grad()
-    def step_(self, cost: CostFunction, budget: float, lr: float) -> None:
+    def step_(self,
+              cost: CostFunction,
+              budget: float,
+              lr: float,
+              whole: float = 0.5) -> None:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
             cost (CostFunction): Cost and its price.
             budget (float): What the cost may be after this step.
             lr (float): The longest way of a theta in this step.
+            whole (float): See :func:`held_cost`.
         """
         self.observe_()
         mean_decay, square_decay = self.betas
@@ -275,8 +304,7 @@ class Gates(nn.Module):
             return theta.masked_fill(shut | self.closed, 0)
 
         def spent(theta: Tensor) -> float:
-            g = openness(theta, self.epsilon)
-            return float(cost(g) + cost((g > 0).to(g))) / 2
+            return float(held_cost(cost, openness(theta, self.epsilon), whole))
 
         scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)

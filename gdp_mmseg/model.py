@@ -18,7 +18,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
-from .gate import Gates, Schedule, gate_layer_, openness
+from .gate import Gates, Schedule, gate_layer_, held_cost, openness
 from .groups import Groups, analyse
 from .latency import Stopwatch, measure, stopwatch
 from .proof import prove
@@ -221,7 +221,7 @@ class Pruner(nn.Module):
                                'GDPHook, or call measure_()')
         theta = self.gates.theta.detach()
         fresh = openness(torch.ones_like(theta), self.settings.epsilon[0])
-        return float(self.cost(fresh) + self.cost(torch.ones_like(theta))) / 2
+        return float(held_cost(self.cost, fresh, self.schedule.whole_at(0.)))
 
     @torch.no_grad()
     def step_(self, progress: float, iterations: int) -> None:
@@ -241,7 +241,8 @@ class Pruner(nn.Module):
                 self.schedule.budget_at(progress, self.start,
                                         self.settings.target.ratio),
                 self.settings.travel /
-                max(iterations * self.schedule.phases[1], 1))
+                max(iterations * self.schedule.phases[1], 1),
+                self.schedule.whole_at(progress))
             self._close_dead_()
 
     def _close_dead_(self) -> None:
