@@ -174,6 +174,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = cfg.optim_wrapper.optimizer
     return dict(
         title=TITLE[args.data],
+        data=args.data,
         train=TRAIN[args.data],
         test=TEST[args.data],
         iterations=args.iterations,

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+# Part of the root mean square of dL/dg that counts as gain of an open gate.
+_RMS_SHARE = 0.3
+
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     """Smoothed L0 norm of ``theta``, element by element.
@@ -159,14 +162,17 @@ class Gates(nn.Module):
 
         gain   m = mean of dL/dg,  v = mean of (dL/dg)^2, exponential
         price  p = dF/dg, with the neighbours' openness
-        step   theta <- theta - lr (min(m, 0) + lambda p)
+        step   theta <- theta - lr (min(m, 0) - 0.3 sqrt(v) + lambda p)
                                    / sqrt(v + (lambda p)^2)
 
     and chooses the multiplier lambda >= 0 of that very step so that the cost
     after it meets the budget of the moment. The quotient is free of the
     scales of loss and cost, and every gate moves by at most ~lr. Only the
     price closes a gate: a gain from closing is not told from noise, which
-    would let gates drift shut while the budget holds of itself. The cost
+    would let gates drift shut while the budget holds of itself. Where the
+    weights have settled the mean is zero, but closing costs in second order,
+    of which the mean square tells; so a gate that is worth its price opens
+    and none rests in between. The cost
     counts a half-open gate partly as its openness and partly as a whole
     channel, because a whole channel is what it will be. A gate whose openness
     falls below ``close_below`` is closed: exact zero, for good.
@@ -288,8 +294,9 @@ class Gates(nn.Module):
         self.observe_()
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
-        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
         noise = self.gain_square / (1 - square_decay**seen)
+        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
+        gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
 
         def moved(multiplier: float) -> Tensor:

@@ -241,15 +241,15 @@ def test_gate_below_the_threshold_is_closed(close_below: float) -> None:
 
 
 @pytest.mark.parametrize('budget', [1., 0.5, 0.])
-def test_steady_gain_moves_a_gate_at_most_sqrt_two_lr(budget: float) -> None:
+def test_steady_gain_moves_a_gate_little_more_than_lr(budget: float) -> None:
     gates, lr = Gates(16), 0.01
     gains = random_gains(16, 0)
     for _ in range(60):
         before = gates.theta.detach().clone()
         step(gates, gains, Linear(torch.rand(16) + 0.1), budget, lr)
         way = (gates.theta - before).abs()[gates.theta > 0]
-        # |a + b| <= sqrt(2) sqrt(a^2 + b^2); the rest is rounding.
-        assert len(way) == 0 or way.max() <= math.sqrt(2) * lr * (1 + 1e-3)
+        # Gain, 1.3 of the mean, against price; the rest is rounding.
+        assert len(way) == 0 or way.max() <= 1.3 * lr * (1 + 1e-3)
 
 
 @pytest.mark.parametrize('quiet', [0, 30])
