@@ -224,10 +224,16 @@ def accuracy(report: Report) -> list[str]:
         ])
     dense = [row['miou'] for row in rows if row['method'] == 'dense']
     ours = [row for row in rows if row['method'] == 'gdp']
-    others = [row for row in rows if row['method'] not in ('gdp', 'dense')]
+    others = [
+        row for row in rows if row['method'] in METHODS and row not in ours
+    ]
     apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
+    start = [row['miou'] for row in rows if row['method'] == 'start']
     return [
-        f'Dense: {mean_and_spread(dense)}.', '',
+        f'Dense: {mean_and_spread(dense)}.' +
+        (f' All but the narrower network start from a dense one trained for '
+         f'{report["start"]} iterations: {start[0]:.2f}.' if start else ''),
+        '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '
@@ -237,7 +243,9 @@ def accuracy(report: Report) -> list[str]:
         '- The alternatives remove as many channels of every layer, by rank '
         'within groups (Torch-Pruning 1.6), at the iteration at which the '
         f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
-        'narrower network is pruned at random before the first iteration.',
+        'narrower network is pruned at random before the first iteration' +
+        (f' and trained for {report["start"] + report["iterations"]}.'
+         if start else '.'),
         f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
         f'{off(others)} points.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '
