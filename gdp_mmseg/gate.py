@@ -282,7 +282,8 @@ class Gates(nn.Module):
               cost: CostFunction,
               budget: float,
               lr: float,
-              whole: float = 0.5) -> None:
+              whole: float = 0.5,
+              spared: Tensor | None = None) -> None:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
@@ -290,6 +291,8 @@ class Gates(nn.Module):
             budget (float): What the cost may be after this step.
             lr (float): The longest way of a theta in this step.
             whole (float): See :func:`held_cost`.
+            spared (Tensor, optional): ``(G,)`` bool, gates on which there is
+                no price in this step.
         """
         self.observe_()
         mean_decay, square_decay = self.betas
@@ -298,6 +301,8 @@ class Gates(nn.Module):
         gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
         gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
+        if spared is not None:
+            price = price.masked_fill(spared, 0)
 
         def moved(multiplier: float) -> Tensor:
             push = multiplier * price
@@ -319,6 +324,28 @@ class Gates(nn.Module):
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+
+    @torch.no_grad()
+    def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
+        """The open gates that the task asks for most, some of each group.
+
+        Args:
+            group_of (Tensor): ``(G,)`` index of each gate's group.
+            numbers (Tensor): ``(S,)`` how many of each group.
+
+        Returns:
+            Tensor: ``(G,)`` bool.
+        """
+        worth = self.gain_square.masked_fill(self.closed, -1)
+        order = worth.argsort(descending=True)
+        order = order[group_of[order].argsort(stable=True)]
+        sizes = group_of.bincount(minlength=len(numbers))
+        first = sizes.cumsum(0) - sizes
+        place = torch.arange(len(order), device=order.device)
+        chosen = torch.zeros_like(self.closed)
+        chosen[order] = place - first[group_of[order]] < numbers[
+            group_of[order]]
+        return chosen & ~self.closed
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:
