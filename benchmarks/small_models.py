@@ -162,7 +162,7 @@ class Watch(Hook):
                                  pruner.schedule.whole_at(progress))
                 self.over.append(
                     float(held) - pruner.schedule.budget_at(
-                        progress, pruner.start, pruner.settings.target.ratio))
+                        progress, pruner.settings.target.ratio))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(

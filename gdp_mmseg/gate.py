@@ -21,33 +21,35 @@ _RMS_SHARE = 0.3
 
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
-    """Smoothed L0 norm of ``theta``, element by element.
+    """Smoothed L0 norm of ``theta``, element by element, 1 at 1.
 
-    Source: GDP (ICCV 2021), section 3: theta^2 / (theta^2 + epsilon).
+    Source: GDP (ICCV 2021), section 3: theta^2 / (theta^2 + epsilon); times
+    1 + epsilon here. So a gate at theta = 1 changes nothing, whatever epsilon
+    is: a network with fresh gates computes what it did without.
 
     Args:
-        theta (Tensor): Any shape.
+        theta (Tensor): Any shape, in [0, 1].
         epsilon (Tensor | float): Positive; the smaller, the harder the gate.
 
     Returns:
-        Tensor: In [0, 1), the shape of ``theta``; exactly 0 only at 0.
+        Tensor: In [0, 1], the shape of ``theta``; exactly 0 only at 0.
 
     Examples:
-        >>> openness(torch.tensor([0., 1., 3.]), 1.).tolist()
-        [0.0, 0.5, 0.8999999761581421]
+        >>> openness(torch.tensor([0., 0.5, 1.]), 0.25).tolist()
+        [0.0, 0.625, 1.0]
     """
     square = theta * theta
-    return square / (square + epsilon)
+    return (1 + epsilon) * square / (square + epsilon)
 
 
 def openness_slope(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     """Derivative of :func:`openness` with respect to ``theta``.
 
     Returns:
-        Tensor: 2 theta epsilon / (theta^2 + epsilon)^2, zero at zero: a
-        closed gate feels no force and stays closed.
+        Tensor: 2 (1 + epsilon) theta epsilon / (theta^2 + epsilon)^2, zero at
+        zero: a closed gate feels no force and stays closed.
     """
-    return 2 * theta * epsilon / (theta * theta + epsilon)**2
+    return 2 * (1 + epsilon) * theta * epsilon / (theta * theta + epsilon)**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Schedule:
         >>> schedule = Schedule(phases=(0.1, 0.5, 0.4), epsilon=(0.1, 0.001))
         >>> round(schedule.epsilon_at(0.35), 6)
         0.01
-        >>> schedule.budget_at(0.0, 1.0, 0.4), schedule.budget_at(1., 1., 0.4)
+        >>> schedule.budget_at(0.0, 0.4), schedule.budget_at(1., 0.4)
         (1.0, 0.4)
         >>> schedule.whole_at(0.35), schedule.whole_at(0.6)
         (0.5, 1.0)
@@ -109,10 +111,10 @@ class Schedule:
         start, end = self.epsilon
         return start * (end / start)**self.pruned_share(progress)
 
-    def budget_at(self, progress: float, start: float, target: float) -> float:
-        """Budget at ``progress`` in [0, 1], from ``start`` to ``target``."""
+    def budget_at(self, progress: float, target: float) -> float:
+        """Budget at ``progress`` in [0, 1], from 1 to ``target``."""
         share = min(self.pruned_share(progress) / self.ramp, 1.)
-        return start + (target - start) * share
+        return 1 + (target - 1) * share
 
     def whole_at(self, progress: float) -> float:
         """Share of a half-open gate that counts as a whole channel.

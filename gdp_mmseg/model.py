@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import functools
 import math
 from typing import Any, Mapping, Sequence
 
@@ -19,7 +18,7 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
-from .gate import Gates, Schedule, gate_layer_, held_cost, openness
+from .gate import Gates, Schedule, gate_layer_
 from .groups import Groups, analyse
 from .latency import Stopwatch, measure, stopwatch
 from .proof import prove
@@ -142,11 +141,10 @@ class Settings:
                                  "patterns of modules, e.g. ['decode_head'], "
                                  f'but got {value!r}')
         Schedule(settings.phases, settings.epsilon)
-        start = 1 / (1 + settings.epsilon[0])
-        if settings.close_below >= start:
-            raise ValueError(
-                'gdp.close_below: expected less than the openness at the '
-                f'start, {start:.3f}, but got {settings.close_below}')
+        if settings.close_below >= 1:
+            raise ValueError('gdp.close_below: expected less than 1, the '
+                             'openness at the start, but got '
+                             f'{settings.close_below}')
         return settings
 
 
@@ -226,9 +224,13 @@ class Pruner(nn.Module):
                 f'{COSTS[target.type]} that no gate can save, but got '
                 f'{target.ratio}')
 
-    @functools.cached_property
-    def start(self) -> float:
-        """What the gate step holds against the budget, before the first.
+    @torch.no_grad()
+    def step_(self, progress: float, iterations: int) -> None:
+        """Move all gates by one step, in place, by theta's gradient.
+
+        Args:
+            progress (float): Share of the training that is over, in [0, 1].
+            iterations (int): Length of the training.
 
         Raises:
             RuntimeError: If the cost is not measured.
@@ -237,18 +239,6 @@ class Pruner(nn.Module):
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
-        theta = self.gates.theta.detach()
-        fresh = openness(torch.ones_like(theta), self.settings.epsilon[0])
-        return float(held_cost(self.cost, fresh, self.schedule.whole_at(0.)))
-
-    @torch.no_grad()
-    def step_(self, progress: float, iterations: int) -> None:
-        """Move all gates by one step, in place, by theta's gradient.
-
-        Args:
-            progress (float): Share of the training that is over, in [0, 1].
-            iterations (int): Length of the training.
-        """
         phase = self.schedule.phase_at(progress)
         if phase == 'warmup':
             self.gates.observe_()
@@ -256,8 +246,7 @@ class Pruner(nn.Module):
             self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
             self.gates.step_(
                 self.cost,
-                self.schedule.budget_at(progress, self.start,
-                                        self.settings.target.ratio),
+                self.schedule.budget_at(progress, self.settings.target.ratio),
                 self.settings.travel /
                 max(iterations * self.schedule.phases[1], 1),
                 self.schedule.whole_at(progress), self._spared())

@@ -244,10 +244,10 @@ class _Trial:
 
     @torch.no_grad()
     def _set_gates(self, openness: Tensor) -> None:
-        """The thetas that have this openness; exactly 1 far out."""
-        odds = openness / (1 - openness)
-        theta = (self.gates.epsilon * odds).sqrt().clamp(max=1e6)
-        self.gates.theta.copy_(theta)
+        """The thetas that have this openness."""
+        share = openness / (1 + self.gates.epsilon)
+        self.gates.theta.copy_(
+            (self.gates.epsilon * share / (1 - share)).sqrt())
 
 
 def _copy_in_double(model: nn.Module) -> nn.Module:

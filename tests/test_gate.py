@@ -21,17 +21,20 @@ EPSILONS = [1., 0.1, 1e-4]
 
 @pytest.mark.parametrize('epsilon', EPSILONS)
 def test_openness_is_the_closed_form(epsilon: float) -> None:
-    expected = [t * t / (t * t + epsilon) for t in THETAS.tolist()]
+    expected = [(1 + epsilon) * t * t / (t * t + epsilon)
+                for t in THETAS.tolist()]
     assert openness(THETAS, epsilon).tolist() == pytest.approx(expected)
     assert openness(torch.tensor(math.sqrt(epsilon)),
-                    epsilon).item() == pytest.approx(0.5)
+                    epsilon).item() == pytest.approx((1 + epsilon) / 2)
 
 
 @pytest.mark.parametrize('epsilon', EPSILONS)
-def test_openness_is_zero_only_at_zero_and_below_one(epsilon: float) -> None:
+def test_openness_is_zero_only_at_zero_and_one_at_one(epsilon: float) -> None:
     values = openness(THETAS, epsilon)
     assert torch.equal(values == 0, THETAS == 0)
-    assert values.min() >= 0 and values.max() < 1
+    assert values.min() >= 0
+    assert openness(torch.ones(1), epsilon).item() == 1
+    assert (values[THETAS.abs() < 1] < 1).all()
 
 
 @pytest.mark.parametrize('epsilon', EPSILONS)
@@ -90,13 +93,13 @@ def test_budget_falls_linearly_and_then_holds(phases: tuple[float, float,
                                                             float],
                                               ramp: float) -> None:
     schedule = Schedule(phases, ramp=ramp)
-    values = [schedule.budget_at(progress, 0.95, 0.4) for progress in GRID]
+    values = [schedule.budget_at(progress, 0.4) for progress in GRID]
     warmup, pruning, _ = phases
-    assert values[0] == pytest.approx(0.95)
+    assert values[0] == pytest.approx(1)
     assert values[-1] == pytest.approx(0.4)
-    middle = schedule.budget_at(warmup + pruning * ramp / 2, 0.95, 0.4)
-    assert middle == pytest.approx((0.95 + 0.4) / 2)
-    assert schedule.budget_at(warmup + pruning * (ramp + 1e-9), 0.95,
+    middle = schedule.budget_at(warmup + pruning * ramp / 2, 0.4)
+    assert middle == pytest.approx((1 + 0.4) / 2)
+    assert schedule.budget_at(warmup + pruning * (ramp + 1e-9),
                               0.4) == pytest.approx(0.4)
     assert all(one >= other for one, other in zip(values, values[1:]))
 
@@ -351,7 +354,7 @@ def test_step_finds_the_best_channels_for_a_budget(name: str, number: int,
     for index in range(steps):
         gates.epsilon.fill_(schedule.epsilon_at(index / steps))
         step(gates, scale * GAINS, cost,
-             schedule.budget_at(index / steps, 0.95, budget), 8. / steps)
+             schedule.budget_at(index / steps, budget), 8. / steps)
     open_ = gates.openness() > 0
     assert float(cost(open_.float())) <= budget + 1e-6
     assert torch.equal(open_, best_subset(prices, budget))
@@ -387,7 +390,7 @@ def open_after_pruning(gains_at: Gains,
         gates.epsilon.fill_(schedule.epsilon_at(index / steps))
         gains = gains_at(2.**RANKS * PRICES, gates.openness().detach(), index)
         step(gates, loss_scale * gains, cost,
-             cost_scale * schedule.budget_at(index / steps, 0.95, budget),
+             cost_scale * schedule.budget_at(index / steps, budget),
              8. / steps)
     return (gates.openness() > 0)[BEST].tolist()
 
@@ -542,7 +545,7 @@ def test_closed_form_of_the_gradient_of_a_linear_layer() -> None:
     layer(torch.full((1, 1), 3.).double()).sum().backward()
     epsilon = float(gates.epsilon)
     assert float(gates.theta.grad) == pytest.approx(
-        3 * float(layer.weight.detach()) * 2 * epsilon / (1 + epsilon)**2)
+        3 * float(layer.weight.detach()) * 2 * epsilon / (1 + epsilon))
 
 
 @pytest.mark.parametrize('name', LAYERS)

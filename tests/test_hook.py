@@ -172,7 +172,7 @@ def test_path_of_the_gates_is_recorded(trained: Trained) -> None:
         _share(pruner, trained.recorder.theta[-1]))
     for row in rows:
         assert len(row['openness']) == len(pruner.groups.groups)
-        assert all(0 <= value < 1 for value in row['openness'])
+        assert all(0 <= value <= 1 for value in row['openness'])
     iterations, flops, openness = read_gates(path)
     assert iterations == [row['iter'] for row in rows]
     assert flops == [row['flops'] for row in rows]

@@ -10,7 +10,6 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
-from gdp_mmseg.gate import openness
 from gdp_mmseg.model import (Pruner, Settings, Target, analyse_config,
                              build_base_model, build_gated_model, default_base,
                              find_pruner)
@@ -96,27 +95,20 @@ def test_a_dense_checkpoint_loads_but_for_the_gates(dense: Config,
     assert missing and all(key.startswith('gdp.') for key in missing)
 
 
-def test_before_training_all_gates_are_at_their_start(dense: Config,
-                                                      gated: Config) -> None:
+def test_before_training_the_gated_model_is_the_dense_one(
+        dense: Config, gated: Config) -> None:
     plain, model = build(dense.model).eval(), build(gated.model).eval()
     plain.load_state_dict({
         key: value
         for key, value in model.state_dict().items()
         if not key.startswith('gdp.')
     })
-    epsilon = model.gdp.settings.epsilon[0]
-    start = 1 / (1 + epsilon)
-    assert torch.allclose(model.gdp.gates.openness(), torch.tensor(start))
-    # The same by hand: each gated kernel of the plain model times the start.
+    assert (model.gdp.gates.openness() == 1).all()
     with torch.no_grad():
-        for layer in model.gdp.groups.readers():
-            open_at = torch.where(layer.inputs < 0, 1., start)
-            kernel = plain.get_parameter(layer.kernel)
-            kernel *= open_at.reshape(1, -1, *(1, ) * (kernel.dim() - 2))
         inputs = torch.randn(1, 3, 64, 64)
         expected = plain(inputs, mode='tensor')
         got = model(inputs, mode='tensor')
-    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(got, expected)
     assert not torch.allclose(got, torch.zeros_like(got))
 
 
@@ -312,8 +304,7 @@ def test_settings_have_the_documented_defaults() -> None:
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
-    assert 0 < settings.close_below < float(
-        openness(torch.tensor(1.), settings.epsilon[0]))
+    assert 0 < settings.close_below < 1 and settings.floor == 0
 
 
 def test_pruned_model_without_widths_is_an_error(dense: Config) -> None:
