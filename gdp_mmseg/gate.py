@@ -125,6 +125,14 @@ class Schedule:
         standing = max(self.pruned_share(progress) - self.ramp, 0.)
         return 0.5 + 0.5 * (standing / (1 - self.ramp) if standing else 0.)
 
+    def spares_groups(self, progress: float) -> bool:
+        """Whether a group that is alive must stay alive.
+
+        In the last third of the pruning phase: what dies with a group is gone
+        at once, and too late to be made good within the falling budget.
+        """
+        return self.pruned_share(progress) > 2 / 3
+
 
 def _are_numbers(values: Any, length: int) -> bool:
     return (isinstance(values, (tuple, list)) and len(values) == length

@@ -249,14 +249,17 @@ class Pruner(nn.Module):
                 self.schedule.budget_at(progress, self.settings.target.ratio),
                 self.settings.travel /
                 max(iterations * self.schedule.phases[1], 1),
-                self.schedule.whole_at(progress), self._spared())
+                self.schedule.whole_at(progress), self._spared(progress))
             self._close_dead_()
 
-    def _spared(self) -> Tensor | None:
-        """What the floor protects in this step."""
-        if not self.settings.floor:
+    def _spared(self, progress: float) -> Tensor | None:
+        """Gates that must not close now: of the floor, the last of a group."""
+        numbers = self.least
+        if self.schedule.spares_groups(progress):
+            numbers = numbers.clamp(min=1)
+        elif not self.settings.floor:
             return None
-        return self.gates.strongest(self.cost.group_of, self.least)
+        return self.gates.strongest(self.cost.group_of, numbers)
 
     def _close_dead_(self) -> None:
         """Close what only feeds closed layers, or is fed by none."""

@@ -78,6 +78,15 @@ def test_whole_channels_are_all_that_counts_when_the_pruning_ends(
     assert all(one <= other for one, other in zip(values, values[1:]))
 
 
+def test_groups_are_spared_in_the_last_third_of_the_pruning() -> None:
+    schedule = Schedule((0.1, 0.6, 0.3))
+    spared = [
+        schedule.spares_groups(progress)
+        for progress in (0., 0.1, 0.49, 0.51, 0.7)
+    ]
+    assert spared == [False, False, False, True, True]
+
+
 @pytest.mark.parametrize('whole, expected', [(0., 0.35), (0.5, 0.675),
                                              (1., 1.)])
 def test_half_open_gates_are_held_partly_as_whole_channels(
