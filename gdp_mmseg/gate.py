@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+# Part of the root mean square of dL/dg that counts as gain of an open gate.
+_RMS_SHARE = 0.3
+
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     """Smoothed L0 norm of ``theta``, element by element.
@@ -66,6 +69,8 @@ class Schedule:
         0.01
         >>> schedule.budget_at(0.0, 1.0, 0.4), schedule.budget_at(1., 1., 0.4)
         (1.0, 0.4)
+        >>> schedule.whole_at(0.35), schedule.whole_at(0.6)
+        (0.5, 1.0)
     """
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
@@ -109,6 +114,15 @@ class Schedule:
         share = min(self.pruned_share(progress) / self.ramp, 1.)
         return start + (target - start) * share
 
+    def whole_at(self, progress: float) -> float:
+        """Share of a half-open gate that counts as a whole channel.
+
+        One half while the budget falls; where the budget stands it rises
+        linearly to 1, which is what the gate will be in the pruned network.
+        """
+        standing = max(self.pruned_share(progress) - self.ramp, 0.)
+        return 0.5 + 0.5 * (standing / (1 - self.ramp) if standing else 0.)
+
 
 def _are_numbers(values: Any, length: int) -> bool:
     return (isinstance(values, (tuple, list)) and len(values) == length
@@ -125,6 +139,19 @@ class CostFunction(Protocol):
         """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
 
 
+def held_cost(cost: CostFunction, openness: Tensor, whole: float) -> Tensor:
+    """What is held against the budget, a scalar.
+
+    Args:
+        cost (CostFunction): Of an openness.
+        openness (Tensor): ``(G,)``.
+        whole (float): Share of a gate that counts as a whole channel; the
+            rest counts as its openness.
+    """
+    channels = (openness > 0).to(openness)
+    return (1 - whole) * cost(openness) + whole * cost(channels)
+
+
 class Gates(nn.Module):
     """All gates of a model in one flat vector, and the step that moves them.
 
@@ -135,17 +162,20 @@ class Gates(nn.Module):
 
         gain   m = mean of dL/dg,  v = mean of (dL/dg)^2, exponential
         price  p = dF/dg, with the neighbours' openness
-        step   theta <- theta - lr (min(m, 0) + lambda p)
+        step   theta <- theta - lr (min(m, 0) - 0.3 sqrt(v) + lambda p)
                                    / sqrt(v + (lambda p)^2)
 
     and chooses the multiplier lambda >= 0 of that very step so that the cost
     after it meets the budget of the moment. The quotient is free of the
     scales of loss and cost, and every gate moves by at most ~lr. Only the
     price closes a gate: a gain from closing is not told from noise, which
-    would let gates drift shut while the budget holds of itself. The cost
-    counts a half-open gate half as its openness and half as a whole channel,
-    because a whole channel is what it will be. A gate whose openness falls
-    below ``close_below`` is closed: exact zero, for good.
+    would let gates drift shut while the budget holds of itself. Where the
+    weights have settled the mean is zero, but closing costs in second order,
+    of which the mean square tells; so a gate that is worth its price opens
+    and none rests in between. The cost
+    counts a half-open gate partly as its openness and partly as a whole
+    channel, because a whole channel is what it will be. A gate whose openness
+    falls below ``close_below`` is closed: exact zero, for good.
 
     Args:
         number (int): ``G``.
@@ -248,20 +278,31 @@ class Gates(nn.Module):
         self.observed += 1
 
     @torch.no_grad()
-    def step_(self, cost: CostFunction, budget: float, lr: float) -> None:
+    def step_(self,
+              cost: CostFunction,
+              budget: float,
+              lr: float,
+              whole: float = 0.5,
+              spared: Tensor | None = None) -> None:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
             cost (CostFunction): Cost and its price.
             budget (float): What the cost may be after this step.
             lr (float): The longest way of a theta in this step.
+            whole (float): See :func:`held_cost`.
+            spared (Tensor, optional): ``(G,)`` bool, gates on which there is
+                no price in this step.
         """
         self.observe_()
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
-        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
         noise = self.gain_square / (1 - square_decay**seen)
+        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
+        gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
+        if spared is not None:
+            price = price.masked_fill(spared, 0)
 
         def moved(multiplier: float) -> Tensor:
             push = multiplier * price
@@ -275,8 +316,7 @@ class Gates(nn.Module):
             return theta.masked_fill(shut | self.closed, 0)
 
         def spent(theta: Tensor) -> float:
-            g = openness(theta, self.epsilon)
-            return float(cost(g) + cost((g > 0).to(g))) / 2
+            return float(held_cost(cost, openness(theta, self.epsilon), whole))
 
         scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
@@ -284,6 +324,28 @@ class Gates(nn.Module):
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+
+    @torch.no_grad()
+    def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
+        """The open gates that the task asks for most, some of each group.
+
+        Args:
+            group_of (Tensor): ``(G,)`` index of each gate's group.
+            numbers (Tensor): ``(S,)`` how many of each group.
+
+        Returns:
+            Tensor: ``(G,)`` bool.
+        """
+        worth = self.gain_square.masked_fill(self.closed, -1)
+        order = worth.argsort(descending=True)
+        order = order[group_of[order].argsort(stable=True)]
+        sizes = group_of.bincount(minlength=len(numbers))
+        first = sizes.cumsum(0) - sizes
+        place = torch.arange(len(order), device=order.device)
+        chosen = torch.zeros_like(self.closed)
+        chosen[order] = place - first[group_of[order]] < numbers[
+            group_of[order]]
+        return chosen & ~self.closed
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:
