@@ -268,7 +268,9 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
         lively = lively_copy(network, lambda net: infer(net, images.to(dtype)))
         wanted = outputs(gated(lively), images)
         found[key] = difference(lively, wanted)
-    found['effect'] = largest_difference(outputs(lively, images), wanted)
+        if dtype == torch.float32:
+            found['effect'] = largest_difference(
+                outputs(lively, images), wanted)
     return found
 
 
@@ -417,7 +419,9 @@ def main() -> None:
     for path in track(configs or list(representatives()), 'models'):
         rows.append(check_apart(path))
         row = rows[-1]
-        print(f'{row["config"]}: {STATUS[row["status"]]} {row["reason"]}')
+        print(f'{row["config"]}: {STATUS[row["status"]]} {row["reason"]}' +
+              (f'in {row["seconds"]:.1f} s, {row["peak_gib"]:.1f} GiB' if row.
+               get('rel_diff') is not None else ''))
     from gdp_mmseg.report import write_json
     if args.json or not configs:
         write_json(args.json or ROOT / 'docs/reports/models.json', rows)
