@@ -12,7 +12,6 @@ members, e.g. "the channels between conv1 and conv2").
 """
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections import Counter
 from fnmatch import fnmatchcase
@@ -25,7 +24,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .labels import Labels, Run
-from .trace import Forward, Tracer
+from .trace import Forward, Tracer, copy_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +247,10 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
     dtype = next(model.parameters(), torch.zeros(())).dtype
     for device in ('meta', 'cpu'):
         # A model whose forward asks for values cannot run without them.
-        tracer = Tracer(copy.deepcopy(model).to(device), shared)
+        tracer = Tracer(
+            copy_model(model,
+                       lambda tensor: tensor.detach().to(device, copy=True)),
+            shared)
         inputs = torch.zeros((2, *input_shape), device=device, dtype=dtype)
         try:
             tracer.run(forward, inputs, counted=True)
@@ -263,18 +265,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; set input_shape '
                     'to one that it can take') from error
-    # On the meta device, a parameter with two names is two.
-    first: dict[int, str] = {}
-    same = {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
-    labels = tracer.labels
-    labels.parameters = {
-        same[name]: shape
-        for name, shape in labels.parameters.items()
-    }
-    return labels
+    return tracer.labels
 
 
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:

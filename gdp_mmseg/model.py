@@ -441,10 +441,23 @@ def infer(network: Any, inputs: Tensor) -> Any:
 
 def train(network: Any, inputs: Tensor) -> Any:
     """What training runs, but for the losses: with auxiliary heads."""
-    outputs = [network(inputs, mode='tensor')]
     heads = getattr(network, 'auxiliary_head', None)
-    if heads is not None:
-        features = network.extract_feat(inputs)
-        heads = heads if isinstance(heads, nn.ModuleList) else [heads]
-        outputs += [head(features) for head in heads]
-    return outputs
+    if heads is None:
+        return [network(inputs, mode='tensor')]
+    features: list[Any] = []
+    plain = network.extract_feat
+
+    def extract_feat(images: Tensor) -> Any:
+        features.append(plain(images))
+        return features[-1]
+
+    # All heads read the same features, as when the losses are computed.
+    network.extract_feat = extract_feat
+    try:
+        outputs = [network(inputs, mode='tensor')]
+    finally:
+        del network.extract_feat
+    heads = heads if isinstance(heads, nn.ModuleList) else [heads]
+    return outputs + [
+        head(features[0] if features else plain(inputs)) for head in heads
+    ]

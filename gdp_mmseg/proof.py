@@ -10,27 +10,28 @@ for which that fails stay as they are.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import math
+import re
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from .gate import Gates, gate_layer_
 from .groups import Groups, nothing_left
-from .surgery import copy_structure, cut
-from .trace import Forward, set_mode_
+from .lively import lively_copy
+from .surgery import cut
+from .trace import Forward, copy_model, set_mode_
 
 # Of numbers in double precision, in which a small error is not lost in noise.
 TOLERANCE = 1e-8
 _REASON = 'not exact when pruned: the forward counts on these channels'
-# Sides of the input that are tried before the one that was analysed.
+# Sides of the input that are tried before the one that was analysed, and the
+# steps between larger ones.
 _SIDES = (64, 128)
-_GAINS = (1., 0.5, 0.25, 0.1)
+_STEP = 32
 
 
 def prove(model: nn.Module,
@@ -58,14 +59,14 @@ def prove(model: nn.Module,
     """
     with torch.random.fork_rng(devices=[]), _double_precision():
         torch.manual_seed(0)
-        trial = _Trial(model, groups, forward, training_forward)
-        wrong = _culprits(trial, half=True, tolerance=tolerance)
+        trial = _Trial(model, groups, forward, training_forward, tolerance)
+        wrong = _culprits(trial, half=True)
         if wrong:
             groups = groups.without(wrong, _REASON)
             if not groups.number:
                 raise ValueError(nothing_left(groups))
             trial.use(groups)
-        stiff = _culprits(trial, half=False, tolerance=tolerance)
+        stiff = _culprits(trial, half=False)
         if stiff:
             groups = dataclasses.replace(
                 groups,
@@ -99,14 +100,15 @@ def _double_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _culprits(trial: _Trial, half: bool, tolerance: float) -> list[int]:
+def _culprits(trial: _Trial, half: bool) -> list[int]:
     """The groups that are not exact by themselves.
 
-    Where a forward pass fails says where to look first.
+    Where a forward pass fails says where to look first; what was found there,
+    what to look for elsewhere.
     """
 
     def search(suspects: Sequence[int]) -> list[int]:
-        if not suspects or trial.difference(suspects, half) <= tolerance:
+        if not suspects or trial.exact(suspects, half):
             return []
         if len(suspects) == 1:
             return list(suspects)
@@ -114,37 +116,57 @@ def _culprits(trial: _Trial, half: bool, tolerance: float) -> list[int]:
         return search(suspects[:middle]) + search(suspects[middle:])
 
     everyone = range(len(trial.groups.groups))
-    found: list[int] = []
-    left: Sequence[int] = everyone
-    while left and not trial.difference(left, half) <= tolerance:
-        for suspects in (*trial.near_failure(left), left):
+    if trial.exact(everyone, half):
+        return []
+    found = trial.without_effect()
+
+    def left() -> tuple[int, ...]:
+        return tuple(index for index in everyone if index not in found)
+
+    while left() and not trial.exact(left(), half):
+        for suspects in (*trial.near_failure(left()), left()):
             more = search(suspects)
             if more:
                 break
         else:
             break  # none by itself
         found += more
-        left = tuple(index for index in everyone if index not in found)
+        for index in trial.alike(more[-1], left()):
+            if trial.exact((index, ), half):
+                break
+            found.append(index)
     return sorted(found)
+
+
+class _WatchedGates(Gates):
+    """Gates that know which of the layers asked for them."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.asked: set[int] = set()
+
+    def slot_openness(self, index: int) -> Tensor:
+        self.asked.add(index)
+        return super().slot_openness(index)
 
 
 class _Trial:
     """A lively copy of a model, gated, to be pruned in many ways."""
 
     def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
-                 training_forward: Forward | None) -> None:
-        self.model = _copy_in_double(model)
+                 training_forward: Forward | None, tolerance: float) -> None:
+        self.tolerance = tolerance
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
-        self.inputs = self._make_lively_(groups.input_shape)
+        self.model, self.inputs = self._lively(model, groups.input_shape)
         self.use(groups)
 
     def use(self, groups: Groups) -> None:
         """Gate a copy of the model at these groups."""
         self.groups = groups
-        self.gates = Gates(groups.number)
-        self.gated = copy_structure(self.model)
+        self.gates = _WatchedGates(groups.number)
+        self.gated = copy_model(self.model)
         self.known: dict[tuple[Sequence[int], bool], float] = {}
         # The module that ran last.
         self.failed_at = ''
@@ -152,32 +174,77 @@ class _Trial:
             gate_layer_(
                 self.gated.get_submodule(layer.name), self.gates, layer.inputs)
 
-    def _make_lively_(self, shape: tuple[int, ...]) -> Tensor:
-        """Random weights, and the least input that the dense model takes."""
-        _, channels, height, width = shape
-        for side in (*_SIDES, max(height, width)):
-            inputs = torch.randn(1, channels, min(side, height),
-                                 min(side, width))
+    def _lively(self, model: nn.Module,
+                shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+        """A lively copy, and about the least input that the model takes."""
+        whole = max(shape[2:])
+        for side in dict.fromkeys((self._least_side(model, shape), whole)):
+            inputs = torch.randn(_shape_within(shape, side))
             try:
-                randomise_until_finite_(self.model,
-                                        lambda net: self._run(net, inputs))
-                return inputs
+                # Of the last forward: it runs all that the others run.
+                lively = lively_copy(model,
+                                     lambda net: self._run(-1, net, inputs))
+                return lively, inputs
             except Exception:  # the model's own, of any kind
-                if side >= max(height, width):
+                if side == whole:
                     raise
         raise AssertionError('unreachable')
 
-    def _run(self,
-             model: nn.Module,
-             inputs: Tensor,
-             training_too: bool = True) -> list[Tensor]:
-        outputs: list[Any] = []
-        for forward, training in self.forwards[:1 + training_too]:
-            set_mode_(model, training)
-            torch.manual_seed(1)
-            with torch.no_grad():
-                outputs += tree_leaves(forward(model, inputs))
+    def _least_side(self, model: nn.Module, shape: tuple[int, ...]) -> int:
+        """Found without numbers; where that cannot be, the whole side."""
+        empty = copy_model(model, lambda tensor: tensor.to('meta'))
+        dtype = next(model.parameters()).dtype
+
+        def takes(side: int) -> bool:
+            inputs = torch.zeros(
+                _shape_within(shape, side), dtype=dtype, device='meta')
+            try:
+                for index in range(len(self.forwards)):
+                    self._run(index, empty, inputs)
+            except Exception:  # the model's own, of any kind
+                return False
+            return True
+
+        whole = max(shape[2:])
+        low, high = 0, whole
+        for side in _SIDES:
+            if side >= whole or takes(side):
+                return min(side, whole)
+            low = side
+        while high - low > _STEP:
+            middle = (low + high) // (2 * _STEP) * _STEP
+            low, high = (low, middle) if takes(middle) else (middle, high)
+        return high
+
+    def _run(self, index: int, model: nn.Module,
+             inputs: Tensor) -> list[Tensor]:
+        forward, training = self.forwards[index]
+        set_mode_(model, training)
+        torch.manual_seed(1)
+        with torch.no_grad():
+            outputs = tree_leaves(forward(model, inputs))
         return [leaf for leaf in outputs if isinstance(leaf, Tensor)]
+
+    def without_effect(self) -> list[int]:
+        """Groups with a layer whose gates are not asked when it runs."""
+        self.gates.asked.clear()
+        for index in range(len(self.forwards)):
+            self._run(index, self.gated, self.inputs)
+        deaf = torch.zeros(self.groups.number, dtype=torch.bool)
+        for index, layer in enumerate(self.groups.readers()):
+            if index not in self.gates.asked:
+                deaf[layer.inputs[layer.inputs >= 0]] = True
+        return [
+            index for index, group in enumerate(self.groups.groups)
+            if bool(deaf[group.gates].any())
+        ]
+
+    def alike(self, index: int, suspects: Sequence[int]) -> list[int]:
+        """Those that only differ in numbers in the names of their modules."""
+        role = _role(self.groups, index)
+        return [
+            other for other in suspects if _role(self.groups, other) == role
+        ]
 
     def near_failure(self, suspects: Sequence[int]) -> list[tuple[int, ...]]:
         """Those that touch the module after which a forward last failed.
@@ -196,6 +263,10 @@ class _Trial:
             module = module.rpartition('.')[0]
         return found
 
+    def exact(self, closed: Sequence[int], half: bool) -> bool:
+        """Whether :meth:`difference` is within the tolerance."""
+        return self.difference(closed, half) <= self.tolerance
+
     def difference(self, closed: Sequence[int], half: bool) -> float:
         """Relative difference of gated and pruned outputs.
 
@@ -204,12 +275,36 @@ class _Trial:
                 others stay, and count as they do without gates.
             half (bool): Whether about half of the channels go, or all; the
                 others of these groups are gated by numbers in (0, 1).
+
+        Returns:
+            float: The largest; if that is above the tolerance, of the first
+            outputs for which it is.
         """
         if (closed, half) not in self.known:
             self.known[closed, half] = self._measure(closed, half)
         return self.known[closed, half]
 
     def _measure(self, closed: Sequence[int], half: bool) -> float:
+        openness = self._openness(closed, half)
+        pruned, _ = cut(self.model, self.groups, openness)
+        self._set_gates(openness)
+        self.failed_at = ''
+        for name, module in pruned.named_modules():
+            module.register_forward_pre_hook(self._remember(name))
+        worst = 0.
+        # Whether all channels can go is about inference.
+        for index in range(len(self.forwards) if half else 1):
+            try:
+                got = self._run(index, pruned, self.inputs)
+            except Exception:  # the model's own, of any kind
+                return math.inf
+            wanted = self._run(index, self.gated, self.inputs)
+            worst = max(worst, largest_difference(got, wanted))
+            if worst > self.tolerance:
+                break
+        return worst
+
+    def _openness(self, closed: Sequence[int], half: bool) -> Tensor:
         openness = torch.ones(self.groups.number)
         generator = torch.Generator().manual_seed(len(closed))
         for index in closed:
@@ -223,17 +318,7 @@ class _Trial:
             openness[gates] = 0.3 + 0.6 * torch.rand(
                 len(gates), generator=generator)
             openness[gates[order[:number]]] = 0
-        pruned, _ = cut(self.model, self.groups, openness)
-        self.failed_at = ''
-        for name, module in pruned.named_modules():
-            module.register_forward_pre_hook(self._remember(name))
-        try:
-            got = self._run(pruned, self.inputs, half)
-        except Exception:  # the model's own, of any kind
-            return math.inf
-        self._set_gates(openness)
-        wanted = self._run(self.gated, self.inputs, half)
-        return largest_difference(got, wanted)
+        return openness
 
     def _remember(self, name: str) -> Callable[..., None]:
 
@@ -250,21 +335,18 @@ class _Trial:
             (self.gates.epsilon * share / (1 - share)).sqrt())
 
 
-def _copy_in_double(model: nn.Module) -> nn.Module:
-    """On the CPU, without a copy in between: models can be large."""
-    memo: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        dtype = torch.float64 if tensor.is_floating_point() else tensor.dtype
-        other = tensor.detach().to('cpu', dtype, copy=True)
-        memo[id(tensor)] = nn.Parameter(
-            other, tensor.requires_grad) if isinstance(
-                tensor, nn.Parameter) else other
-    return copy.deepcopy(model, memo)
+def _shape_within(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
+    """Of one input, of this side where it is longer."""
+    return (1, shape[1], *(min(side, length) for length in shape[2:]))
 
 
 def _members(groups: Groups, index: int) -> tuple[str, ...]:
     group = groups.groups[index]
     return group.writers + group.readers
+
+
+def _role(groups: Groups, index: int) -> tuple[str, ...]:
+    return tuple(re.sub(r'\d+', '', name) for name in _members(groups, index))
 
 
 def largest_difference(got: Sequence[Tensor],
@@ -283,45 +365,3 @@ def largest_difference(got: Sequence[Tensor],
             # nan must not be lost in a maximum.
             worst = max(worst, difference) if difference >= 0 else math.inf
     return worst
-
-
-def randomise_until_finite_(model: nn.Module, run: Callable[[nn.Module],
-                                                            Any]) -> nn.Module:
-    """:func:`randomise_` as lively as the model bears, in place.
-
-    Args:
-        model (nn.Module): Changed.
-        run (Callable[[nn.Module], Any]): Its outputs on some input.
-    """
-    for gain in _GAINS:
-        randomise_(model, gain)
-        if all(leaf.isfinite().all() for leaf in tree_leaves(run(model))
-               if isinstance(leaf, Tensor)):
-            break
-    return model
-
-
-@torch.no_grad()
-def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
-    """Random numbers of order ``gain`` for all that is learnt, in place.
-
-    Weights at the start of a training hide errors: zero biases, layer scales
-    of 1e-6, norms that are the identity.
-    """
-    for parameter in model.parameters():
-        if not parameter.is_floating_point():
-            continue
-        if sum(size > 1 for size in parameter.shape) > 1:
-            inputs = parameter.numel() / parameter.shape[0]
-            parameter.normal_(0, gain * inputs**-0.5)
-        else:
-            parameter.uniform_(0.5 * gain, 1.5 * gain)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            if module.running_mean is not None:
-                module.running_mean.normal_(0, 0.1)
-            if module.running_var is not None:
-                module.running_var.uniform_(0.5, 1.5)
-            if module.bias is not None:
-                module.bias.normal_(0, 0.5)
-    return model

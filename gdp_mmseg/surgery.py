@@ -10,7 +10,6 @@ without channels is replaced: a batch norm by the identity, a layer by
 from __future__ import annotations
 
 import copy
-import itertools
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from .gate import along, slot_values
 from .groups import Group, Groups
+from .trace import copy_model
 
 Widths = dict[str, list[int]]
 
@@ -153,6 +153,10 @@ def prune(model: nn.Module, groups: Groups,
     Raises:
         ValueError: If a number in the model is not finite.
     """
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise ValueError(f'expected finite weights, but got nan or inf in '
+                             f'{name}; export an earlier checkpoint')
     pruned, widths = cut(model, groups, openness)
     return copy.deepcopy(pruned), widths
 
@@ -162,37 +166,33 @@ def cut(model: nn.Module, groups: Groups,
     """:func:`prune`, but what did not change is the model's own."""
     keep = kept_channels(groups, openness)
     dense = model.state_dict()
-    for name, tensor in dense.items():
-        if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise ValueError(f'expected finite weights, but got nan or inf in '
-                             f'{name}; export an earlier checkpoint')
     state = dict(dense)
     for (name, axis), gates in groups.axes.items():
-        slots = _kept_slots(gates, keep).nonzero().flatten()
-        state[name] = state[name].index_select(axis,
-                                               slots.to(state[name].device))
+        kept = _kept_slots(gates, keep)
+        if not kept.all():
+            slots = kept.nonzero().flatten().to(state[name].device)
+            state[name] = state[name].index_select(axis, slots)
     absorb_(state, groups, openness, keep)
     widths = _widths(model, groups, state)
     _fold_constants_(model, groups, state, widths)
-    pruned = copy_structure(model)
+    # What changed is not copied first.
+    empty = {
+        id(tensor)
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if state[name] is not dense[name]
+    }
+    pruned = copy_model(
+        model, lambda tensor: torch.empty_like(tensor, device='meta')
+        if id(tensor) in empty else tensor)
     apply_widths_(pruned, widths)
-    # Not what it shares with the model: that may have several names.
     pruned.load_state_dict(
         {
             name: state[name]
-            for name, tensor in pruned.state_dict().items()
-            if state[name] is not dense.get(name)
-            or tensor.data_ptr() != dense[name].data_ptr()
+            for name, tensor in pruned.state_dict().items() if tensor.is_meta
         },
         strict=False,
         assign=True)
     return pruned, widths
-
-
-def copy_structure(model: nn.Module) -> nn.Module:
-    """A deep copy of a model that shares its tensors."""
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
@@ -210,7 +210,8 @@ def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
         slots = layer.inputs[_kept_slots(layer.inputs, keep)]
         scale = slot_values(openness.detach().to(kernel),
                             slots.to(kernel.device))
-        state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
+        if bool((scale != 1).any()):
+            state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 
 
 def apply_widths_(model: nn.Module, widths: Mapping[str,

@@ -6,6 +6,8 @@ analysed. What each operator does to labels is in ``operators.py``.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
 from typing import Any, Callable, Iterable, Iterator
 
 import torch
@@ -113,6 +115,26 @@ def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def copy_model(
+        model: nn.Module,
+        replaced: Callable[[Tensor],
+                           Tensor] = lambda tensor: tensor) -> nn.Module:
+    """A deep copy of a model with the same tensors, or others, in it.
+
+    Args:
+        model (nn.Module): Left as it is.
+        replaced (Callable[[Tensor], Tensor]): What the copy has in place of a
+            parameter or buffer.
+    """
+    memo: dict[int, Tensor] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        other = replaced(tensor)
+        if isinstance(tensor, nn.Parameter) and other is not tensor:
+            other = nn.Parameter(other, tensor.requires_grad)
+        memo[id(tensor)] = other
+    return copy.deepcopy(model, memo)
 
 
 def set_mode_(model: nn.Module, training: bool) -> None:

@@ -14,7 +14,8 @@ from gdp_mmseg import operators
 from gdp_mmseg.gate import Gates
 from gdp_mmseg.groups import Groups, analyse
 from gdp_mmseg.labels import Labels
-from gdp_mmseg.proof import largest_difference, randomise_
+from gdp_mmseg.lively import randomise_
+from gdp_mmseg.proof import largest_difference
 from gdp_mmseg.surgery import prune
 
 from toys import gated, run
