@@ -224,12 +224,12 @@ class Pruner(nn.Module):
         return float(held_cost(self.cost, fresh, self.schedule.whole_at(0.)))
 
     @torch.no_grad()
-    def step_(self, progress: float, iterations: int) -> None:
+    def step_(self, progress: float, steps: int) -> None:
         """Move all gates by one step, in place, by theta's gradient.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
-            iterations (int): Length of the training.
+            steps (int): How many of these the training has.
         """
         phase = self.schedule.phase_at(progress)
         if phase == 'warmup':
@@ -240,8 +240,7 @@ class Pruner(nn.Module):
                 self.cost,
                 self.schedule.budget_at(progress, self.start,
                                         self.settings.target.ratio),
-                self.settings.travel /
-                max(iterations * self.schedule.phases[1], 1),
+                self.settings.travel / max(steps * self.schedule.phases[1], 1),
                 self.schedule.whole_at(progress))
             self._close_dead_()
 
