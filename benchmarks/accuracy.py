@@ -9,6 +9,10 @@ that a report can be completed elsewhere:
 
 The alternatives prune at the iteration at which the gates begin to, and train
 on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
+
+On CamVid all start from the pretrained backbone. On VOC all start from one
+dense training (the run ``start``) and prune what it has learnt; but ``narrow``
+starts from the backbone, and trains as long as both together.
 """
 from __future__ import annotations
 
@@ -34,7 +38,11 @@ from gdp_mmseg.report import count_macs, count_parameters, write_json
 
 HERE = Path(__file__).resolve().parent
 METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
-ITERATIONS = dict(camvid=800, voc=1200)
+ITERATIONS = dict(camvid=800, voc=800)
+# Of the dense training that all runs start from.
+START = dict(camvid=0, voc=3000)
+START_RUN = 'start-1.0-0'
+LR_AFTER_START = 2e-4
 TITLE = dict(
     camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',
     voc='DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012: GDP and '
@@ -45,7 +53,7 @@ TRAIN = dict(
 )
 TEST = dict(
     camvid='the 101 images of val.txt, 480 x 360, whole',
-    voc='173 images of val.txt, short side 257')
+    voc='173 images of val.txt, short side 193')
 
 
 def parse_args() -> argparse.Namespace:
@@ -80,6 +88,17 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
             yield f'dense-1.0-{seed}'
 
 
+def base_of(args: argparse.Namespace) -> Path:
+    """Holds a folder for each run."""
+    base: Path = args.work_dir / f'{args.data}-{args.iterations}'
+    return base
+
+
+def start_checkpoint(args: argparse.Namespace) -> Path:
+    """Of the dense training that all runs start from."""
+    return base_of(args) / f'{START_RUN}/training/iter_{START[args.data]}.pth'
+
+
 def config_of(args: argparse.Namespace, method: str, target: float,
               seed: int) -> Config:
     """The training of one run."""
@@ -93,11 +112,17 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         loader.dataset.data_root = root
     cfg.model.backbone.init_cfg = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
+    start = START[args.data]
+    iterations = dict(
+        start=start,
+        narrow=start + args.iterations).get(method, args.iterations)
     cfg.randomness = dict(seed=seed)
-    cfg.train_cfg.update(
-        max_iters=args.iterations, val_interval=args.iterations)
-    cfg.param_scheduler[0].end = args.iterations
-    cfg.default_hooks.checkpoint.interval = args.iterations
+    cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
+    cfg.param_scheduler[0].end = iterations
+    cfg.default_hooks.checkpoint.interval = iterations
+    if start and method not in ('start', 'narrow'):
+        cfg.load_from = str(start_checkpoint(args))
+        cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
     if method == 'gdp':
         cfg.model.update(type='gdp_mmseg.GDPModel', gdp=dict(target=target))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
@@ -116,7 +141,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     runner.model.to(memory_format=torch.channels_last)
     shape = (1, 3, *cfg.crop_size)
     dense_macs = count_macs(runner.model, shape)
-    if method not in ('dense', 'gdp'):
+    if method not in ('start', 'dense', 'gdp'):
         from one_shot import PruneOnce
         begin = 0 if method == 'narrow' else round(Schedule().phases[0] *
                                                    args.iterations)
@@ -174,12 +199,16 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     optimizer = cfg.optim_wrapper.optimizer
     return dict(
         title=TITLE[args.data],
+        data=args.data,
         train=TRAIN[args.data],
         test=TEST[args.data],
+        start=START[args.data],
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
-        optimizer=f'{optimizer.type}, lr {optimizer.lr:g}, polynomial decay',
+        optimizer=f'{optimizer.type}, lr {optimizer.lr:g}' +
+        (' (after the start)' if START[args.data] else '') +
+        ', polynomial decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(Schedule.phases),
         torch=torch.__version__,
@@ -210,7 +239,7 @@ def name_of(row: dict[str, Any]) -> str:
 def main() -> None:
     args = parse_args()
     args.iterations = args.iterations or ITERATIONS[args.data]
-    base = args.work_dir / f'{args.data}-{args.iterations}'
+    base = base_of(args)
     if args.one:
         folder = base / args.one
         write_json(folder / 'result.json', run(args, args.one, folder))
@@ -224,6 +253,8 @@ def main() -> None:
         write_json(args.report,
                    dict(shared, rows=[rows[name] for name in sorted(rows)]))
 
+    if START[args.data] and not start_checkpoint(args).exists():
+        run_apart(START_RUN, base / START_RUN).wait()
     collect()
     waiting = [name for name in plan(args) if name not in rows]
     running: dict[str, subprocess.Popen[bytes]] = {}

@@ -5,9 +5,12 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable
+
+from matplotlib.figure import Figure
 
 from gdp_mmseg.report import comparison, table
 
@@ -199,9 +202,111 @@ def show_demo(path: Path) -> None:
     README.write_text(text[:start] + table + text[end:])
 
 
+METHODS = dict(
+    gdp='GDP',
+    narrow='narrower network',
+    random='random channels',
+    l1='L1 norm',
+    slimming='Network Slimming')
+
+
+def accuracy(report: Report) -> list[str]:
+    """Methods by targets: mean and spread of the mIoU over seeds."""
+    rows = report['rows']
+    targets = sorted({row['target'] for row in rows if row['target'] < 1})
+    cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
+    for method, name in METHODS.items():
+        cells.append([
+            name, *(mean_and_spread(
+                one['miou'] for one in rows
+                if one['method'] == method and one['target'] == target)
+                    for target in targets)
+        ])
+    dense = [row['miou'] for row in rows if row['method'] == 'dense']
+    ours = [row for row in rows if row['method'] == 'gdp']
+    others = [
+        row for row in rows if row['method'] in METHODS and row not in ours
+    ]
+    apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
+    start = [row['miou'] for row in rows if row['method'] == 'start']
+    return [
+        f'Dense: {mean_and_spread(dense)}.' +
+        (f' All but the narrower network start from a dense one trained for '
+         f'{report["start"]} iterations: {start[0]:.2f}.' if start else ''),
+        '',
+        table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
+        '- Mean and standard deviation over seeds, in brackets their number. '
+        f'All rows: {report["iterations"]} iterations of batch '
+        f'{report["batch_size"]}, crop {report["crop"][0]} x '
+        f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
+        'the same starts, data order and evaluation.',
+        '- The alternatives remove as many channels of every layer, by rank '
+        'within groups (Torch-Pruning 1.6), at the iteration at which the '
+        f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
+        'narrower network is pruned at random before the first iteration' +
+        (f' and trained for {report["start"] + report["iterations"]}.'
+         if start else '.'),
+        f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
+        f'{off(others)} points.',
+        f'- GDP: mIoU before and after the export differ by {apart:.2f} at '
+        'most; gates of openness between 0.01 and 0.5 at the end: '
+        f'{max(row["undecided"] for row in ours):.2%} at most.',
+        f'- Training: {report["train"]}. Evaluation: {report["test"]}.'
+    ]
+
+
+def mean_and_spread(values: Iterable[float]) -> str:
+    """``mean +- standard deviation (number)``."""
+    known = list(values)
+    if not known:
+        return '-'
+    spread = (f' ± {statistics.stdev(known):.2f}' if len(known) > 1 else '')
+    return f'{statistics.mean(known):.2f}{spread} ({len(known)})'
+
+
+def off(rows: list[Report]) -> str:
+    """From least to most points that FLOPs are off what was asked."""
+    points = [100 * (row['macs'] - row['target']) for row in rows]
+    return f'{min(points):+.1f} to {max(points):+.1f}' if points else '-'
+
+
+def plot_name(report: Report) -> str:
+    return f'accuracy_{report["data"]}.png'
+
+
+def plot_accuracy(report: Report) -> None:
+    """Draw mIoU over FLOPs, with the spread over seeds."""
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    rows = report['rows']
+    for method, name in dict(METHODS, dense='dense').items():
+        points: dict[float, list[Report]] = {}
+        for row in rows:
+            if row['method'] == method:
+                points.setdefault(row['target'], []).append(row)
+        drawn = [points[target] for target in sorted(points)]
+        axes.errorbar(
+            [statistics.mean(row['macs'] for row in some) for some in drawn],
+            [statistics.mean(row['miou'] for row in some) for some in drawn], [
+                statistics.stdev(row['miou']
+                                 for row in some) if len(some) > 1 else 0
+                for some in drawn
+            ],
+            label=name,
+            marker='o',
+            linewidth=3 if method == 'gdp' else 1,
+            capsize=3)
+    axes.set(xlabel='share of the dense multiply-adds', ylabel='mIoU')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(RESULTS.parent / plot_name(report), dpi=120)
+
+
 SECTIONS: dict[str, Callable[[Report], list[str]]] = {
     'budget.json': budget,
     'controllers.json': controllers,
+    'accuracy_camvid.json': accuracy,
+    'accuracy_voc.json': accuracy,
 }
 
 
@@ -212,6 +317,8 @@ def main() -> None:
     for path in paths:
         if path.name == DEMO:
             show_demo(path)
+        if SECTIONS.get(path.name) is accuracy:
+            plot_accuracy(json.loads(path.read_text()))
     print(f'wrote {RESULTS} from {len(paths)} report(s)')
 
 

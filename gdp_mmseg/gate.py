@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+# Part of the root mean square of dL/dg that counts as gain of an open gate.
+_RMS_SHARE = 0.3
+
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     """Smoothed L0 norm of ``theta``, element by element.
@@ -159,14 +162,17 @@ class Gates(nn.Module):
 
         gain   m = mean of dL/dg,  v = mean of (dL/dg)^2, exponential
         price  p = dF/dg, with the neighbours' openness
-        step   theta <- theta - lr (min(m, 0) + lambda p)
+        step   theta <- theta - lr (min(m, 0) - 0.3 sqrt(v) + lambda p)
                                    / sqrt(v + (lambda p)^2)
 
     and chooses the multiplier lambda >= 0 of that very step so that the cost
     after it meets the budget of the moment. The quotient is free of the
     scales of loss and cost, and every gate moves by at most ~lr. Only the
     price closes a gate: a gain from closing is not told from noise, which
-    would let gates drift shut while the budget holds of itself. The cost
+    would let gates drift shut while the budget holds of itself. Where the
+    weights have settled the mean is zero, but closing costs in second order,
+    of which the mean square tells; so a gate that is worth its price opens
+    and none rests in between. The cost
     counts a half-open gate partly as its openness and partly as a whole
     channel, because a whole channel is what it will be. A gate whose openness
     falls below ``close_below`` is closed: exact zero, for good.
@@ -276,7 +282,8 @@ class Gates(nn.Module):
               cost: CostFunction,
               budget: float,
               lr: float,
-              whole: float = 0.5) -> None:
+              whole: float = 0.5,
+              spared: Tensor | None = None) -> None:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
@@ -284,13 +291,18 @@ class Gates(nn.Module):
             budget (float): What the cost may be after this step.
             lr (float): The longest way of a theta in this step.
             whole (float): See :func:`held_cost`.
+            spared (Tensor, optional): ``(G,)`` bool, gates on which there is
+                no price in this step.
         """
         self.observe_()
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
-        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
         noise = self.gain_square / (1 - square_decay**seen)
+        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
+        gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
+        if spared is not None:
+            price = price.masked_fill(spared, 0)
 
         def moved(multiplier: float) -> Tensor:
             push = multiplier * price
@@ -312,6 +324,28 @@ class Gates(nn.Module):
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+
+    @torch.no_grad()
+    def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
+        """The open gates that the task asks for most, some of each group.
+
+        Args:
+            group_of (Tensor): ``(G,)`` index of each gate's group.
+            numbers (Tensor): ``(S,)`` how many of each group.
+
+        Returns:
+            Tensor: ``(G,)`` bool.
+        """
+        worth = self.gain_square.masked_fill(self.closed, -1)
+        order = worth.argsort(descending=True)
+        order = order[group_of[order].argsort(stable=True)]
+        sizes = group_of.bincount(minlength=len(numbers))
+        first = sizes.cumsum(0) - sizes
+        place = torch.arange(len(order), device=order.device)
+        chosen = torch.zeros_like(self.closed)
+        chosen[order] = place - first[group_of[order]] < numbers[
+            group_of[order]]
+        return chosen & ~self.closed
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from typing import Any, Mapping, Sequence
 
 import torch
@@ -85,6 +86,7 @@ class Settings:
         travel (float): The way that a theta, 1 at the start, can go in the
             pruning phase.
         close_below (float): Openness under which a gate closes for good.
+        floor (float): Least share of the channels of each group that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
             of which nothing may change.
         prune (tuple[str, ...], optional): Names or patterns of modules; no
@@ -96,6 +98,7 @@ class Settings:
     epsilon: tuple[float, float] = (0.1, 1e-4)
     travel: float = 8.
     close_below: float = 1e-2
+    floor: float = 0.
     ignore: tuple[str, ...] = ()
     prune: tuple[str, ...] | None = None
 
@@ -126,6 +129,11 @@ class Settings:
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
+        if not isinstance(settings.floor,
+                          (int, float)) or not 0 <= settings.floor < 1:
+            raise ValueError('gdp.floor: expected the least share of the '
+                             "channels of each group, in [0, 1), but got "
+                             f'{settings.floor!r}')
         for name in ('ignore', 'prune'):
             value = getattr(settings, name)
             if value is not None and (not isinstance(value, tuple) or not all(
@@ -160,6 +168,8 @@ class Pruner(nn.Module):
         ValueError: If the target is below what cannot be pruned.
     """
 
+    least: Tensor
+
     def __init__(self, groups: Groups, settings: Settings) -> None:
         super().__init__()
         self.groups = groups
@@ -174,6 +184,13 @@ class Pruner(nn.Module):
         elif settings.target.type == 'latency':
             self.cost = LatencyCost(groups)
         self.living = len(groups.groups)
+        self.register_buffer(
+            'least',
+            torch.tensor([
+                math.ceil(settings.floor * len(group.gates))
+                for group in groups.groups
+            ]),
+            persistent=False)
         if not self.unmeasured:
             self.check_target()
 
@@ -199,8 +216,9 @@ class Pruner(nn.Module):
         Raises:
             ValueError: If so.
         """
-        closed = kept_channels(self.groups, torch.zeros(self.groups.number))
-        least = float(self.cost(closed.to(self.gates.theta)))
+        kept = self.gates.strongest(self.cost.group_of, self.least)
+        kept = kept_channels(self.groups, kept.float())
+        least = float(self.cost(kept.to(self.gates.theta)))
         target = self.settings.target
         if target.ratio <= least:
             raise ValueError(
@@ -241,8 +259,14 @@ class Pruner(nn.Module):
                 self.schedule.budget_at(progress, self.start,
                                         self.settings.target.ratio),
                 self.settings.travel / max(steps * self.schedule.phases[1], 1),
-                self.schedule.whole_at(progress))
+                self.schedule.whole_at(progress), self._spared())
             self._close_dead_()
+
+    def _spared(self) -> Tensor | None:
+        """What the floor protects in this step."""
+        if not self.settings.floor:
+            return None
+        return self.gates.strongest(self.cost.group_of, self.least)
 
     def _close_dead_(self) -> None:
         """Close what only feeds closed layers, or is fed by none."""

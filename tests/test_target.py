@@ -33,7 +33,7 @@ def times(layers: list[Layer], device: torch.device, *_: Any) -> Tensor:
     return torch.tensor([[1., 0., 0.01, 0.001]] * len(layers))
 
 
-def trained_toy(kind: str) -> tuple[nn.Module, Pruner]:
+def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
     """A chain, trained to a target on random inputs and random wishes."""
     torch.manual_seed(0)
     net = nn.Sequential(*block(3, 96), *block(96, 128, kernel=1), last(128))
@@ -41,7 +41,10 @@ def trained_toy(kind: str) -> tuple[nn.Module, Pruner]:
     pruner = Pruner(
         groups,
         Settings.from_config(
-            dict(target=dict(type=kind, ratio=RATIO), phases=(0.1, 0.8, 0.1))))
+            dict(
+                target=dict(type=kind, ratio=RATIO),
+                phases=(0.1, 0.8, 0.1),
+                **settings)))
     if pruner.unmeasured:
         pruner.measure_()
     with_gates = gated(net, groups, pruner.gates)
@@ -68,6 +71,23 @@ def test_training_ends_within_one_point_of_the_parameters() -> None:
     # Which is not where that of FLOPs would be.
     flops = float(pruner.flops(pruner.channels()))
     assert abs(flops - left / dense) > 0.005
+
+
+def test_a_floor_keeps_its_share_of_each_group_and_the_target() -> None:
+    kept = {}
+    for floor in (0., 0.6):
+        _, pruner = trained_toy('flops', floor=floor)
+        channels = pruner.channels()
+        assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
+        kept[floor] = min(
+            float(channels[group.gates].mean())
+            for group in pruner.groups.groups)
+    assert kept[0.] < 0.6 <= kept[0.6]
+
+
+def test_a_target_below_what_a_floor_keeps_is_refused() -> None:
+    with pytest.raises(ValueError, match='gdp.target: expected more than'):
+        trained_toy('flops', floor=0.9)
 
 
 def test_training_ends_within_one_point_of_the_latency(
