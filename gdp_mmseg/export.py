@@ -143,6 +143,8 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(
             f"checkpoint: expected a 'state_dict' of tensors in {path}, but "
             f'got none; pass a checkpoint that the training saved')
+    # mmengine's FlexibleRunner saves the wrapper of several processes too.
+    state = {key.removeprefix('module.'): state[key] for key in state}
     return state, content.get('meta') or {}
 
 

@@ -2,17 +2,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterable
 
 import torch
 from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from .gate import Gates
 from .latency import SECONDS
 from .model import COSTS, Pruner, find_pruner
 from .registry import HOOKS
+from .support import accumulated_gradients, check_runner
 
 
 @HOOKS.register_module()
@@ -42,28 +45,31 @@ class GDPHook(Hook):
         """Take hold of the optimizer.
 
         Raises:
-            ValueError: If the model has no gates, or there are several
-                optimizers.
+            ValueError: If the model has no gates, or the runner is none that
+                they go with.
         """
+        check_runner(runner)
         pruner = find_pruner(runner.model)
-        optimizer = getattr(runner.optim_wrapper, 'optimizer', None)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ValueError('GDPHook: expected one optimizer, but got '
-                             f'{type(runner.optim_wrapper).__name__}; set '
-                             'one optim_wrapper for all parameters')
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if runner.iter == 0 and is_main_process():
             # A path of an earlier run in this folder is not ours.
             (Path(runner.work_dir) / 'gates.jsonl').unlink(missing_ok=True)
 
+        steps = math.ceil(runner.max_iters /
+                          accumulated_gradients(runner.optim_wrapper))
+
+        # Not a part of the network, where mmengine compiles its train_step.
+        @torch.compiler.disable
         def step(optimizer: Any, args: Any, kwargs: Any) -> None:
             if _unscale_(optimizer, pruner.gates.theta):
-                pruner.step_(runner.iter / runner.max_iters, runner.max_iters)
+                pruner.step_(runner.iter / runner.max_iters, steps)
+                _agree_(pruner.gates)
             # No optimizer moves or decays a parameter without a gradient.
             pruner.gates.theta.grad = None
 
-        optimizer.register_step_pre_hook(step)
+        runner.optim_wrapper.optimizer.register_step_pre_hook(step)
+        _spare_clipping_(runner.optim_wrapper, pruner.gates.theta)
         kept = ', '.join(f'{row.channels} channels ({row.reason})'
                          for row in pruner.groups.frozen)
         target = pruner.settings.target
@@ -120,6 +126,32 @@ def _measure_(pruner: Pruner, runner: Runner) -> None:
         pruner.measure_()
     broadcast(pruner.cost.shares)
     pruner.check_target()
+
+
+def _spare_clipping_(optim_wrapper: Any, theta: torch.nn.Parameter) -> None:
+    """Leave the gates' gradient out of what is clipped, in place.
+
+    It has a step of its own; in the norm it would make the weights' smaller.
+    """
+    clip = getattr(optim_wrapper, 'clip_func', None)
+    if clip is None:
+        return
+
+    def clip_weights(parameters: Iterable[torch.Tensor],
+                     **options: Any) -> Any:
+        return clip([one for one in parameters if one is not theta], **options)
+
+    optim_wrapper.clip_func = clip_weights
+
+
+def _agree_(gates: Gates) -> None:
+    """Take the first process's gates in all, in place.
+
+    Sums on GPUs are not the same to the last bit in each; a gate at the limit
+    would close in one process and stay open in another.
+    """
+    for tensor in (gates.theta.data, gates.closed, gates.multiplier):
+        broadcast(tensor)
 
 
 def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:

@@ -225,12 +225,12 @@ class Pruner(nn.Module):
                 f'{target.ratio}')
 
     @torch.no_grad()
-    def step_(self, progress: float, iterations: int) -> None:
+    def step_(self, progress: float, steps: int) -> None:
         """Move all gates by one step, in place, by theta's gradient.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
-            iterations (int): Length of the training.
+            steps (int): How many of these the training has.
 
         Raises:
             RuntimeError: If the cost is not measured.
@@ -247,8 +247,7 @@ class Pruner(nn.Module):
             self.gates.step_(
                 self.cost,
                 self.schedule.budget_at(progress, self.settings.target.ratio),
-                self.settings.travel /
-                max(iterations * self.schedule.phases[1], 1),
+                self.settings.travel / max(steps * self.schedule.phases[1], 1),
                 self.schedule.whole_at(progress), self._spared(progress))
             self._close_dead_()
 

@@ -25,6 +25,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.export import load_exported
+from gdp_mmseg.model import find_pruner
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
@@ -168,6 +169,12 @@ randomness = dict(seed=0)
 tta_model = dict(type='SegTTAModel')
 """
 
+# SyncBN needs GPUs where there are several processes.
+WITHOUT_SYNC = {
+    f'model.{part}.norm_cfg.type': 'BN'
+    for part in ('backbone', 'decode_head', 'auxiliary_head')
+}
+
 # The README's lines.
 DROP_IN = """
 _base_ = './my_config.py'
@@ -220,6 +227,19 @@ class Project:
         cfg.work_dir = str(work_dir)
         return cfg
 
+    def load_for_processes(self,
+                           work_dir: Path,
+                           path: Path | None = None,
+                           **options: Any) -> Config:
+        """Read a config for processes that work together on a CPU."""
+        cfg = self.load(work_dir, path, **WITHOUT_SYNC, launcher='pytorch')
+        cfg.model_wrapper_cfg = dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            device_ids=None)
+        cfg.merge_from_dict(options)
+        return cfg
+
     def images(self, split: str = 'val') -> list[Path]:
         """The images that a split lists."""
         names = self.folder / f'data/ImageSets/Segmentation/{split}.txt'
@@ -243,7 +263,7 @@ class Recorder(Hook):
         self.grads: list[Tensor | None] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        gates = runner.model.gdp.gates
+        gates = find_pruner(runner.model).gates
         self.theta.append(gates.theta.detach().clone())
         self.gain.append(gates.gain.clone())
         self.gain_square.append(gates.gain_square.clone())
@@ -397,6 +417,17 @@ def tree(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob('*'))
         if '__pycache__' not in path.parts
     }
+
+
+@pytest.fixture()
+def process_group(tmp_path: Path,
+                  monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """This process, as the only one of a group."""
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope='session')

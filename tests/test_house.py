@@ -38,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
     'report': {'cost', 'groups', 'surgery'},
     'model':
     {'gate', 'groups', 'cost', 'latency', 'proof', 'surgery', 'registry'},
-    'hook': {'gate', 'model', 'registry', 'cost', 'latency'},
+    'support': set(),
+    'hook': {'gate', 'model', 'registry', 'cost', 'latency', 'support'},
     'export':
     {'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'},
     '__init__': set(MODULES) - {'__init__'},

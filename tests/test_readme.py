@@ -1,6 +1,7 @@
-"""The README's lines do what it says."""
+"""The README's lines do what it says, and docs name tests that exist."""
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -52,3 +53,26 @@ def test_drop_in_lines_train_as_printed(project: Project,
         weights_only=False)['state_dict']
     # The hook was there at both steps.
     assert int(state['gdp.gates.observed']) == 2
+
+
+NAMED_TEST = re.compile(r'(test_\w+\.py)::(test_\w+)(?:\[([^\]]+)\])?')
+
+
+def test_tables_of_features_name_tests_that_exist() -> None:
+    rows = [
+        line for path in (ROOT / 'docs').glob('reliability*.md')
+        for line in path.read_text().splitlines()
+        if line.startswith('|') and not re.match(r'\|(:?-+|\s*what )', line)
+    ]
+    assert rows
+    for row in rows:
+        named = NAMED_TEST.findall(row)
+        assert named, f'no test holds: {row}'
+        for file, function, case in named:
+            tree = ast.walk(ast.parse((ROOT / 'tests' / file).read_text()))
+            names = {
+                node.name if isinstance(node, ast.FunctionDef) else node.value
+                for node in tree
+                if isinstance(node, (ast.FunctionDef, ast.Constant))
+            }
+            assert {function, case or function} <= names, row

@@ -13,7 +13,9 @@ import traceback
 from pathlib import Path
 from typing import Any, Iterator, NoReturn, Sequence
 
+import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from PIL import UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +92,46 @@ def check_paths(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
         loader = cfg.get(f'{split}_dataloader') or {}
         for key, dataset in _datasets(f'{split}_dataloader', loader):
             _check_dataset(key, dataset)
+
+
+def join_processes_(cfg: Config, launcher: str) -> None:
+    """Let processes without GPUs work together, over gloo; changes ``cfg``.
+
+    mmengine by itself asks for a GPU of each process.
+
+    Args:
+        cfg (Config): Gets a ``model_wrapper_cfg`` that goes without.
+        launcher (str): As it was passed; of ``'pytorch'`` only.
+    """
+    if launcher != 'pytorch' or get_device() != 'cpu':
+        return
+    synced = [
+        f'{key}.type=BN' for key, node in _nodes('model', cfg.model)
+        if node.get('type') in ('SyncBN', 'MMSyncBN')
+    ]
+    if synced:
+        fail('expected norms that work on CPUs, but got SyncBN, which needs '
+             'a GPU for each process; pass --cfg-options ' + ' '.join(synced))
+    cfg.model_wrapper_cfg = dict(
+        dict(
+            type='MMDistributedDataParallel',
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get('find_unused_parameters', False)),
+        **(cfg.get('model_wrapper_cfg') or {}),
+        device_ids=None)
+    torch.distributed.init_process_group('gloo')
+
+
+def _nodes(key: str, node: Any) -> Iterator[tuple[str, dict]]:
+    """Yield all mappings in ``node``, with their keys."""
+    if isinstance(node, (list, tuple)):
+        node = dict(enumerate(node))
+    elif isinstance(node, dict):
+        yield key, node
+    else:
+        return
+    for name, child in node.items():
+        yield from _nodes(f'{key}.{name}', child)
 
 
 def _datasets(key: str, node: dict) -> Iterator[tuple[str, dict]]:

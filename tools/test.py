@@ -9,8 +9,8 @@ import os.path as osp
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from _cli import (check_checkpoint, check_paths, fail, load_config,
-                  one_line_errors)
+from _cli import (check_checkpoint, check_paths, fail, join_processes_,
+                  load_config, one_line_errors)
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,6 +96,7 @@ def main() -> None:
     cfg.launcher = args.launcher
     check_checkpoint(args.checkpoint)
     check_paths(cfg, splits=('test', ))
+    join_processes_(cfg, args.launcher)
 
     # work_dir is determined in this priority: CLI > segment in file > filename
     if args.work_dir is not None:

@@ -12,8 +12,10 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-from _cli import (check_checkpoint, check_paths, fail, load_config,
-                  one_line_errors)
+from gdp_mmseg.support import check_config
+
+from _cli import (check_checkpoint, check_paths, fail, join_processes_,
+                  load_config, one_line_errors)
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,6 +98,8 @@ def main() -> None:
 
     # resume training
     cfg.resume = args.resume
+    check_config(cfg)
+    join_processes_(cfg, args.launcher)
 
     # build the runner from config
     if 'runner_type' not in cfg:

@@ -1,0 +1,104 @@
+"""What of mmengine the gates go with; the rest is refused at the start."""
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.model import MMDistributedDataParallel, is_model_wrapper
+from torch import nn
+
+# They split the parameters over the processes, or the model in parts that
+# are averaged apart; each process must hold, and average, all gates.
+SPLITTING = ('FSDPStrategy', 'DeepSpeedStrategy', 'ColossalAIStrategy',
+             'MMFullyShardedDataParallel', 'MMSeparateDistributedDataParallel')
+
+
+def check_config(cfg: Config) -> None:
+    """Refuse a gated training that could only fail after it was set up.
+
+    Args:
+        cfg (Config): Of a training; without gates, all is well.
+
+    Raises:
+        ValueError: If it would split the gates.
+    """
+    if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
+        return
+    for key in ('strategy', 'model_wrapper_cfg'):
+        kind = (cfg.get(key) or {}).get('type')
+        name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+        if name.rpartition('.')[2] in SPLITTING:
+            raise ValueError(_whole_model(name, key))
+
+
+def check_runner(runner: Any) -> None:
+    """Refuse a runner whose training would not move the gates as it should.
+
+    Args:
+        runner (Runner | FlexibleRunner): When its training begins.
+
+    Raises:
+        ValueError: If its model is wrapped in a way that splits the gates, or
+            its optimizer does not step once for each gradient.
+    """
+    model, wrapper = runner.model, runner.optim_wrapper
+    distributed = isinstance(model, MMDistributedDataParallel)
+    if not distributed and (not isinstance(model, nn.Module)
+                            or is_model_wrapper(model)):
+        raise ValueError(
+            _whole_model(
+                type(model).__name__, 'strategy or model_wrapper_cfg'))
+    optimizer = getattr(wrapper, 'optimizer', None)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError('GDPHook: expected one optimizer, but got '
+                         f'{type(wrapper).__name__}; set one optim_wrapper '
+                         'for all parameters')
+    closure = inspect.signature(optimizer.step).parameters.get('closure')
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError('GDPHook: expected an optimizer that steps once for '
+                         f'each gradient, but got {type(optimizer).__name__}, '
+                         'which asks for the loss again; change '
+                         'optim_wrapper.optimizer.type')
+    if distributed and _checkpoints(runner):
+        _check_checkpointing(model, accumulated_gradients(wrapper))
+
+
+def accumulated_gradients(optim_wrapper: Any) -> int:
+    """Iterations for each step of the optimizer."""
+    return getattr(optim_wrapper, '_accumulative_counts', 1)
+
+
+def _whole_model(kind: str, key: str) -> str:
+    return ('GDPHook: expected each process to hold the whole model, but got '
+            f"{kind}; change {key}: one process, DDPStrategy or "
+            'MMDistributedDataParallel go with gates')
+
+
+def _checkpoints(runner: Any) -> bool:
+    """Whether activations are computed again in the backward pass."""
+    return bool(runner.cfg.get('activation_checkpointing')) or any(
+        getattr(module, 'with_cp', False) for module in runner.model.modules())
+
+
+def _check_checkpointing(model: MMDistributedDataParallel,
+                         iterations: int) -> None:
+    """Each checkpointed part passes a gradient of its own to the gates.
+
+    Unless the graph is static, DDP takes the first of them for the last; and
+    a static one it cannot accumulate over iterations.
+    """
+    if not model.static_graph:
+        raise ValueError(
+            'GDPHook: expected a static graph for activation checkpointing in '
+            'several processes, but got static_graph=False; set '
+            "model_wrapper_cfg=dict(type='MMDistributedDataParallel', "
+            'static_graph=True), or no with_cp or activation_checkpointing')
+    if iterations > 1:
+        raise ValueError(
+            'GDPHook: expected a step of the optimizer in each iteration for '
+            'activation checkpointing in several processes, but got '
+            f'accumulative_counts={iterations}; set '
+            'optim_wrapper.accumulative_counts=1, or no with_cp or '
+            'activation_checkpointing')
