@@ -241,6 +241,18 @@ class Pruner(nn.Module):
         fresh = openness(torch.ones_like(theta), self.settings.epsilon[0])
         return float(held_cost(self.cost, fresh, self.schedule.whole_at(0.)))
 
+    def asked(self, progress: float) -> float:
+        """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
+        return self.schedule.budget_at(progress, self.start,
+                                       self.settings.target.ratio)
+
+    @torch.no_grad()
+    def got(self, progress: float) -> float:
+        """What is held against the budget at ``progress`` in [0, 1]."""
+        return float(
+            held_cost(self.cost, self.gates.openness(),
+                      self.schedule.whole_at(progress)))
+
     @torch.no_grad()
     def step_(self, progress: float, iterations: int) -> None:
         """Move all gates by one step, in place, by theta's gradient.
@@ -255,10 +267,7 @@ class Pruner(nn.Module):
         elif phase == 'pruning':
             self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
             self.gates.step_(
-                self.cost,
-                self.schedule.budget_at(progress, self.start,
-                                        self.settings.target.ratio),
-                self.settings.travel /
+                self.cost, self.asked(progress), self.settings.travel /
                 max(iterations * self.schedule.phases[1], 1),
                 self.schedule.whole_at(progress), self._spared())
             self._close_dead_()
