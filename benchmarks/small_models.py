@@ -28,7 +28,6 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.cost import FlopCost
-from gdp_mmseg.gate import held_cost
 from gdp_mmseg.model import Settings, analyse_config, find_pruner
 from gdp_mmseg.report import write_json
 from gdp_mmseg.surgery import kept_channels
@@ -158,11 +157,8 @@ class Watch(Hook):
             openness = pruner.gates.openness()
             self.flops.append(float(pruner.cost(pruner.channels())))
             if pruner.schedule.phase_at(progress) == 'pruning':
-                held = held_cost(pruner.cost, openness,
-                                 pruner.schedule.whole_at(progress))
                 self.over.append(
-                    float(held) - pruner.schedule.budget_at(
-                        progress, pruner.settings.target.ratio))
+                    pruner.got(progress) - pruner.asked(progress))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(

@@ -6,7 +6,9 @@ a folder that exists is a complete one.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
+import math
 import pickle
 import shutil
 import tempfile
@@ -24,9 +26,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
+from .diary import RECORD, path_figure
+from .groups import Groups
 from .model import (COSTS, build_base_model, default_base, find_pruner,
                     model_config)
 from .proof import largest_difference
+from .stages import dead_parts, kept_by_stage
 from .surgery import Widths, prune
 from .version import __version__
 
@@ -46,7 +51,8 @@ def export(cfg: Config,
         checkpoint (str): Its path.
         out_dir (str | Path): A folder that does not exist or is empty; gets
             ``<name>_pruned.py``, ``<name>_pruned.pth``, ``report.json`` and
-            ``report.md``.
+            ``report.md``; and ``gates.png``, the gates' path, if its record
+            lies beside the checkpoint.
         name (str): Of the config.
         evaluate (bool): Whether to run the config's test loop on both.
         progress (Callable[[str], None]): Gets a line now and then.
@@ -89,6 +95,10 @@ def export(cfg: Config,
             report.update(_metrics(run_test(files, exported), 'pruned'))
         else:
             report.update(miou_gated=None, miou_pruned=None)
+        record = Path(checkpoint).with_name(RECORD)
+        report['gates_picture'] = draw_record(partial, record, pruner.groups,
+                                              meta.get('iter', math.inf),
+                                              progress)
         reporting.write_json(partial / 'report.json', report)
         (partial / 'report.md').write_text(reporting.markdown(report))
         partial.chmod(0o755)
@@ -99,6 +109,20 @@ def export(cfg: Config,
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return report
+
+
+def draw_record(folder: Path, record: Path, groups: Groups, until: float,
+                progress: reporting.Progress) -> str | None:
+    """Name of the picture of a training's record, if there is one."""
+    try:
+        figure = path_figure(record, groups.groups, until)
+    except (ValueError, KeyError, TypeError) as error:
+        progress(f'note: no picture of the gates: {error}')
+        return None
+    if figure is None:
+        return None
+    figure.savefig(folder / 'gates.png')
+    return 'gates.png'
 
 
 def check_out_dir(out_dir: Path) -> None:
@@ -296,6 +320,11 @@ def _measure(gated: nn.Module, dense: nn.Module,
         device=str(device),
         torch=torch.__version__,
         gdp_mmseg=__version__,
+        stages=[
+            dataclasses.asdict(stage)
+            for stage in kept_by_stage(pruner.groups.groups, keep)
+        ],
+        dead=dead_parts(pruner.groups, keep),
         groups=[
             dict(
                 writers=list(group.writers),

@@ -11,6 +11,7 @@ from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from .diary import RECORD, show_gates, tell_end
 from .gate import Gates
 from .latency import SECONDS
 from .model import COSTS, Pruner, find_pruner
@@ -34,12 +35,18 @@ class GDPHook(Hook):
     Args:
         interval (int): Iterations between two records of the gates' path.
             Defaults to 10.
+        picture_interval (int): Iterations between two pictures, of the
+            gates' path and of the widths, that the visualizer gets; it gets
+            the last ones at the end. Defaults to 2000.
     """
 
     priority = 'NORMAL'
 
-    def __init__(self, interval: int = 10) -> None:
+    def __init__(self,
+                 interval: int = 10,
+                 picture_interval: int = 2000) -> None:
         self.interval = interval
+        self.picture_interval = picture_interval
 
     def before_train(self, runner: Runner) -> None:
         """Take hold of the optimizer.
@@ -54,7 +61,7 @@ class GDPHook(Hook):
             _measure_(pruner, runner)
         if runner.iter == 0 and is_main_process():
             # A path of an earlier run in this folder is not ours.
-            (Path(runner.work_dir) / 'gates.jsonl').unlink(missing_ok=True)
+            (Path(runner.work_dir) / RECORD).unlink(missing_ok=True)
 
         steps = math.ceil(runner.max_iters /
                           accumulated_gradients(runner.optim_wrapper))
@@ -87,11 +94,12 @@ class GDPHook(Hook):
         """Log the share of FLOPs left, and the gates' path.
 
         The share by whole channels and by openness goes with the losses, and
-        that of the cost if the target is about another;
-        ``gates.jsonl`` in the work folder gets the mean openness of each
-        group.
+        that of the cost if the target is about another, and the budget that
+        is asked for with what is held against it; ``gates.jsonl`` in the work
+        folder gets the mean openness of each group.
         """
         pruner = find_pruner(runner.model)
+        progress = runner.iter / runner.max_iters
         with torch.no_grad():
             openness = pruner.gates.openness()
             half_open = (openness > 0.01) & (openness < 0.5)
@@ -99,7 +107,9 @@ class GDPHook(Hook):
                 flops=pruner.flops((openness > 0).float()),
                 flops_by_openness=pruner.flops(openness),
                 undecided=half_open.float().mean(),
-                multiplier=pruner.gates.multiplier)
+                multiplier=pruner.gates.multiplier,
+                asked=torch.tensor(pruner.asked(progress)),
+                got=torch.tensor(pruner.got(progress)))
             if pruner.cost is not pruner.flops:
                 scalars['cost'] = pruner.cost((openness > 0).float())
         # Each iteration, because mmengine logs the mean of the last ones.
@@ -110,12 +120,24 @@ class GDPHook(Hook):
             row = dict(
                 iter=runner.iter + 1,
                 flops=float(scalars['flops']),
+                asked=float(scalars['asked']),
+                got=float(scalars['got']),
                 openness=[
                     round(float(openness[group.gates].mean()), 4)
                     for group in pruner.groups.groups
                 ])
-            with open(Path(runner.work_dir) / 'gates.jsonl', 'a') as file:
+            with open(Path(runner.work_dir) / RECORD, 'a') as file:
                 file.write(json.dumps(row) + '\n')
+        if (self.every_n_train_iters(runner, self.picture_interval)
+                and is_main_process()):
+            show_gates(runner, pruner, runner.iter + 1)
+
+    def after_train(self, runner: Runner) -> None:
+        """Show and tell what became of the gates."""
+        if is_main_process():
+            pruner = find_pruner(runner.model)
+            show_gates(runner, pruner, runner.iter)
+            tell_end(runner, pruner)
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

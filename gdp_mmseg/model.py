@@ -18,13 +18,15 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
-from .gate import Gates, Schedule, gate_layer_
+from .gate import Gates, Schedule, gate_layer_, held_cost
 from .groups import Groups, analyse
 from .latency import Stopwatch, measure, stopwatch
 from .proof import prove
 from .registry import MODELS
 from .surgery import apply_widths_, constant_channels, kept_channels
 
+# Of the share that a target is about; never above it by more.
+_NEARLY_A_POINT = 0.009
 # What a target can be about, in words.
 COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
 
@@ -224,6 +226,17 @@ class Pruner(nn.Module):
                 f'{COSTS[target.type]} that no gate can save, but got '
                 f'{target.ratio}')
 
+    def asked(self, progress: float) -> float:
+        """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
+        return self.schedule.budget_at(progress, self.settings.target.ratio)
+
+    @torch.no_grad()
+    def got(self, progress: float) -> float:
+        """What is held against the budget at ``progress`` in [0, 1]."""
+        return float(
+            held_cost(self.cost, self.gates.openness(),
+                      self.schedule.whole_at(progress)))
+
     @torch.no_grad()
     def step_(self, progress: float, steps: int) -> None:
         """Move all gates by one step, in place, by theta's gradient.
@@ -246,10 +259,20 @@ class Pruner(nn.Module):
             self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
             self.gates.step_(
                 self.cost,
-                self.schedule.budget_at(progress, self.settings.target.ratio),
+                self.asked(progress) + self._rounding(),
                 self.settings.travel / max(steps * self.schedule.phases[1], 1),
                 self.schedule.whole_at(progress), self._spared(progress))
             self._close_dead_()
+
+    def _rounding(self) -> float:
+        """Half of what the dearest open gate costs: to the nearest channel.
+
+        A budget that must not be passed would be missed by a whole channel,
+        which in a small network is more than a point.
+        """
+        openness = self.gates.openness()
+        price = self.cost.price(openness).masked_fill(openness == 0, 0)
+        return min(float(price.max()) / 2, _NEARLY_A_POINT)
 
     def _spared(self, progress: float) -> Tensor | None:
         """Gates that must not close now: of the floor, the last of a group."""

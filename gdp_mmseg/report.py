@@ -141,6 +141,21 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'{_COSTS[report["target_type"]]}: {report["cost_pruned"]:.4f} of '
         f'the dense network\'s{asked}.'
     ]
+    picture = ([] if report['gates_picture'] is None else [
+        f'![Openness of each group over the training, asked against got]'
+        f'({report["gates_picture"]})', ''
+    ])
+    stages = [['part', 'channels', 'kept', 'kept share']]
+    for stage in report['stages']:
+        stages.append([
+            stage['name'],
+            str(stage['channels']),
+            str(stage['kept']), f'{stage["kept"] / stage["channels"]:.0%}'
+        ])
+    dead = ['Nothing died.'] if not report['dead'] else [
+        'Died: what is left of each is at most a constant.', '',
+        *(f'- {part}' for part in report['dead'])
+    ]
     groups = [['group (written by)', 'channels', 'kept', 'kept share']]
     for group in report['groups']:
         more = len(group['writers']) - 1
@@ -159,7 +174,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'{report["max_rel_diff"]:.1e} on {report["compared_on"]}.',
         f'Latency: median of alternating runs on {report["device"]}, '
         f'torch {report["torch"]}; only the ratio travels to another '
-        'machine.', '', '## What was kept', '',
+        'machine.', '', '## What the gates did', '', *picture,
+        table(stages), '', *dead, '', '## Groups', '',
         table(groups), ''
     ])
 
@@ -176,25 +192,17 @@ def read_gates(path: Path) -> tuple[list[int], list[float], list[list[float]]]:
             [row['openness'] for row in rows])
 
 
-def plot_gates(openness: torch.Tensor, iterations: int, axes: Any) -> None:
-    """Draw the gates' path: mean openness of each group over training.
+def read_budget(path: Path) -> tuple[list[float], list[float]]:
+    """Read the ``gates.jsonl`` of a training.
 
-    Args:
-        openness (torch.Tensor): ``(T, S)``, at equal distances.
-        iterations (int): Length of the training.
-        axes (Any): matplotlib axes to draw on.
+    Returns:
+        tuple: ``(T,)`` budgets asked for, and what was held against them;
+        none of a record that does not say.
     """
-    groups = openness.shape[1]
-    image = axes.imshow(
-        openness.T,
-        aspect='auto',
-        vmin=0,
-        vmax=1,
-        cmap='viridis',
-        interpolation='nearest',
-        extent=(0, iterations, groups - 0.5, -0.5))
-    axes.set(xlabel='iteration', ylabel='group, from input to output')
-    axes.figure.colorbar(image, ax=axes, label='mean openness')
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    if not all('asked' in row for row in rows):
+        return [], []
+    return [row['asked'] for row in rows], [row['got'] for row in rows]
 
 
 Progress = Callable[[str], None]

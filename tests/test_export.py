@@ -97,7 +97,8 @@ def test_report_says_what_was_measured(exported: Exported) -> None:
 
 def test_folder_holds_these_files_and_no_others(exported: Exported) -> None:
     assert set(tree(exported.folder)) == {
-        f'{NAME}_pruned.py', f'{NAME}_pruned.pth', 'report.json', 'report.md'
+        f'{NAME}_pruned.py', f'{NAME}_pruned.pth', 'report.json', 'report.md',
+        'gates.png'
     }
     assert [path.name for path in exported.folder.parent.iterdir()
             ] == [exported.folder.name]

@@ -246,7 +246,7 @@ def test_gates_travel_as_far_with_fewer_steps(project: Project,
     _, recorder = train(project.load(tmp_path, **options))
     steps = 24 / 4 * PHASES[1]
     moves = [
-        float((after - before).abs().max())
+        float((before - after).max())
         for before, after in zip(recorder.theta, recorder.theta[1:])
         if not bool((after == 0).any())
     ]

@@ -165,7 +165,9 @@ def test_path_of_the_gates_is_recorded(trained: Trained) -> None:
     path = trained.work_dir / 'gates.jsonl'
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     pruner = trained.runner.model.gdp
-    assert all(set(row) == {'iter', 'flops', 'openness'} for row in rows)
+    assert all(
+        set(row) == {'iter', 'flops', 'asked', 'got', 'openness'}
+        for row in rows)
     assert [row['iter'] for row in rows] == list(range(1, ITERATIONS + 1))
     assert rows[0]['flops'] == 1
     assert rows[-1]['flops'] == pytest.approx(

@@ -36,12 +36,18 @@ ARROWS: dict[str, set[str]] = {
     'registry': set(),
     'amp': {'registry'},
     'report': {'cost', 'groups', 'surgery'},
+    'stages': {'gate', 'groups'},
+    'pictures': set(),
+    'diary': {'groups', 'model', 'pictures', 'report', 'stages'},
     'model':
     {'gate', 'groups', 'cost', 'latency', 'proof', 'surgery', 'registry'},
     'support': set(),
-    'hook': {'gate', 'model', 'registry', 'cost', 'latency', 'support'},
-    'export':
-    {'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'},
+    'hook':
+    {'gate', 'model', 'registry', 'cost', 'diary', 'latency', 'support'},
+    'export': {
+        'model', 'proof', 'surgery', 'groups', 'cost', 'diary', 'report',
+        'stages', 'version'
+    },
     '__init__': set(MODULES) - {'__init__'},
 }
 # What serves plain PyTorch models imports no mm package.
@@ -57,6 +63,8 @@ LIBRARIES: dict[str, set[str]] = {
     'cost': {'torch'},
     'latency': {'torch', 'scipy', 'numpy'},
     'surgery': {'torch'},
+    'stages': {'torch'},
+    'pictures': {'matplotlib', 'numpy'},
 }
 
 

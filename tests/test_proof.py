@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdp_mmseg import proof
 from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.lively import lively_copy
 from gdp_mmseg.proof import TOLERANCE, largest_difference, prove
 from gdp_mmseg.surgery import kept_channels
 
@@ -131,6 +133,113 @@ def test_several_culprits_are_found_among_many() -> None:
             head=conv(6, 3)) for index in range(7)))
     groups, left = proven(net)
     assert writers(groups) - writers(left) == {'2.stem.0', '5.stem.0'}
+
+
+def count_cuts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of all cuts of a proof, how many channels go."""
+    cuts: list[int] = []
+    plain = proof.cut
+
+    def cut(model: nn.Module, groups: Groups, openness: Tensor) -> Any:
+        cuts.append(int((openness == 0).sum()))
+        return plain(model, groups, openness)
+
+    monkeypatch.setattr(proof, 'cut', cut)
+    return cuts
+
+
+def repeated(number: int, forward: Any, body: Any) -> nn.Module:
+    return nn.Sequential(
+        *(Net(forward, stem=block(3, 8), body=body(), head=conv(6, 3))
+          for _ in range(number)))
+
+
+def test_layers_that_ask_for_no_gate_are_found_at_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    net = repeated(9, plain, lambda: DirectConv(8, 6, 3, padding=1))
+    cuts = count_cuts(monkeypatch)
+    groups, left = proven(net)
+    assert writers(groups) - writers(left) == {
+        f'{index}.stem.0'
+        for index in range(9)
+    }
+    # All, what is left by halves, and what is left as a whole.
+    assert len(cuts) <= 4
+
+
+def test_culprits_alike_are_tried_one_by_one(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    net = repeated(9, view_by_stored_number, lambda: block(8, 6))
+    cuts = count_cuts(monkeypatch)
+    groups, left = proven(net)
+    assert writers(groups) - writers(left) == {
+        f'{index}.stem.0'
+        for index in range(9)
+    }
+    assert len(cuts) <= 9 + 6
+
+
+def test_one_of_many_alike_does_not_condemn_the_others() -> None:
+    net = nn.Sequential(*(
+        Net(view_by_stored_number if index == 4 else plain,
+            stem=block(3, 8),
+            body=block(8, 6),
+            head=conv(6, 3)) for index in range(9)))
+    groups, left = proven(net)
+    assert writers(groups) - writers(left) == {'4.stem.0'}
+
+
+@pytest.mark.parametrize('least, side', [
+    (1, 64),
+    (100, 128),
+    (200, 224),
+    (300, 320),
+])
+def test_input_is_about_the_least_that_the_model_takes(least: int,
+                                                       side: int) -> None:
+    seen: set[int] = set()
+
+    def picky(net: Any, x: Tensor) -> Tensor:
+        if x.shape[-1] < least:
+            raise ValueError(f'expected at least {least}')
+        if x.device.type == 'cpu':
+            seen.add(x.shape[-1])
+        return plain(net, x)
+
+    net = Net(picky, stem=block(3, 4), body=block(4, 4), head=last(4))
+    groups = analyse(net, (3, 320, 320), run)
+    assert prove(net, groups, run)[0].number == groups.number
+    assert seen == {side}
+
+
+def test_lively_copy_leaves_the_model_and_shares_memory() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*block(3, 8), *block(8, 8), *block(8, 8), last(8))
+    before = copy.deepcopy(net.state_dict())
+    lively = lively_copy(net.eval(), lambda net: net(torch.zeros(1, 3, 8, 8)))
+    assert all(
+        torch.equal(tensor, before[name])
+        for name, tensor in net.state_dict().items())
+    kernels: list[Tensor] = [lively[index].weight for index in (3, 6)]
+    first, second = (kernel.untyped_storage() for kernel in kernels)
+    assert first.data_ptr() == second.data_ptr()
+    assert not torch.equal(*kernels)
+    # As many numbers as a model of its own has, none of them special.
+    for name, parameter in lively.named_parameters():
+        assert parameter.shape == before[name].shape
+        assert len(parameter.unique()) == parameter.numel()
+        assert (parameter.abs() > 1e-6).float().mean() > 0.9
+
+
+def test_lively_copy_is_calmer_where_numbers_would_overflow() -> None:
+    net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
+
+    def run(net: nn.Module) -> Tensor:
+        outputs = net(torch.ones(1, 1))
+        return torch.where(outputs > 1, torch.inf, outputs)
+
+    lively = lively_copy(net, run)
+    assert bool(run(lively).isfinite().all())
 
 
 def test_model_that_is_never_the_same_is_refused() -> None:

@@ -135,7 +135,8 @@ def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
     import torch
     from PIL import Image
 
-    from gdp_mmseg.report import plot_gates, read_gates
+    from gdp_mmseg.pictures import plot_gates
+    from gdp_mmseg.report import read_gates
     exported = folder / 'export' / f'{GATED.stem}_pruned'
     names = (data_root / 'ImageSets/Segmentation/val.txt').read_text().split()
     names = names[::len(names) // 4][:4]

@@ -17,7 +17,7 @@ def parse_args() -> argparse.Namespace:
         '--out-dir',
         required=True,
         help='new or empty folder for the pruned config and checkpoint, '
-        'report.json and report.md')
+        'report.json, report.md and gates.png')
     parser.add_argument(
         '--no-eval',
         action='store_true',

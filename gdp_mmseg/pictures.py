@@ -1,0 +1,186 @@
+"""Pictures of what the gates did.
+
+Figures without pyplot: they need no display, and leave alone what a program
+draws otherwise.
+"""
+from __future__ import annotations
+
+from typing import Any, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+_FONT = 8
+# Inches from one label to the next.
+_LINE = 0.115
+
+
+def draw_path(
+    iterations: Sequence[int],
+    openness: Sequence[Sequence[float]],
+    stages: Sequence[str],
+    asked: Sequence[float] = (),
+    got: Sequence[float] = ()
+) -> Figure:
+    """Openness of each group over the training, and the budget below.
+
+    Args:
+        iterations (Sequence[int]): ``(T,)``, at equal distances.
+        openness (Sequence[Sequence[float]]): ``(T, S)`` mean openness of each
+            group.
+        stages (Sequence[str]): ``(S,)`` part of the network that each group
+            is of.
+        asked (Sequence[float]): ``(T,)`` budget, share of the dense cost; or
+            none, for no curve.
+        got (Sequence[float]): ``(T,)`` what was held against it.
+    """
+    rows = len(dict.fromkeys(stages))
+    panel = min(max(0.07 * len(stages), 1.4 * _LINE * rows, 1.5), 12)
+    order = _by_stage(stages)
+    if len(asked):
+        figure = _figure(9, panel + 2.1)
+        upper, lower = figure.subplots(
+            2, 1, sharex=True, gridspec_kw=dict(height_ratios=[panel, 1.2]))
+        lower.plot(iterations, asked, color='grey', ls='--', label='asked')
+        lower.plot(iterations, got, color='C3', label='got')
+        lower.set_ylim(0, 1.05)
+        lower.set_ylabel('share of\nthe cost', fontsize=_FONT)
+        lower.legend(fontsize=_FONT, loc='lower left')
+        lower.tick_params(labelsize=_FONT)
+        lower.grid(alpha=0.3)
+    else:
+        figure = _figure(9, panel + 0.9)
+        upper = lower = figure.subplots()
+    plot_gates(
+        np.asarray(openness)[:, order], iterations[-1], upper,
+        [stages[index] for index in order])
+    upper.set_title('openness of each group of channels', fontsize=_FONT + 2)
+    if upper is not lower:
+        upper.set_xlabel('')
+    lower.set_xlabel('iteration', fontsize=_FONT)
+    return figure
+
+
+def plot_gates(openness: Any,
+               iterations: int,
+               axes: Any,
+               stages: Sequence[str] = ()) -> None:
+    """Draw the gates' path: mean openness of each group over training.
+
+    Args:
+        openness (Any): ``(T, S)``, an array, at equal distances.
+        iterations (int): Length of the training.
+        axes (Any): matplotlib axes to draw on.
+        stages (Sequence[str]): ``(S,)`` part of the network that each group
+            is of, those of a part together; or none, for no names.
+    """
+    groups = openness.shape[1]
+    image = axes.imshow(
+        openness.T,
+        aspect='auto',
+        vmin=0,
+        vmax=1,
+        cmap='viridis',
+        interpolation='nearest',
+        extent=(0, iterations, groups - 0.5, -0.5))
+    axes.set(xlabel='iteration', ylabel='group, from input to output')
+    bar = axes.figure.colorbar(image, ax=axes, label='mean openness')
+    if len(stages):
+        axes.set_ylabel('groups, by the part that writes them', fontsize=_FONT)
+        axes.tick_params(labelsize=_FONT)
+        bar.ax.tick_params(labelsize=_FONT)
+        runs = _runs(stages)
+        inches = axes.figure.get_figheight() * axes.get_position().height
+        axes.set_yticks(
+            _places(runs, inches), [name for name, _, _ in runs],
+            fontsize=_FONT - 1)
+        axes.tick_params(axis='y', length=0)
+        for _, first, _ in runs[1:]:
+            axes.axhline(first - 0.5, color='white', linewidth=0.8)
+
+
+def draw_widths(shares: Sequence[float], stages: Sequence[str],
+                title: str) -> Figure:
+    """Share of the channels that each group keeps, in network order.
+
+    Args:
+        shares (Sequence[float]): ``(S,)`` in [0, 1].
+        stages (Sequence[str]): ``(S,)`` part of the network that each group
+            is of.
+        title (str): Above.
+    """
+    order = _by_stage(stages)
+    kept = np.asarray(shares, dtype=float)[order]
+    runs = _runs([stages[index] for index in order])
+    width = min(max(6, 0.1 * len(kept), 1.5 * _LINE * len(runs)), 24)
+    figure = _figure(width + 1, 4.2)
+    axes = figure.subplots()
+    for index, (_, first, end) in enumerate(runs):
+        axes.bar(
+            range(first, end),
+            kept[first:end],
+            width=0.9,
+            color=f'C{index % 2}',
+            edgecolor='none')
+        # A closed group has no bar to see.
+        dead = [place for place in range(first, end) if kept[place] == 0]
+        axes.plot(dead, [0.01] * len(dead), 'x', color='black', markersize=4)
+        axes.hlines(
+            kept[first:end].mean(), first - 0.5, end - 0.5, color='black')
+    axes.tick_params(labelsize=_FONT)
+    axes.set_xticks(
+        _places(runs, width), [name for name, _, _ in runs],
+        fontsize=_FONT - 1,
+        rotation=90)
+    axes.tick_params(axis='x', length=0)
+    axes.set(xlim=(-0.8, len(kept) - 0.2), ylim=(0, 1.02))
+    axes.set_ylabel('kept share of the channels', fontsize=_FONT)
+    axes.set_xlabel(
+        'groups, by the part that writes them; line: mean, cross: none kept',
+        fontsize=_FONT)
+    axes.set_title(title, fontsize=_FONT + 2)
+    return figure
+
+
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGB, uint8 ``(H, W, 3)``."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=110, layout='constrained')
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _by_stage(stages: Sequence[str]) -> list[int]:
+    """Groups in the order of their stages, which is that of the network."""
+    place = {name: index for index, name in enumerate(dict.fromkeys(stages))}
+    return sorted(range(len(stages)), key=lambda index: place[stages[index]])
+
+
+def _runs(stages: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Name, first and end of each run of the same stage."""
+    starts = [
+        index for index, name in enumerate(stages)
+        if index == 0 or stages[index - 1] != name
+    ]
+    ends = [*starts[1:], len(stages)]
+    return [(stages[first], first, end) for first, end in zip(starts, ends)]
+
+
+def _places(runs: Sequence[tuple[str, int, int]],
+            inches: float) -> list[float]:
+    """Where the labels of runs go on an axis: their middles, but apart."""
+    end = runs[-1][2]
+    gap = _LINE * end / inches
+    places = [(first + end - 1) / 2 for _, first, end in runs]
+    for index in range(1, len(places)):
+        places[index] = max(places[index], places[index - 1] + gap)
+    places[-1] = min(places[-1], max(end - 1, gap * (len(places) - 1)))
+    for index in reversed(range(len(places) - 1)):
+        places[index] = min(places[index], places[index + 1] - gap)
+    return places
