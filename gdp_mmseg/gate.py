@@ -227,8 +227,11 @@ class Gates(nn.Module):
         return openness(self.theta, self.epsilon).masked_fill(self.closed, 0)
 
     @torch.no_grad()
-    def observe_(self) -> None:
+    def observe_(self) -> bool:
         """Take the gradient of theta into the running means of the gain.
+
+        Returns:
+            bool: False, with nothing done, if the gradient is not finite.
 
         Raises:
             RuntimeError: If theta has no gradient.
@@ -242,21 +245,30 @@ class Gates(nn.Module):
         # A closed gate has no slope, and a gain that nobody will ask for.
         gain = torch.where(slope > 0, self.theta.grad / slope.clamp(min=1e-12),
                            torch.zeros_like(slope))
+        square = gain * gain
+        # Once in a mean, it would stay there for good.
+        if not square.isfinite().all():
+            return False
         mean_decay, square_decay = self.betas
         self.gain.lerp_(gain, 1 - mean_decay)
-        self.gain_square.lerp_(gain * gain, 1 - square_decay)
+        self.gain_square.lerp_(square, 1 - square_decay)
         self.observed += 1
+        return True
 
     @torch.no_grad()
-    def step_(self, cost: CostFunction, budget: float, lr: float) -> None:
+    def step_(self, cost: CostFunction, budget: float, lr: float) -> bool:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
             cost (CostFunction): Cost and its price.
             budget (float): What the cost may be after this step.
             lr (float): The longest way of a theta in this step.
+
+        Returns:
+            bool: False, with nothing done, if the gradient is not finite.
         """
-        self.observe_()
+        if not self.observe_():
+            return False
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
         gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
@@ -284,6 +296,7 @@ class Gates(nn.Module):
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+        return True
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:

@@ -17,6 +17,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
+from .checkpoint import refuse_others_
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
 from .gate import Gates, Schedule, gate_layer_, openness
 from .groups import Groups, analyse
@@ -173,7 +174,6 @@ class Pruner(nn.Module):
             self.cost = ParameterCost(groups)
         elif settings.target.type == 'latency':
             self.cost = LatencyCost(groups)
-        self.living = len(groups.groups)
         if not self.unmeasured:
             self.check_target()
 
@@ -224,40 +224,49 @@ class Pruner(nn.Module):
         return float(self.cost(fresh) + self.cost(torch.ones_like(theta))) / 2
 
     @torch.no_grad()
-    def step_(self, progress: float, iterations: int) -> None:
+    def step_(self, progress: float, iterations: int) -> bool:
         """Move all gates by one step, in place, by theta's gradient.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
             iterations (int): Length of the training.
+
+        Returns:
+            bool: False, with no gate moved, if the gradient is not finite.
         """
         phase = self.schedule.phase_at(progress)
         if phase == 'warmup':
-            self.gates.observe_()
-        elif phase == 'pruning':
-            self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
-            self.gates.step_(
-                self.cost,
-                self.schedule.budget_at(progress, self.start,
-                                        self.settings.target.ratio),
-                self.settings.travel /
-                max(iterations * self.schedule.phases[1], 1))
-            self._close_dead_()
+            return self.gates.observe_()
+        if phase == 'settling':
+            return True
+        self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
+        alive = self._alive()
+        moved = self.gates.step_(
+            self.cost,
+            self.schedule.budget_at(progress, self.start,
+                                    self.settings.target.ratio),
+            self.settings.travel /
+            max(iterations * self.schedule.phases[1], 1))
+        self._close_dead_(alive)
+        return moved
 
-    def _close_dead_(self) -> None:
-        """Close what only feeds closed layers, or is fed by none."""
-        openness = self.gates.openness()
-        alive = sum(
-            bool(openness[group.gates].any()) for group in self.groups.groups)
-        while alive < self.living:
-            self.living = alive
-            keep = kept_channels(self.groups, self.gates.openness())
+    def _close_dead_(self, before: int) -> None:
+        """Close what only feeds closed layers, or is fed by none.
+
+        Only if a group died: ``before`` were alive.
+        """
+        while self._alive() < before:
+            before = self._alive()
+            openness = self.gates.openness()
+            keep = kept_channels(self.groups, openness)
             keep &= ~constant_channels(self.groups, keep)
             self.gates.close_(~keep.to(openness.device))
-            openness = self.gates.openness()
-            alive = sum(
-                bool(openness[group.gates].any())
-                for group in self.groups.groups)
+
+    def _alive(self) -> int:
+        """Groups with an open gate."""
+        opened = (self.gates.openness() > 0).cpu()
+        return sum(
+            bool(opened[group.gates].any()) for group in self.groups.groups)
 
     def channels(self) -> Tensor:
         """1 for each gate whose channels a pruned model has, ``(G,)``."""
@@ -309,6 +318,7 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     for layer in groups.readers():
         gate_layer_(
             network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
+    refuse_others_(network, ['gdp'])
     return network
 
 
@@ -334,6 +344,7 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
                          f'it, but got {gdp if gdp is None else list(gdp)}')
     network = build_base_model(base, model)
     apply_widths_(network, gdp['widths'])
+    refuse_others_(network, gdp['widths'])
     return network
 
 

@@ -34,17 +34,28 @@ ARROWS: dict[str, set[str]] = {
     'surgery': {'gate', 'groups'},
     'registry': set(),
     'amp': {'registry'},
-    'report': {'cost', 'groups', 'surgery'},
-    'model':
-    {'gate', 'groups', 'cost', 'latency', 'proof', 'surgery', 'registry'},
-    'hook': {'gate', 'model', 'registry', 'cost', 'latency'},
-    'export':
-    {'model', 'proof', 'surgery', 'groups', 'cost', 'report', 'version'},
+    'files': set(),
+    'checkpoint': {'files', 'groups', 'version'},
+    'guard': {'checkpoint', 'registry'},
+    'report': {'cost', 'files', 'groups', 'surgery'},
+    'model': {
+        'checkpoint', 'cost', 'gate', 'groups', 'latency', 'proof', 'registry',
+        'surgery'
+    },
+    'hook': {
+        'checkpoint', 'cost', 'files', 'gate', 'guard', 'latency', 'model',
+        'registry'
+    },
+    'export': {
+        'checkpoint', 'cost', 'files', 'groups', 'model', 'proof', 'report',
+        'surgery', 'version'
+    },
     '__init__': set(MODULES) - {'__init__'},
 }
 # What serves plain PyTorch models imports no mm package.
 LIBRARIES: dict[str, set[str]] = {
     'version': set(),
+    'files': set(),
     'gate': {'torch'},
     'labels': {'torch'},
     'operators': {'torch'},
