@@ -12,8 +12,8 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-from _cli import (check_checkpoint, check_paths, fail, load_config,
-                  one_line_errors)
+from _cli import (check_paths, fail, guard, load_config, one_line_errors,
+                  verify_start)
 
 
 def parse_args() -> argparse.Namespace:
@@ -65,8 +65,7 @@ def main() -> None:
     # load config
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if cfg.get('load_from'):
-        check_checkpoint(cfg.load_from)
+    verify_start(cfg, args.resume)
     check_paths(cfg, splits=('train', 'val'))
 
     # work_dir is determined in this priority: CLI > segment in file > filename
@@ -96,6 +95,7 @@ def main() -> None:
 
     # resume training
     cfg.resume = args.resume
+    guard(cfg)
 
     # build the runner from config
     if 'runner_type' not in cfg:
