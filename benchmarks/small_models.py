@@ -161,8 +161,7 @@ class Watch(Hook):
                     (openness > 0).float())
                 self.over.append(
                     float(held) / 2 - pruner.schedule.budget_at(
-                        progress, pruner.start,
-                        pruner.settings.target.ratio))
+                        progress, pruner.start, pruner.settings.target.ratio))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(
@@ -228,7 +227,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     watch = Watch()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work_dir:
-        cfg = _config(run, folder / 'data')
+        cfg = config_of(run, folder / 'data')
         cfg.work_dir = work_dir
         runner = Runner.from_cfg(cfg)
         runner.register_hook(watch)
@@ -272,8 +271,8 @@ def _heads(model: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _config(run: Run, data: Path) -> Config:
-    """The whole config of a training."""
+def config_of(run: Run, data: Path) -> Config:
+    """The whole config of a training; draws ``data`` if it is not there."""
     make_demo_data(data, train=IMAGES, val=1, size=SIDE, seed=0)
     model = _model(run.model)
     for head in _heads(model):
