@@ -354,13 +354,13 @@ def test_resume_passes_over_a_damaged_checkpoint(project: Project,
     assert resumed.items() <= losses.items()
 
 
-@pytest.mark.parametrize('source, into, expected', [
-    ('dense', 'gated', 'the checkpoint has no gates; all of them start open'),
-    ('trained', 'gated', 'are closed, and stay so'),
+@pytest.mark.parametrize('source, expected', [
+    ('dense', 'the checkpoint has no gates; all of them start open'),
+    ('trained', 'are closed, and stay so'),
 ])
 def test_log_says_what_becomes_of_the_gates(project: Project, trained: Trained,
                                             tmp_path: Path, source: str,
-                                            into: str, expected: str) -> None:
+                                            expected: str) -> None:
     content = _content(trained.checkpoint)
     closed = content['state_dict']['gdp.gates.theta'] == 0
     if source == 'dense':

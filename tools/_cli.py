@@ -190,8 +190,12 @@ def _check_dataset(key: str, dataset: dict) -> None:
 
 def _check_listed(key: str, dataset: dict) -> None:
     """Fail if there is no image, or one without its file or its labels."""
-    built = DATASETS.build(dataset)
-    if not len(built):
+    try:
+        built = DATASETS.build(dataset)
+    except ValueError as error:
+        # NumPy's error for a data set of nothing, as mmengine stores it.
+        if 'at least one array' not in str(error):
+            raise
         fail(f'expected images in {key}, but got none; change its ann_file, '
              'data_prefix or img_suffix')
     folders: dict[str, set[str]] = {}
