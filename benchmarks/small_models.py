@@ -157,8 +157,7 @@ class Watch(Hook):
             openness = pruner.gates.openness()
             self.flops.append(float(pruner.cost(pruner.channels())))
             if pruner.schedule.phase_at(progress) == 'pruning':
-                self.over.append(
-                    pruner.got(progress) - pruner.asked(progress))
+                self.over.append(pruner.got(progress) - pruner.asked(progress))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(
@@ -224,7 +223,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
     watch = Watch()
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as work_dir:
-        cfg = _config(run, folder / 'data')
+        cfg = config_of(run, folder / 'data')
         cfg.work_dir = work_dir
         runner = Runner.from_cfg(cfg)
         runner.register_hook(watch)
@@ -268,8 +267,8 @@ def _heads(model: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _config(run: Run, data: Path) -> Config:
-    """The whole config of a training."""
+def config_of(run: Run, data: Path) -> Config:
+    """The whole config of a training; draws ``data`` if it is not there."""
     make_demo_data(data, train=IMAGES, val=1, size=SIDE, seed=0)
     model = _model(run.model)
     for head in _heads(model):

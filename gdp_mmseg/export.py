@@ -9,16 +9,12 @@ import copy
 import dataclasses
 import itertools
 import math
-import pickle
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, Mapping
 
-import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
-from mmengine.logging import HistoryBuffer
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -26,7 +22,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
+from .checkpoint import (closed_gates, other_versions, read_checkpoint,
+                         save_exported)
 from .diary import RECORD, path_figure
+from .files import check_out_dir, new_folder, writing
 from .groups import Groups
 from .model import (COSTS, build_base_model, default_base, find_pruner,
                     model_config)
@@ -71,6 +70,10 @@ def export(cfg: Config,
     gated = build_gated(cfg, state)
     dense = build_dense(cfg, state)
     pruner = find_pruner(gated)
+    closed_gates(pruner.groups, state, meta)
+    changed = other_versions(meta)
+    if changed:
+        progress(f'note: trained with other versions: {changed}')
     pruned, widths = prune(dense, pruner.groups, pruner.gates.openness())
     report = dict(name=name, **_measure(gated, dense, pruned))
     target = pruner.settings.target
@@ -78,12 +81,9 @@ def export(cfg: Config,
         progress(f'note: {report["cost_pruned"]:.3f} of the '
                  f'{COSTS[target.type]} are left, asked for {target.ratio}; '
                  'is the pruning phase over in this checkpoint?')
-    anchor = next(folder for folder in out_dir.resolve().parents
-                  if folder.is_dir())
-    partial = Path(
-        tempfile.mkdtemp(prefix=f'.{out_dir.name}.partial-', dir=anchor))
-    try:
-        _write_pair(partial, name, cfg, pruned, widths, meta)
+    with new_folder(out_dir) as partial:
+        with writing(out_dir):
+            _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
         report.update(_compare(cfg, gated, exported, needs_data=evaluate))
@@ -95,19 +95,13 @@ def export(cfg: Config,
             report.update(_metrics(run_test(files, exported), 'pruned'))
         else:
             report.update(miou_gated=None, miou_pruned=None)
-        record = Path(checkpoint).with_name(RECORD)
-        report['gates_picture'] = draw_record(partial, record, pruner.groups,
-                                              meta.get('iter', math.inf),
-                                              progress)
-        reporting.write_json(partial / 'report.json', report)
-        (partial / 'report.md').write_text(reporting.markdown(report))
-        partial.chmod(0o755)
-        out_dir.parent.mkdir(parents=True, exist_ok=True)
-        # Onto an empty folder, or none; anything else is an error here too.
-        partial.replace(out_dir)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with writing(out_dir):
+            report['gates_picture'] = draw_record(
+                partial,
+                Path(checkpoint).with_name(RECORD), pruner.groups,
+                meta.get('iter', math.inf), progress)
+            reporting.write_json(partial / 'report.json', report)
+            (partial / 'report.md').write_text(reporting.markdown(report))
     return report
 
 
@@ -123,53 +117,6 @@ def draw_record(folder: Path, record: Path, groups: Groups, until: float,
         return None
     figure.savefig(folder / 'gates.png')
     return 'gates.png'
-
-
-def check_out_dir(out_dir: Path) -> None:
-    """Fail unless a folder can be made, or is there and empty."""
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f'--out-dir: expected a folder, but got the file '
-                         f'{out_dir}; choose another')
-    if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise ValueError(f'--out-dir: expected an empty or new folder, but '
-                         f'{out_dir} holds files; choose another')
-
-
-def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """State dict and meta of a checkpoint that mmengine saved.
-
-    Only tensors, plain types and mmengine's log buffers are unpickled.
-
-    Raises:
-        ValueError: If it is no whole checkpoint.
-    """
-    buffers: list[Any] = [
-        HistoryBuffer, getattr, np.ndarray, np.dtype,
-        np.zeros(1).__reduce__()[0],
-        np.float64(0).__reduce__()[0],
-        *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b'))
-    ]
-    try:
-        with torch.serialization.safe_globals(buffers):
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(
-            f'checkpoint: expected a file, but {path} does not '
-            'exist; pass the path of a gated checkpoint') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        raise ValueError(
-            f'checkpoint: expected a file that mmengine saved, but {path} '
-            f'cannot be read ({str(error).partition(chr(10))[0]:.80}); it '
-            'may be truncated or of another kind') from error
-    state = content.get('state_dict') if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-            isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"checkpoint: expected a 'state_dict' of tensors in {path}, but "
-            f'got none; pass a checkpoint that the training saved')
-    # mmengine's FlexibleRunner saves the wrapper of several processes too.
-    state = {key.removeprefix('module.'): state[key] for key in state}
-    return state, content.get('meta') or {}
 
 
 def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
@@ -360,13 +307,8 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, float]:
 def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,
                 widths: Widths, meta: Mapping[str, Any]) -> None:
     """``<name>_pruned.py`` and ``<name>_pruned.pth``."""
-    torch.save(
-        dict(
-            meta=dict(
-                gdp_mmseg=__version__,
-                widths=widths,
-                dataset_meta=_plain(meta.get('dataset_meta') or {})),
-            state_dict=pruned.state_dict()), folder / f'{name}_pruned.pth')
+    save_exported(folder / f'{name}_pruned.pth', pruned.state_dict(), widths,
+                  meta)
     pruned_config(cfg, name, widths).dump(folder / f'{name}_pruned.py')
 
 
@@ -400,17 +342,6 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
 def _moves_gates(hook: Any) -> bool:
     return (isinstance(hook, Mapping)
             and hook.get('type') == 'gdp_mmseg.GDPHook')
-
-
-def _plain(value: Any) -> Any:
-    """Plain types only, which ``weights_only=True`` loads."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
-    if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return value
 
 
 def load_exported(folder: Path, name: str) -> nn.Module:

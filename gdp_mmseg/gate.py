@@ -267,8 +267,11 @@ class Gates(nn.Module):
         return openness(self.theta, self.epsilon).masked_fill(self.closed, 0)
 
     @torch.no_grad()
-    def observe_(self) -> None:
+    def observe_(self) -> bool:
         """Take the gradient of theta into the running means of the gain.
+
+        Returns:
+            bool: False, with nothing done, if the gradient is not finite.
 
         Raises:
             RuntimeError: If theta has no gradient.
@@ -282,10 +285,15 @@ class Gates(nn.Module):
         # A closed gate has no slope, and a gain that nobody will ask for.
         gain = torch.where(slope > 0, self.theta.grad / slope.clamp(min=1e-12),
                            torch.zeros_like(slope))
+        square = gain * gain
+        # Once in a mean, it would stay there for good.
+        if not square.isfinite().all():
+            return False
         mean_decay, square_decay = self.betas
         self.gain.lerp_(gain, 1 - mean_decay)
-        self.gain_square.lerp_(gain * gain, 1 - square_decay)
+        self.gain_square.lerp_(square, 1 - square_decay)
         self.observed += 1
+        return True
 
     @torch.no_grad()
     def step_(self,
@@ -293,7 +301,7 @@ class Gates(nn.Module):
               budget: float,
               lr: float,
               whole: float = 0.5,
-              spared: Tensor | None = None) -> None:
+              spared: Tensor | None = None) -> bool:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
@@ -303,8 +311,12 @@ class Gates(nn.Module):
             whole (float): See :func:`held_cost`.
             spared (Tensor, optional): ``(G,)`` bool, gates on which there is
                 no price in this step.
+
+        Returns:
+            bool: False, with nothing done, if the gradient is not finite.
         """
-        self.observe_()
+        if not self.observe_():
+            return False
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
         noise = self.gain_square / (1 - square_decay**seen)
@@ -334,6 +346,7 @@ class Gates(nn.Module):
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+        return True
 
     @torch.no_grad()
     def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from typing import Any, Iterable
 
 import torch
 from mmengine.dist import broadcast, is_main_process
-from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from .checkpoint import closed_gates, fingerprint, versions
 from .diary import RECORD, show_gates, tell_end
+from .files import drop_rows_after
 from .gate import Gates
+from .guard import GuardHook
 from .latency import SECONDS
 from .model import COSTS, Pruner, find_pruner
 from .registry import HOOKS
@@ -20,13 +22,14 @@ from .support import accumulated_gradients, check_runner
 
 
 @HOOKS.register_module()
-class GDPHook(Hook):
+class GDPHook(GuardHook):
     """Moves the gates of a ``GDPModel``; the optimizer config stays as it is.
 
     The gates' step is a pre-hook of the optimizer's step: it happens when the
     optimizer really steps (gradients accumulated, averaged over processes,
     unscaled; never where mixed precision skips a step), and it takes the
-    gates' gradients away, so that no optimizer moves or decays them.
+    gates' gradients away, so that no optimizer moves or decays them. A
+    gradient that is not finite moves no gate.
 
     Examples:
         In a config: ``default_hooks = dict(gdp=dict(type=
@@ -38,13 +41,14 @@ class GDPHook(Hook):
         picture_interval (int): Iterations between two pictures, of the
             gates' path and of the widths, that the visualizer gets; it gets
             the last ones at the end. Defaults to 2000.
+        patience (int): See :class:`GuardHook`. Defaults to 10.
     """
-
-    priority = 'NORMAL'
 
     def __init__(self,
                  interval: int = 10,
-                 picture_interval: int = 2000) -> None:
+                 picture_interval: int = 2000,
+                 patience: int = 10) -> None:
+        super().__init__(patience)
         self.interval = interval
         self.picture_interval = picture_interval
 
@@ -56,12 +60,13 @@ class GDPHook(Hook):
                 they go with.
         """
         check_runner(runner)
+        super().before_train(runner)
         pruner = find_pruner(runner.model)
         if pruner.unmeasured:
             _measure_(pruner, runner)
-        if runner.iter == 0 and is_main_process():
-            # A path of an earlier run in this folder is not ours.
-            (Path(runner.work_dir) / RECORD).unlink(missing_ok=True)
+        if is_main_process():
+            # What another run in this folder did is not part of this one.
+            drop_rows_after(Path(runner.work_dir) / RECORD, runner.iter)
 
         steps = math.ceil(runner.max_iters /
                           accumulated_gradients(runner.optim_wrapper))
@@ -69,9 +74,15 @@ class GDPHook(Hook):
         # Not a part of the network, where mmengine compiles its train_step.
         @torch.compiler.disable
         def step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if _unscale_(optimizer, pruner.gates.theta):
-                pruner.step_(runner.iter / runner.max_iters, steps)
-                _agree_(pruner.gates)
+            if (_unscale_(optimizer, pruner.gates.theta) and
+                    not pruner.step_(runner.iter / runner.max_iters, steps)):
+                skipped = runner.message_hub.runtime_info.get('gdp_skipped', 0)
+                runner.message_hub.update_info('gdp_skipped', skipped + 1)
+                runner.logger.warning(
+                    f'GDP: the gates stay in iteration {runner.iter + 1}: '
+                    'their gradient is not finite; so far in '
+                    f'{skipped + 1} iterations')
+            _agree_(pruner.gates)
             # No optimizer moves or decays a parameter without a gradient.
             pruner.gates.theta.grad = None
 
@@ -98,6 +109,7 @@ class GDPHook(Hook):
         is asked for with what is held against it; ``gates.jsonl`` in the work
         folder gets the mean openness of each group.
         """
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         pruner = find_pruner(runner.model)
         progress = runner.iter / runner.max_iters
         with torch.no_grad():
@@ -138,6 +150,32 @@ class GDPHook(Hook):
             pruner = find_pruner(runner.model)
             show_gates(runner, pruner, runner.iter)
             tell_end(runner, pruner)
+
+    def before_save_checkpoint(self, runner: Runner,
+                               checkpoint: dict[str, Any]) -> None:
+        """Add what the gates are of."""
+        super().before_save_checkpoint(runner, checkpoint)
+        checkpoint['meta'].update(
+            groups=fingerprint(find_pruner(runner.model).groups),
+            versions=versions())
+
+    def after_load_checkpoint(self, runner: Runner,
+                              checkpoint: dict[str, Any]) -> None:
+        """Say what becomes of the gates.
+
+        Raises:
+            ValueError: If the checkpoint has the gates of another analysis,
+                or is of a pruned model.
+        """
+        super().after_load_checkpoint(runner, checkpoint)
+        closed = closed_gates(
+            find_pruner(runner.model).groups,
+            checkpoint.get('state_dict', checkpoint),
+            checkpoint.get('meta') or {})
+        runner.logger.info(
+            'GDP: the checkpoint has no gates; all of them start open' if
+            closed is None else f'GDP: gates of the checkpoint: {closed} are '
+            'closed, and stay so')
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

@@ -17,6 +17,7 @@ from mmengine.model import is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
+from .checkpoint import refuse_others_
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
 from .gate import Gates, Schedule, gate_layer_, held_cost
 from .groups import Groups, analyse
@@ -183,7 +184,6 @@ class Pruner(nn.Module):
             self.cost = ParameterCost(groups)
         elif settings.target.type == 'latency':
             self.cost = LatencyCost(groups)
-        self.living = len(groups.groups)
         self.register_buffer(
             'least',
             torch.tensor([
@@ -238,12 +238,15 @@ class Pruner(nn.Module):
                       self.schedule.whole_at(progress)))
 
     @torch.no_grad()
-    def step_(self, progress: float, steps: int) -> None:
+    def step_(self, progress: float, steps: int) -> bool:
         """Move all gates by one step, in place, by theta's gradient.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
             steps (int): How many of these the training has.
+
+        Returns:
+            bool: False, with no gate moved, if the gradient is not finite.
 
         Raises:
             RuntimeError: If the cost is not measured.
@@ -254,15 +257,18 @@ class Pruner(nn.Module):
                                'GDPHook, or call measure_()')
         phase = self.schedule.phase_at(progress)
         if phase == 'warmup':
-            self.gates.observe_()
-        elif phase == 'pruning':
-            self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
-            self.gates.step_(
-                self.cost,
-                self.asked(progress) + self._rounding(),
-                self.settings.travel / max(steps * self.schedule.phases[1], 1),
-                self.schedule.whole_at(progress), self._spared(progress))
-            self._close_dead_()
+            return self.gates.observe_()
+        if phase == 'settling':
+            return True
+        self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
+        alive = self._alive()
+        moved = self.gates.step_(
+            self.cost,
+            self.asked(progress) + self._rounding(),
+            self.settings.travel / max(steps * self.schedule.phases[1], 1),
+            self.schedule.whole_at(progress), self._spared(progress))
+        self._close_dead_(alive)
+        return moved
 
     def _rounding(self) -> float:
         """Half of what the dearest open gate costs: to the nearest channel.
@@ -283,20 +289,23 @@ class Pruner(nn.Module):
             return None
         return self.gates.strongest(self.cost.group_of, numbers)
 
-    def _close_dead_(self) -> None:
-        """Close what only feeds closed layers, or is fed by none."""
-        openness = self.gates.openness()
-        alive = sum(
-            bool(openness[group.gates].any()) for group in self.groups.groups)
-        while alive < self.living:
-            self.living = alive
-            keep = kept_channels(self.groups, self.gates.openness())
+    def _close_dead_(self, before: int) -> None:
+        """Close what only feeds closed layers, or is fed by none.
+
+        Only if a group died: ``before`` were alive.
+        """
+        while self._alive() < before:
+            before = self._alive()
+            openness = self.gates.openness()
+            keep = kept_channels(self.groups, openness)
             keep &= ~constant_channels(self.groups, keep)
             self.gates.close_(~keep.to(openness.device))
-            openness = self.gates.openness()
-            alive = sum(
-                bool(openness[group.gates].any())
-                for group in self.groups.groups)
+
+    def _alive(self) -> int:
+        """Groups with an open gate."""
+        opened = (self.gates.openness() > 0).cpu()
+        return sum(
+            bool(opened[group.gates].any()) for group in self.groups.groups)
 
     def channels(self) -> Tensor:
         """1 for each gate whose channels a pruned model has, ``(G,)``."""
@@ -348,6 +357,7 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     for layer in groups.readers():
         gate_layer_(
             network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
+    refuse_others_(network, ['gdp'])
     return network
 
 
@@ -373,6 +383,7 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
                          f'it, but got {gdp if gdp is None else list(gdp)}')
     network = build_base_model(base, model)
     apply_widths_(network, gdp['widths'])
+    refuse_others_(network, gdp['widths'])
     return network
 
 

@@ -17,7 +17,7 @@ HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='gdp_mmseg',
-    locations=['gdp_mmseg.hook'])
+    locations=['gdp_mmseg.guard', 'gdp_mmseg.hook'])
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from .files import write_whole
 
 
 def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
@@ -76,9 +77,7 @@ def paired_latency_ms(models: Sequence[nn.Module],
 
 def write_json(path: Path, content: Any) -> None:
     """Write to a temporary name, then rename: never half a file."""
-    partial = path.with_name(path.name + '.partial')
-    partial.write_text(json.dumps(content, indent=1) + '\n')
-    os.replace(partial, path)
+    write_whole(path, (json.dumps(content, indent=1) + '\n').encode())
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

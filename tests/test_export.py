@@ -115,6 +115,33 @@ def test_report_for_a_reader_has_the_reports_numbers(
         assert group['writers'][0] in text
 
 
+def test_no_path_of_the_machine_is_in_the_report_or_the_weights(
+        exported: Exported, trained: Trained) -> None:
+    written = tree(exported.folder)
+    for name in ('report.json', 'report.md', exported.checkpoint.name):
+        for folder in (exported.folder, trained.work_dir, Path.home()):
+            assert f'{folder}/'.encode() not in written[name]
+
+
+def test_other_versions_of_the_training_are_noted(project: Project,
+                                                  trained: Trained,
+                                                  changed: Change,
+                                                  tmp_path: Path) -> None:
+
+    def age(content: dict[str, Any]) -> None:
+        content['meta']['versions']['torch'] = '1.13.1'
+
+    said: list[str] = []
+    export(
+        project.load(tmp_path),
+        str(changed(age)),
+        tmp_path / 'pair',
+        'x',
+        evaluate=False,
+        progress=said.append)
+    assert any('torch 1.13.1 (here ' in line for line in said)
+
+
 def test_outputs_of_gated_and_pruned_agree(exported: Exported) -> None:
     assert 0 <= exported.report['max_rel_diff'] <= 1e-4
 

@@ -35,24 +35,32 @@ ARROWS: dict[str, set[str]] = {
     'surgery': {'gate', 'groups', 'trace'},
     'registry': set(),
     'amp': {'registry'},
-    'report': {'cost', 'groups', 'surgery'},
+    'files': set(),
+    'checkpoint': {'files', 'groups', 'version'},
+    'guard': {'checkpoint', 'registry'},
+    'report': {'cost', 'files', 'groups', 'surgery'},
     'stages': {'gate', 'groups'},
     'pictures': set(),
     'diary': {'groups', 'model', 'pictures', 'report', 'stages'},
-    'model':
-    {'gate', 'groups', 'cost', 'latency', 'proof', 'surgery', 'registry'},
+    'model': {
+        'checkpoint', 'cost', 'gate', 'groups', 'latency', 'proof', 'registry',
+        'surgery'
+    },
     'support': set(),
-    'hook':
-    {'gate', 'model', 'registry', 'cost', 'diary', 'latency', 'support'},
+    'hook': {
+        'checkpoint', 'cost', 'diary', 'files', 'gate', 'guard', 'latency',
+        'model', 'registry', 'support'
+    },
     'export': {
-        'model', 'proof', 'surgery', 'groups', 'cost', 'diary', 'report',
-        'stages', 'version'
+        'checkpoint', 'cost', 'diary', 'files', 'groups', 'model', 'proof',
+        'report', 'stages', 'surgery', 'version'
     },
     '__init__': set(MODULES) - {'__init__'},
 }
 # What serves plain PyTorch models imports no mm package.
 LIBRARIES: dict[str, set[str]] = {
     'version': set(),
+    'files': set(),
     'gate': {'torch'},
     'labels': {'torch'},
     'operators': {'torch'},

@@ -6,6 +6,7 @@ goes to stderr, and the exit status is 2, as argparse does it.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import os.path as osp
 import sys
@@ -16,11 +17,16 @@ from typing import Any, Iterator, NoReturn, Sequence
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.registry import DATASETS, init_default_scope
 from PIL import UnidentifiedImageError
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / 'gdp_mmseg', ROOT / 'tools')
 SPLITS = ('train', 'val', 'test')
+MENDABLE = (ValueError, FileNotFoundError, FloatingPointError, KeyError)
+GUARDS = ('gdp_mmseg.GDPHook', 'gdp_mmseg.GuardHook')
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
+              errno.EACCES, errno.EPERM)
 
 
 def fail(message: str) -> NoReturn:
@@ -32,28 +38,44 @@ def fail(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn the errors that our code raises into :func:`fail`.
+    """Turn errors that the user can mend into :func:`fail`.
 
-    A context manager, and as ``@one_line_errors()`` a decorator. Only a
-    ValueError, FileNotFoundError or KeyError raised in gdp_mmseg or tools
-    is taken, also when mmengine's registry has wrapped it; any other error
+    A context manager, and as ``@one_line_errors()`` a decorator. Taken are
+    those that gdp_mmseg or tools raise, also when mmengine's registry has
+    wrapped them, and of others those about files and data; any other error
     keeps its traceback. With GDP_DEBUG=1 in the environment all do.
     """
     try:
         yield
-    except (AssertionError, UnidentifiedImageError) as error:
-        # mmcv's and Pillow's errors for an image that they cannot read.
-        if 'image' not in str(error) or os.environ.get('GDP_DEBUG') == '1':
+    except Exception as error:
+        line = _line(error)
+        if line is None or os.environ.get('GDP_DEBUG') == '1':
             raise
-        fail(f'expected readable images, but got: '
-             f'{str(error).splitlines()[-1]}; replace the file, or take it '
-             'from the list')
-    except (ValueError, FileNotFoundError, KeyError) as error:
-        cause = _our_cause(error)
-        if cause is None or os.environ.get('GDP_DEBUG') == '1':
-            raise
+        fail(line)
+
+
+def _line(error: Exception) -> str | None:
+    """What an error says to the user, None if it is for a developer."""
+    cause = _our_cause(error)
+    if cause is not None:
         # str() of a KeyError is the repr of its message.
-        fail(str(cause.args[0] if isinstance(cause, KeyError) else cause))
+        return str(cause.args[0] if isinstance(cause, KeyError) else cause)
+    last = (str(error).splitlines() or [''])[-1]
+    if (isinstance(error, (AssertionError, UnidentifiedImageError))
+            and 'image' in str(error)):
+        # mmcv's and Pillow's errors for an image that they cannot read.
+        return (f'expected readable images, but got: {last}; replace the '
+                'file, or take it from the list')
+    if isinstance(error, OSError) and error.errno in NO_WRITING:
+        return ('expected to read and write files, but got: '
+                f'{error.strerror} ({error.filename or "while writing"}); '
+                'make room, or choose another folder; --resume goes on from '
+                'the last checkpoint')
+    if isinstance(error, IndexError) and 'out of bounds' in str(error):
+        # torch's error for a label without a class, on a CPU.
+        return (f'expected labels below num_classes, but got: {last}; change '
+                'num_classes of the heads, or reduce_zero_label')
+    return None
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -80,14 +102,53 @@ def check_checkpoint(path: str) -> None:
              'exist; pass or change its path')
 
 
+def verify_checkpoint(path: str) -> None:
+    """Fail if a local checkpoint is not whole; say if others made it.
+
+    It is read twice then, here and by mmengine, which does not look at the
+    checksums, and runs what a file says if it holds more than numbers.
+    """
+    check_checkpoint(path)
+    if _is_remote(path):
+        return
+    from gdp_mmseg.checkpoint import other_versions, read_checkpoint
+    changed = other_versions(read_checkpoint(path)[1])
+    if changed:
+        print(f'note: {path} was made with other versions: {changed}')
+
+
+def verify_start(cfg: Config, resume: bool) -> None:
+    """Verify what a training starts from: ``load_from``, or an export."""
+    start = cfg.get('load_from')
+    if (not start and not resume
+            and cfg.model.get('type') == 'gdp_mmseg.PrunedModel'):
+        start = (cfg.model.get('init_cfg') or {}).get('checkpoint')
+    if start:
+        verify_checkpoint(start)
+
+
+def guard(cfg: Config) -> None:
+    """Give a training the hook that GDPHook is one of, if it has none."""
+    hooks = [
+        *(cfg.get('default_hooks') or {}).values(),
+        *(cfg.get('custom_hooks') or [])
+    ]
+    if not any(hook and hook.get('type') in GUARDS for hook in hooks):
+        cfg.merge_from_dict(
+            {'default_hooks.gdp_guard': dict(type='gdp_mmseg.GuardHook')})
+
+
 def check_paths(cfg: Config, splits: Sequence[str] = SPLITS) -> None:
-    """Fail if a dataset of a config names a path that does not exist.
+    """Fail if a dataset of a config lacks a file.
+
+    Folders are listed, no image is opened.
 
     Args:
         cfg (Config): A config with the usual ``<split>_dataloader`` keys;
             wrapped datasets (RepeatDataset, ConcatDataset ...) are followed.
         splits (Sequence[str]): The dataloaders that will be used.
     """
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
     for split in splits:
         loader = cfg.get(f'{split}_dataloader') or {}
         for key, dataset in _datasets(f'{split}_dataloader', loader):
@@ -164,6 +225,43 @@ def _check_dataset(key: str, dataset: dict) -> None:
             fail(f'expected data at {key}.{name}, but got {path}, which does '
                  f'not exist; pass --cfg-options {key}.{name}=... or change '
                  'the config')
+    # A loader that the config lacks is an empty dict here.
+    if 'type' in dataset and osp.isfile(paths.get('ann_file', __file__)):
+        _check_listed(key, dataset)
+
+
+def _check_listed(key: str, dataset: dict) -> None:
+    """Fail if there is no image, or one without its file or its labels."""
+    try:
+        built = DATASETS.build(dataset)
+    except ValueError as error:
+        # NumPy's error for a data set of nothing, as mmengine stores it.
+        if 'at least one array' not in str(error):
+            raise
+        fail(f'expected images in {key}, but got none; change its ann_file, '
+             'data_prefix or img_suffix')
+    folders: dict[str, set[str]] = {}
+    for field, what in (('img_path', 'image'), ('seg_map_path', 'label map')):
+        paths = [
+            path for path in (built.get_data_info(index).get(field)
+                              for index in range(len(built)))
+            if isinstance(path, str) and not _is_remote(path)
+        ]
+        gone = [path for path in paths if not _is_listed(path, folders)]
+        if gone:
+            fail(f'expected a file for each {what} of {key}, but got none for '
+                 f'{len(gone)} of {len(paths)} ({gone[0]} first); add the '
+                 'files, or take the names from the list (ann_file), or '
+                 'change the suffix')
+
+
+def _is_listed(path: str, folders: dict[str, set[str]]) -> bool:
+    """Whether a file is there; ``folders`` remembers what was listed."""
+    folder, name = osp.split(path)
+    if folder not in folders:
+        folders[folder] = (
+            set(os.listdir(folder)) if osp.isdir(folder) else set())
+    return name in folders[folder]
 
 
 def _is_remote(path: str) -> bool:
@@ -179,7 +277,7 @@ def _our_cause(error: BaseException | None) -> BaseException | None:
 
 def _is_ours(error: BaseException) -> bool:
     """Tell whether our code raised an error that the user can mend."""
-    if not isinstance(error, (ValueError, FileNotFoundError, KeyError)):
+    if not isinstance(error, MENDABLE):
         return False
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     return any(

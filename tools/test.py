@@ -9,8 +9,8 @@ import os.path as osp
 from mmengine.config import Config, DictAction
 from mmengine.runner import Runner
 
-from _cli import (check_checkpoint, check_paths, fail, join_processes_,
-                  load_config, one_line_errors)
+from _cli import (check_paths, fail, join_processes_, load_config,
+                  one_line_errors, verify_checkpoint)
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,7 +94,7 @@ def main() -> None:
     # load config
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    check_checkpoint(args.checkpoint)
+    verify_checkpoint(args.checkpoint)
     check_paths(cfg, splits=('test', ))
     join_processes_(cfg, args.launcher)
 

@@ -14,8 +14,8 @@ from mmseg.registry import RUNNERS
 
 from gdp_mmseg.support import check_config
 
-from _cli import (check_checkpoint, check_paths, fail, join_processes_,
-                  load_config, one_line_errors)
+from _cli import (check_paths, fail, guard, join_processes_, load_config,
+                  one_line_errors, verify_start)
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,8 +67,7 @@ def main() -> None:
     # load config
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    if cfg.get('load_from'):
-        check_checkpoint(cfg.load_from)
+    verify_start(cfg, args.resume)
     check_paths(cfg, splits=('train', 'val'))
 
     # work_dir is determined in this priority: CLI > segment in file > filename
@@ -99,6 +98,7 @@ def main() -> None:
     # resume training
     cfg.resume = args.resume
     check_config(cfg)
+    guard(cfg)
     join_processes_(cfg, args.launcher)
 
     # build the runner from config

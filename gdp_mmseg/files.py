@@ -1,0 +1,139 @@
+"""Files and folders that are there as a whole or not at all."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import json
+import math
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Iterator
+
+
+def write_whole(path: str | Path, content: bytes) -> None:
+    """Write to a temporary name, to the disk, then rename.
+
+    Raises:
+        OSError: If it cannot be written; what was there before still is.
+    """
+    partial = Path(f'{path}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def drop_rows_after(path: Path, iteration: int) -> None:
+    """Keep the rows of a record up to an iteration, each whole, in place.
+
+    Args:
+        path (Path): Holds a JSON object with ``iter`` in each line; may be
+            absent.
+        iteration (int): The last that is kept.
+    """
+    if not path.is_file():
+        return
+    kept = [
+        line for line in path.read_text().splitlines()
+        if _iteration(line) <= iteration
+    ]
+    write_whole(path, ''.join(f'{line}\n' for line in kept).encode())
+
+
+def _iteration(line: str) -> float:
+    """Of a row; infinite if it was cut short."""
+    try:
+        return float(json.loads(line)['iter'])
+    except ValueError:
+        return math.inf
+
+
+def check_out_dir(out_dir: Path) -> None:
+    """Fail unless a folder can be made, or is there and empty.
+
+    Raises:
+        ValueError: If so.
+    """
+    if out_dir.exists() and not out_dir.is_dir():
+        raise ValueError(f'--out-dir: expected a folder, but got the file '
+                         f'{out_dir}; choose another')
+    if out_dir.is_dir() and any(out_dir.iterdir()):
+        raise ValueError(f'--out-dir: expected an empty or new folder, but '
+                         f'{out_dir} holds files; choose another')
+
+
+@contextlib.contextmanager
+def new_folder(out_dir: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes ``out_dir`` when that is done.
+
+    Until then it is ``.<name>.partial-*`` beside it. A process that is killed
+    leaves that behind; the next one that wants the same folder removes it. A
+    lock, which ends with the process, tells whose it is.
+
+    Args:
+        out_dir (Path): New or empty; nothing that it holds is overwritten.
+
+    Raises:
+        ValueError: If the folder cannot be made, or another came first.
+    """
+    anchor = next(folder for folder in out_dir.resolve().parents
+                  if folder.is_dir())
+    prefix = f'.{out_dir.name}.partial-'
+    with contextlib.ExitStack() as held:
+        # Or another process could take what is not locked yet for abandoned.
+        with writing(out_dir), _locked(anchor, wait=True):
+            for left in anchor.glob(f'{glob.escape(prefix)}*'):
+                with _locked(left) as abandoned:
+                    if abandoned:
+                        shutil.rmtree(left, ignore_errors=True)
+            partial = Path(tempfile.mkdtemp(prefix=prefix, dir=anchor))
+            held.callback(shutil.rmtree, partial, ignore_errors=True)
+            held.enter_context(_locked(partial))
+        yield partial
+        with writing(out_dir):
+            partial.chmod(0o755)
+            out_dir.parent.mkdir(parents=True, exist_ok=True)
+            # Onto an empty folder, or none; anything else fails.
+            partial.replace(out_dir)
+
+
+@contextlib.contextmanager
+def writing(out_dir: Path) -> Iterator[None]:
+    """Turn errors of writing into one that names the folder.
+
+    Raises:
+        ValueError: If something cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        # Another process may have been faster.
+        check_out_dir(out_dir)
+        raise ValueError(
+            f'--out-dir: expected to write {out_dir}, but got: '
+            f'{error.strerror or error}; make room there, or choose another'
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
+    """Whether this process alone holds a folder, as long as it does."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        free = True
+    # Another process has it, or the file system has no locks.
+    except OSError:
+        free = False
+    try:
+        yield free
+    finally:
+        os.close(handle)

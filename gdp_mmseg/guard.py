@@ -1,0 +1,293 @@
+"""Nothing lost, nothing wrong: what any training can have, gates or not."""
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from mmengine.dist import barrier, get_rank, is_main_process
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .checkpoint import WHOLE, mend_last_checkpoint, pointed_checkpoint
+from .registry import HOOKS
+
+RandomState = dict[str, Any]
+
+
+@HOOKS.register_module()
+class GuardHook(Hook):
+    """Makes a training resume as if it had never been interrupted.
+
+    - Checkpoints carry the state of the random numbers, and validation does
+      not touch it. A resumed training draws what it would have drawn.
+    - A checkpoint is there as a whole or not at all, and the last one is
+      removed only when the next is complete. ``--resume`` does not stumble
+      over a file that something else damaged.
+    - Weights that are not finite are not saved, and losses that are not, for
+      some iterations in a row, end the training.
+    - Labels that the model has no class for are an error that names the file.
+
+    ``GDPHook`` does all this; a training without gates gets it by
+    ``default_hooks = dict(guard=dict(type='gdp_mmseg.GuardHook'))``.
+
+    Args:
+        patience (int): Iterations in a row with a loss that is not finite,
+            after which the training ends. Defaults to 10.
+    """
+
+    priority = 'NORMAL'
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self._not_finite = 0
+        # Of the checkpoint that was loaded, and of a training that validates.
+        self._loaded: RandomState | None = None
+        self._paused: RandomState | None = None
+        self._earlier: tuple[str, int] | None = None
+
+    def before_run(self, runner: Runner) -> None:
+        """Look at what a resume would start from, before it does.
+
+        Raises:
+            ValueError: If there are checkpoints, but no whole one.
+        """
+        if runner.cfg.get('resume') and not runner.cfg.get('load_from'):
+            if is_main_process():
+                mend_last_checkpoint(
+                    Path(runner.work_dir), runner.logger.warning)
+            barrier()
+
+    def after_load_checkpoint(self, runner: Runner,
+                              checkpoint: dict[str, Any]) -> None:
+        """Keep the state of the random numbers that a checkpoint has."""
+        self._loaded = (checkpoint.get('meta') or {}).get('random_state')
+
+    def before_train(self, runner: Runner) -> None:
+        """Let local checkpoints be written as a whole."""
+        self._earlier = (None if runner.iter else pointed_checkpoint(
+            Path(runner.work_dir)))
+        for hook in runner.hooks:
+            if (isinstance(hook, CheckpointHook)
+                    and '://' not in str(hook.out_dir)
+                    and hook.backend_args is hook.file_client_args is None):
+                hook.backend_args = dict(backend=WHOLE)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Set the random numbers right before a resumed training goes on."""
+        state, self._loaded = self._loaded, None
+        # Fine-tuning starts anew. Processes that draw different numbers have
+        # states of their own, and the checkpoint is of the first one.
+        if state is None or not runner.iter or (get_rank() and
+                                                (runner.cfg.get('randomness')
+                                                 or {}).get('diff_rank_seed')):
+            return
+        loop: Any = runner.train_loop
+        if hasattr(loop, 'dataloader_iterator'):
+            loop.dataloader_iterator = _SkippingIterator(loop, state)
+        else:
+            set_random_state(state)
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Look at the labels of a batch.
+
+        Raises:
+            ValueError: If the model has no class for one.
+        """
+        check_labels(runner.model, data_batch)
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: Any = None) -> None:
+        """Count the losses in a row that are not finite.
+
+        Raises:
+            FloatingPointError: If they are too many.
+        """
+        loss = float((outputs or {}).get('loss', 0.))
+        if math.isfinite(loss):
+            self._not_finite = 0
+            return
+        self._not_finite += 1
+        runner.logger.warning(f'GDP: the loss is {loss} in iteration '
+                              f'{runner.iter + 1}; {self._not_finite} in a '
+                              f'row, the training ends at {self.patience}')
+        if self._not_finite >= self.patience:
+            raise FloatingPointError(
+                f'expected finite losses, but got {loss} in '
+                f'{self._not_finite} iterations in a row, the last of them '
+                f'{runner.iter + 1}; {self._advice(runner)}')
+
+    def before_save_checkpoint(self, runner: Runner,
+                               checkpoint: dict[str, Any]) -> None:
+        """Add the state of the random numbers.
+
+        Raises:
+            FloatingPointError: If a weight is not finite.
+        """
+        for name, _ in _network(runner.model).named_parameters():
+            value = checkpoint['state_dict'].get(name)
+            if value is not None and not value.isfinite().all():
+                raise FloatingPointError(
+                    f'expected finite weights to save, but got others in '
+                    f'{name} after iteration {runner.iter + 1}; nothing was '
+                    f'saved; {self._advice(runner)}')
+        checkpoint['meta']['random_state'] = self._paused or random_state()
+
+    def before_val(self, runner: Runner) -> None:
+        """Remember the random numbers of the training."""
+        self._paused = random_state()
+
+    def after_val(self, runner: Runner) -> None:
+        """Set them back: a resume does not repeat the validation."""
+        if self._paused is not None:
+            set_random_state(self._paused)
+        self._paused = None
+
+    def _advice(self, runner: Runner) -> str:
+        """What to do when numbers are not finite."""
+        last = pointed_checkpoint(Path(runner.work_dir))
+        if last is None or last == self._earlier:
+            return ('there is no good checkpoint of this training yet; lower '
+                    'the learning rate (optim_wrapper.optimizer.lr)')
+        return (f'the last good checkpoint is {last[0]}: resume from it with '
+                '--resume, at a lower learning rate '
+                '(optim_wrapper.optimizer.lr)')
+
+
+class _SkippingIterator:
+    """Stands in for the data of an iteration-based loop after a resume.
+
+    The loop first skips what was trained on. By mmengine's version it asks
+    for that to be skipped, or takes and drops each batch, which draws random
+    numbers; so they are set when the first batch to train on is asked for.
+    Then the loop gets its own iterator back.
+
+    Args:
+        loop (Any): mmengine's IterBasedTrainLoop, or one like it.
+        state (RandomState): What to set.
+    """
+
+    def __init__(self, loop: Any, state: RandomState) -> None:
+        self._loop = loop
+        self._inner = loop.dataloader_iterator
+        self._state = state
+        self._dropped = 0 if hasattr(self._inner, 'skip_iter') else loop.iter
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def skip_iter(self, iterations: int) -> None:
+        """Skip batches."""
+        self._inner.skip_iter(iterations)
+
+    def __next__(self) -> Any:
+        if self._dropped:
+            self._dropped -= 1
+            return next(self._inner)
+        self._loop.dataloader_iterator = self._inner
+        set_random_state(self._state)
+        # A loader may make its iterator now, which it had made at the start
+        # before, and that draws a number. Let it draw another's.
+        loader = self._loop.dataloader
+        own = loader.generator
+        loader.generator = torch.Generator()
+        try:
+            return next(self._inner)
+        finally:
+            loader.generator = own
+
+
+def random_state() -> RandomState:
+    """State of Python's, NumPy's and torch's global random numbers.
+
+    Returns:
+        RandomState: Tensors and plain types, so that ``weights_only=True``
+        loads it.
+    """
+    version, words, gauss = random.getstate()
+    kind, keys, place, has_gauss, cached = np.random.get_state()
+    state: RandomState = dict(
+        python=[version, torch.tensor(words), gauss],
+        numpy=[
+            kind,
+            torch.from_numpy(keys.astype(np.int64)),  # type: ignore
+            place,
+            has_gauss,
+            cached
+        ],
+        torch=torch.get_rng_state())
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state['cuda'] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: RandomState) -> None:
+    """Set what :func:`random_state` returned, wherever it was loaded to."""
+    version, words, gauss = state['python']
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, *rest = state['numpy']
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state['torch'].cpu())
+    if 'cuda' in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state['cuda'].cpu())
+
+
+def check_labels(model: nn.Module, batch: Any) -> None:
+    """Fail at labels of a batch that a segmentor cannot learn from.
+
+    Args:
+        model (nn.Module): Looked at are ``num_classes`` and ``ignore_index``
+            of its decode head, the last one of several.
+        batch (Any): Of a training, before it is preprocessed.
+
+    Raises:
+        ValueError: If a label is of no class, or there is not one for each
+            pixel.
+    """
+    head = getattr(_network(model), 'decode_head', None)
+    head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
+    classes = getattr(head, 'num_classes', None)
+    if classes is None or not isinstance(batch, Mapping):
+        return
+    for image, sample in zip(
+            batch.get('inputs', ()), batch.get('data_samples', ())):
+        labels = getattr(getattr(sample, 'gt_sem_seg', None), 'data', None)
+        if labels is None:
+            continue
+        path = sample.get('seg_map_path', 'an image')
+        if labels.dim() != 3 or labels.shape[-2:] != image.shape[-2:]:
+            raise ValueError(
+                f'labels: expected one for each of {list(image.shape[-2:])} '
+                f'pixels, but got {list(labels.shape)} in {path}; replace the '
+                'file by a map of class numbers of the size of its image')
+        _check_range(labels, classes, getattr(head, 'ignore_index', 255), path)
+
+
+def _check_range(labels: Tensor, classes: int, ignored: int,
+                 path: str) -> None:
+    """Fail at a label that is neither a class nor to be ignored."""
+    # One class, or two, may be told apart by one output.
+    highest = max(classes, 2) - 1
+    least, most = (int(value) for value in labels.aminmax())
+    if least >= 0 and most <= highest:
+        return
+    wrong = labels[((labels < 0) | (labels > highest)) & (labels != ignored)]
+    if len(wrong):
+        raise ValueError(
+            f'labels: expected classes up to {highest}, or {ignored} for none,'
+            f' but got {int(wrong[0])} in {path}; change num_classes of the '
+            'heads, or reduce_zero_label, or the file')
+
+
+def _network(model: nn.Module) -> nn.Module:
+    return getattr(model, 'module', model)
