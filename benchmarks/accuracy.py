@@ -33,8 +33,8 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.export import export
-from gdp_mmseg.gate import Schedule
 from gdp_mmseg.report import count_macs, count_parameters, write_json
+from gdp_mmseg.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')

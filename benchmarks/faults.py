@@ -33,14 +33,14 @@ import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
-from results import put_between
 
 import gdp_mmseg.files
 from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.export import export, load_exported
-from gdp_mmseg.gate import Schedule
 from gdp_mmseg.report import table, write_json
+from gdp_mmseg.schedule import Schedule
 
+from results import put_between
 from small_models import PHASES, Run, config_of
 
 ROOT = Path(__file__).resolve().parents[1]

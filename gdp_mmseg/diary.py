@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from mmengine.runner import Runner
 
 from .groups import Group
-from .model import COSTS, Pruner
 from .pictures import draw_path, draw_widths, pixels
+from .pruner import COSTS, Pruner
 from .report import read_budget, read_gates
 from .stages import dead_parts, kept_by_stage, stage_of
 

@@ -27,9 +27,9 @@ from .checkpoint import (closed_gates, other_versions, read_checkpoint,
 from .diary import RECORD, path_figure
 from .files import check_out_dir, new_folder, writing
 from .groups import Groups
-from .model import (COSTS, build_base_model, default_base, find_pruner,
-                    model_config)
+from .model import build_base_model, default_base, find_pruner, model_config
 from .proof import largest_difference
+from .pruner import COSTS
 from .stages import dead_parts, kept_by_stage
 from .surgery import Widths, prune
 from .version import __version__

@@ -1,20 +1,16 @@
-"""Gates: how open a channel is, over training, and the step that moves it.
+"""Gates: how open a channel is, and the step that moves it.
 
 ``G`` gates, one for each prunable class of channels (see ``groups.py``).
 Openness is formula (1) of "GDP: Stabilized Neural Network Pruning via Gates
-with Differentiable Polarization" (ICCV 2021); the schedule and the step are
-this project's own, because the paper's are not public.
+with Differentiable Polarization" (ICCV 2021); the step is this project's own,
+because the paper's is not public.
 """
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Any, Callable, Protocol
+from typing import Callable, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 # Part of the root mean square of dL/dg that counts as gain of an open gate.
 _RMS_SHARE = 0.3
@@ -50,93 +46,6 @@ def openness_slope(theta: Tensor, epsilon: Tensor | float) -> Tensor:
         zero: a closed gate feels no force and stays closed.
     """
     return 2 * (1 + epsilon) * theta * epsilon / (theta * theta + epsilon)**2
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """What holds at which progress of training, as pure functions.
-
-    Args:
-        phases (tuple[float, float, float]): Shares of the training that are
-            warm-up (gates still), pruning (epsilon anneals, the budget closes
-            in) and settling (gates fixed, weights adapt). They add up to 1.
-        epsilon (tuple[float, float]): Its values at the start and at the end
-            of the pruning phase; geometric in between.
-        ramp (float): The share of the pruning phase over which the budget
-            falls linearly to the target; then it holds.
-
-    Examples:
-        >>> schedule = Schedule(phases=(0.1, 0.5, 0.4), epsilon=(0.1, 0.001))
-        >>> round(schedule.epsilon_at(0.35), 6)
-        0.01
-        >>> schedule.budget_at(0.0, 0.4), schedule.budget_at(1., 0.4)
-        (1.0, 0.4)
-        >>> schedule.whole_at(0.35), schedule.whole_at(0.6)
-        (0.5, 1.0)
-    """
-    phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
-    epsilon: tuple[float, float] = (0.1, 1e-4)
-    ramp: float = 0.9
-
-    def __post_init__(self) -> None:
-        if (not _are_numbers(self.phases, 3) or min(self.phases) < 0
-                or self.phases[1] == 0
-                or not math.isclose(sum(self.phases), 1, abs_tol=1e-6)):
-            raise ValueError(
-                'phases: expected the shares of warm-up, pruning (above 0) '
-                'and settling, which add up to 1, e.g. (0.35, 0.5, 0.15), but '
-                f'got {self.phases}')
-        if (not _are_numbers(self.epsilon, 2)
-                or not 0 < self.epsilon[1] <= self.epsilon[0]):
-            raise ValueError(
-                'epsilon: expected (start, end) with 0 < end <= start, e.g. '
-                f'(0.1, 1e-4), but got {self.epsilon}')
-        if not 0 < self.ramp <= 1:
-            raise ValueError('ramp: expected a share in (0, 1], but got '
-                             f'{self.ramp}')
-
-    def pruned_share(self, progress: float) -> float:
-        """Share of the pruning phase that is over, 0 before, 1 after it."""
-        warmup, pruning, _ = self.phases
-        return min(max((progress - warmup) / pruning, 0.), 1.)
-
-    def phase_at(self, progress: float) -> str:
-        """``'warmup'``, ``'pruning'`` or ``'settling'``."""
-        if progress < self.phases[0]:
-            return 'warmup'
-        return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
-
-    def epsilon_at(self, progress: float) -> float:
-        """Epsilon at ``progress`` in [0, 1], falling geometrically."""
-        start, end = self.epsilon
-        return start * (end / start)**self.pruned_share(progress)
-
-    def budget_at(self, progress: float, target: float) -> float:
-        """Budget at ``progress`` in [0, 1], from 1 to ``target``."""
-        share = min(self.pruned_share(progress) / self.ramp, 1.)
-        return 1 + (target - 1) * share
-
-    def whole_at(self, progress: float) -> float:
-        """Share of a half-open gate that counts as a whole channel.
-
-        One half while the budget falls; where the budget stands it rises
-        linearly to 1, which is what the gate will be in the pruned network.
-        """
-        standing = max(self.pruned_share(progress) - self.ramp, 0.)
-        return 0.5 + 0.5 * (standing / (1 - self.ramp) if standing else 0.)
-
-    def spares_groups(self, progress: float) -> bool:
-        """Whether a group that is alive must stay alive.
-
-        In the last third of the pruning phase: what dies with a group is gone
-        at once, and too late to be made good within the falling budget.
-        """
-        return self.pruned_share(progress) > 2 / 3
-
-
-def _are_numbers(values: Any, length: int) -> bool:
-    return (isinstance(values, (tuple, list)) and len(values) == length
-            and all(isinstance(value, (int, float)) for value in values))
 
 
 class CostFunction(Protocol):
@@ -375,114 +284,6 @@ class Gates(nn.Module):
         """Close ``gates`` (mask ``(G,)``) for good, in place."""
         self.closed |= gates
         self.theta.masked_fill_(gates, 0)
-
-
-def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
-    """Put gates on the input channels of a layer's kernel, in place.
-
-    conv(g x, W) = conv(x, W g): the gate multiplies the kernel, so it costs
-    no activation-sized work or memory, and the layer's parameters keep their
-    names.
-
-    Args:
-        layer (nn.Module): Convolution, transposed or not, or linear layer.
-        gates (Gates): Where the gates are.
-        slots (Tensor): Gate of each slot on the kernel's axis of inputs, -1
-            for none: ``(C_in,)``, of a grouped convolution ``(C_in /
-            groups,)``.
-
-    Raises:
-        TypeError: If the layer is of another kind.
-    """
-    gated: Any = layer
-    if isinstance(layer, nn.Linear):
-        gated.forward = _GatedLinear(layer, gates, slots)
-    elif isinstance(layer, _ConvTransposeNd):
-        gated.forward = _GatedTransposed(layer, gates, slots)
-    elif isinstance(layer, _ConvNd):
-        gated._conv_forward = _GatedConvolution(layer, gates, slots)
-    else:
-        raise TypeError('expected a convolution or linear layer, but got '
-                        f'{type(layer).__name__}')
-
-
-class _GatedForward:
-    """In place of a layer's forward; an object, so that deepcopy rebinds it.
-
-    Args:
-        layer (nn.Module): The layer.
-        gates (Gates): Where the gates are.
-        slots (Tensor): See :func:`gate_layer_`.
-    """
-    axis = 1
-
-    def __init__(self, layer: nn.Module, gates: Gates, slots: Tensor) -> None:
-        self.layer = layer
-        self.gates = gates
-        self.index = gates.add_slots(slots)
-
-    def gated(self, weight: Tensor) -> Tensor:
-        """The kernel times the gates."""
-        return weight * along(
-            self.gates.slot_openness(self.index), weight, self.axis)
-
-
-class _GatedConvolution(_GatedForward):
-
-    def __call__(self, inputs: Tensor, weight: Tensor,
-                 bias: Tensor | None) -> Tensor:
-        plain: Any = type(self.layer)
-        return plain._conv_forward(self.layer, inputs, self.gated(weight),
-                                   bias)
-
-
-class _GatedTransposed(_GatedForward):
-    axis = 0
-
-    def __call__(self,
-                 inputs: Tensor,
-                 output_size: list[int] | None = None) -> Tensor:
-        layer: Any = self.layer
-        axes = len(layer.kernel_size)
-        convolve = (F.conv_transpose1d, F.conv_transpose2d,
-                    F.conv_transpose3d)[axes - 1]
-        added = layer._output_padding(inputs, output_size, layer.stride,
-                                      layer.padding, layer.kernel_size, axes,
-                                      layer.dilation)
-        return convolve(inputs, self.gated(layer.weight), layer.bias,
-                        layer.stride, layer.padding, added, layer.groups,
-                        layer.dilation)
-
-
-class _GatedLinear(_GatedForward):
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        layer: Any = self.layer
-        return F.linear(inputs, self.gated(layer.weight), layer.bias)
-
-
-def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """Numbers ``(C,)``, in a shape that multiplies an axis of a kernel."""
-    shape = [1] * kernel.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
-
-
-def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
-    """Openness of each slot of a channel axis: 1 where there is no gate.
-
-    Args:
-        openness (Tensor): ``(G,)``.
-        slots (Tensor): ``(C,)`` gate of each slot, -1 for none.
-
-    Returns:
-        Tensor: ``(C,)``, differentiable in ``openness``.
-
-    Examples:
-        >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
-        tensor([0.0000, 1.0000, 0.5000])
-    """
-    return openness[slots.clamp(min=0)].masked_fill(slots < 0, 1)
 
 
 def solve_multiplier(spent: Callable[[float], float], budget: float,

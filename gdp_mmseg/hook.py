@@ -16,7 +16,8 @@ from .files import drop_rows_after
 from .gate import Gates
 from .guard import GuardHook
 from .latency import SECONDS
-from .model import COSTS, Pruner, find_pruner
+from .model import find_pruner
+from .pruner import COSTS, Pruner
 from .registry import HOOKS
 from .support import accumulated_gradients, check_runner
 

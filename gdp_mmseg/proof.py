@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .gate import Gates, gate_layer_
+from .gate import Gates
 from .groups import Groups, nothing_left
+from .kernel import gate_layer_
 from .lively import lively_copy
 from .surgery import cut
 from .trace import Forward, copy_model, set_mode_

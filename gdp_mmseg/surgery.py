@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .gate import along, slot_values
 from .groups import Group, Groups
+from .kernel import along, slot_values
 from .trace import copy_model
 
 Widths = dict[str, list[int]]

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from gdp_mmseg.export import export
 from gdp_mmseg.hook import GDPHook
-from gdp_mmseg.model import Pruner, find_pruner
+from gdp_mmseg.model import find_pruner
+from gdp_mmseg.pruner import Pruner
 
 from project import PHASES, TARGET, WITHOUT_SYNC, Project, Recorder, train
 

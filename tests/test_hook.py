@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gdp_mmseg.export import export
 from gdp_mmseg.hook import find_pruner
-from gdp_mmseg.model import Pruner
+from gdp_mmseg.pruner import Pruner
 from gdp_mmseg.report import read_gates
 
 from project import (ITERATIONS, PHASES, TARGET, Project, Recorder, Trained,

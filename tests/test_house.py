@@ -24,36 +24,39 @@ PRUNED = [name for name in CONFIGS if name.startswith('gdp_')]
 ARROWS: dict[str, set[str]] = {
     'version': set(),
     'gate': set(),
+    'schedule': set(),
+    'kernel': {'gate'},
     'labels': set(),
     'operators': {'labels'},
     'trace': {'labels', 'operators'},
     'groups': {'labels', 'trace'},
     'lively': {'trace'},
-    'proof': {'gate', 'groups', 'lively', 'surgery', 'trace'},
+    'proof': {'gate', 'groups', 'kernel', 'lively', 'surgery', 'trace'},
     'cost': {'groups'},
     'latency': {'groups', 'labels'},
-    'surgery': {'gate', 'groups', 'trace'},
+    'surgery': {'groups', 'kernel', 'trace'},
     'registry': set(),
     'amp': {'registry'},
     'files': set(),
     'checkpoint': {'files', 'groups', 'version'},
     'guard': {'checkpoint', 'registry'},
     'report': {'cost', 'files', 'groups', 'surgery'},
-    'stages': {'gate', 'groups'},
+    'stages': {'groups', 'kernel'},
     'pictures': set(),
-    'diary': {'groups', 'model', 'pictures', 'report', 'stages'},
+    'diary': {'groups', 'pruner', 'pictures', 'report', 'stages'},
+    'pruner': {'cost', 'gate', 'groups', 'latency', 'schedule', 'surgery'},
     'model': {
-        'checkpoint', 'cost', 'gate', 'groups', 'latency', 'proof', 'registry',
+        'checkpoint', 'groups', 'kernel', 'proof', 'pruner', 'registry',
         'surgery'
     },
     'support': set(),
     'hook': {
         'checkpoint', 'cost', 'diary', 'files', 'gate', 'guard', 'latency',
-        'model', 'registry', 'support'
+        'model', 'pruner', 'registry', 'support'
     },
     'export': {
         'checkpoint', 'cost', 'diary', 'files', 'groups', 'model', 'proof',
-        'report', 'stages', 'surgery', 'version'
+        'pruner', 'report', 'stages', 'surgery', 'version'
     },
     '__init__': set(MODULES) - {'__init__'},
 }
@@ -62,6 +65,9 @@ LIBRARIES: dict[str, set[str]] = {
     'version': set(),
     'files': set(),
     'gate': {'torch'},
+    'schedule': set(),
+    'kernel': {'torch'},
+    'pruner': {'torch'},
     'labels': {'torch'},
     'operators': {'torch'},
     'trace': {'torch'},

@@ -12,7 +12,7 @@ from gdp_mmseg.cost import LatencyCost, counted_layers
 from gdp_mmseg.groups import Layer
 from gdp_mmseg.labels import Run
 from gdp_mmseg.latency import ROUNDS, Workload, fit, measure, stopwatch
-from gdp_mmseg.model import Pruner, Settings
+from gdp_mmseg.pruner import Pruner, Settings
 
 from toys import TOYS
 

@@ -10,9 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
-from gdp_mmseg.model import (Pruner, Settings, Target, analyse_config,
-                             build_base_model, build_gated_model, default_base,
-                             find_pruner)
+from gdp_mmseg.model import (analyse_config, build_base_model,
+                             build_gated_model, default_base, find_pruner)
+from gdp_mmseg.pruner import Pruner, Settings, Target
 
 from project import Project, build, nothing_to_prune, unet
 from toys import BACKBONES, deeplab

@@ -12,11 +12,12 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdp_mmseg import model as model_module
+from gdp_mmseg import pruner as pruner_module
 from gdp_mmseg.export import export
 from gdp_mmseg.gate import Gates
 from gdp_mmseg.groups import Layer, analyse
-from gdp_mmseg.model import Pruner, Settings, find_pruner
+from gdp_mmseg.model import find_pruner
+from gdp_mmseg.pruner import Pruner, Settings
 from gdp_mmseg.surgery import prune
 
 from project import NAME, Project, Trained, train
@@ -92,7 +93,7 @@ def test_a_target_below_what_a_floor_keeps_is_refused() -> None:
 
 def test_training_ends_within_one_point_of_the_latency(
         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_module, 'measure', times)
+    monkeypatch.setattr(pruner_module, 'measure', times)
     _, pruner = trained_toy('latency')
     channels = pruner.channels()
     assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
@@ -167,7 +168,7 @@ def by_latency(project: Project,
         return times(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model_module, 'measure', counted)
+        patch.setattr(pruner_module, 'measure', counted)
         folder = tmp_path_factory.mktemp('latency')
         return Measured(trained_to('latency', project, folder), calls)
 
@@ -244,7 +245,7 @@ def test_latency_is_measured_once_and_kept(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody who loads the checkpoint measures: not export, not resume."""
     assert len(by_latency.calls) == 1
-    monkeypatch.setattr(model_module, 'measure', never)
+    monkeypatch.setattr(pruner_module, 'measure', never)
     trained = by_latency.trained
     pruner = find_pruner(trained.runner.model)
     report, text, _ = report_of(trained, tmp_path / 'out', 'latency', project)

@@ -1,0 +1,303 @@
+"""The gates of a model with their settings, cost, schedule and step."""
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
+from .gate import Gates, held_cost
+from .groups import Groups
+from .latency import Stopwatch, measure, stopwatch
+from .schedule import Schedule
+from .surgery import constant_channels, kept_channels
+
+# Of the share that a target is about; never above it by more.
+_NEARLY_A_POINT = 0.009
+# What a target can be about, in words.
+COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to keep how much of.
+
+    Args:
+        ratio (float): Share of the dense cost to keep, in (0, 1).
+        type (str): ``'flops'``, ``'params'`` or ``'latency'``.
+    """
+    ratio: float
+    type: str = 'flops'
+
+    @classmethod
+    def from_config(cls, config: Any) -> Target:
+        """Read ``target=0.4`` or ``target=dict(type='params', ratio=0.4)``.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is out of
+                its range.
+        """
+        if not isinstance(config, Mapping):
+            config = dict(type='flops', ratio=config)
+            key = 'gdp.target'
+        elif set(config) != {'type', 'ratio'}:
+            raise ValueError(
+                f'gdp.target: expected dict(type=..., ratio=...), but got '
+                f'{dict(config)}; change the keys of gdp.target')
+        else:
+            key = 'gdp.target.ratio'
+        if config['type'] not in [*COSTS]:
+            raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
+                             f'but got {config["type"]!r}')
+        ratio = config['ratio']
+        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
+            raise ValueError(f'{key}: expected the share of '
+                             f'{COSTS[config["type"]]} to keep, in (0, 1), '
+                             f'but got {ratio!r}')
+        return cls(ratio, config['type'])
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The keys of ``gdp=dict(...)`` in a config.
+
+    Args:
+        target (Target): What to keep; in a config a number, the share of the
+            dense multiply-adds, or ``dict(type=..., ratio=...)``.
+        input_shape (tuple[int, ...], optional): ``(H, W)`` or ``(C, H, W)``
+            at which multiply-adds are counted. Defaults to ``size`` of the
+            model's data preprocessor.
+        phases (tuple[float, float, float]): Shares of the training that are
+            warm-up, pruning and settling.
+        epsilon (tuple[float, float]): At the start and end of the pruning
+            phase.
+        travel (float): The way that a theta, 1 at the start, can go in the
+            pruning phase.
+        close_below (float): Openness under which a gate closes for good.
+        floor (float): Least share of the channels of each group that stays.
+        ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
+            of which nothing may change.
+        prune (tuple[str, ...], optional): Names or patterns of modules; no
+            others lose channels of their own. Defaults to all.
+    """
+    target: Target
+    input_shape: tuple[int, ...] | None = None
+    phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
+    epsilon: tuple[float, float] = (0.1, 1e-4)
+    travel: float = 8.
+    close_below: float = 1e-2
+    floor: float = 0.
+    ignore: tuple[str, ...] = ()
+    prune: tuple[str, ...] | None = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
+        """Read ``gdp=dict(...)``.
+
+        Raises:
+            ValueError: If a key is unknown or missing, or a value is out of
+                its range.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        config = {} if config is None else config
+        if not isinstance(config, Mapping) or 'target' not in config or any(
+                key not in known for key in config):
+            came = list(config) if isinstance(config, Mapping) else config
+            raise ValueError(
+                f'gdp: expected dict(target=...) with any of {known[1:]}, but '
+                f'got {came}; change the keys of model.gdp')
+        plain: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in config.items()
+        }
+        plain['target'] = Target.from_config(config['target'])
+        settings = cls(**plain)
+        for name in ('travel', 'close_below'):
+            value = getattr(settings, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f'gdp.{name}: expected a number above 0, '
+                                 f'but got {value!r}')
+        if not isinstance(settings.floor,
+                          (int, float)) or not 0 <= settings.floor < 1:
+            raise ValueError('gdp.floor: expected the least share of the '
+                             "channels of each group, in [0, 1), but got "
+                             f'{settings.floor!r}')
+        for name in ('ignore', 'prune'):
+            value = getattr(settings, name)
+            if value is not None and (not isinstance(value, tuple) or not all(
+                    isinstance(item, str) for item in value)):
+                raise ValueError(f"gdp.{name}: expected a list of names or "
+                                 "patterns of modules, e.g. ['decode_head'], "
+                                 f'but got {value!r}')
+        Schedule(settings.phases, settings.epsilon)
+        if settings.close_below >= 1:
+            raise ValueError('gdp.close_below: expected less than 1, the '
+                             'openness at the start, but got '
+                             f'{settings.close_below}')
+        return settings
+
+
+class Pruner(nn.Module):
+    """The gates of a model, with all that governs them.
+
+    Lives at ``model.gdp``; the only thing that a gated model has more.
+
+    Args:
+        groups (Groups): What the analysis of the model found.
+        settings (Settings): See there.
+
+    Attributes:
+        gates (Gates): Their state is in the model's state dict.
+        flops (FlopCost): Share of the dense multiply-adds.
+        cost (Cost): Share of what the target is about; may be ``flops``.
+
+    Raises:
+        ValueError: If the target is below what cannot be pruned.
+    """
+
+    least: Tensor
+
+    def __init__(self, groups: Groups, settings: Settings) -> None:
+        super().__init__()
+        self.groups = groups
+        self.settings = settings
+        self.schedule = Schedule(settings.phases, settings.epsilon)
+        self.gates = Gates(groups.number, settings.epsilon[0],
+                           settings.close_below)
+        self.flops = FlopCost(groups)
+        self.cost: Cost = self.flops
+        if settings.target.type == 'params':
+            self.cost = ParameterCost(groups)
+        elif settings.target.type == 'latency':
+            self.cost = LatencyCost(groups)
+        self.register_buffer(
+            'least',
+            torch.tensor([
+                math.ceil(settings.floor * len(group.gates))
+                for group in groups.groups
+            ]),
+            persistent=False)
+        if not self.unmeasured:
+            self.check_target()
+
+    @property
+    def unmeasured(self) -> bool:
+        """Whether the cost is yet to be measured, by :meth:`measure_`."""
+        return isinstance(self.cost, LatencyCost) and not self.cost.measured
+
+    def measure_(self, stopwatch: Stopwatch = stopwatch) -> None:
+        """Measure the latency of the model's layers, where it is, in place.
+
+        Args:
+            stopwatch (Stopwatch): See :func:`gdp_mmseg.latency.measure`.
+        """
+        coefficients = measure(
+            counted_layers(self.groups), self.gates.theta.device, stopwatch)
+        self.cost.weigh_(coefficients.flatten())
+
+    @torch.no_grad()
+    def check_target(self) -> None:
+        """Fail if the target is below what no gate can save.
+
+        Raises:
+            ValueError: If so.
+        """
+        kept = self.gates.strongest(self.cost.group_of, self.least)
+        kept = kept_channels(self.groups, kept.float())
+        least = float(self.cost(kept.to(self.gates.theta)))
+        target = self.settings.target
+        if target.ratio <= least:
+            raise ValueError(
+                f'gdp.target: expected more than {least:.4f}, the share of '
+                f'{COSTS[target.type]} that no gate can save, but got '
+                f'{target.ratio}')
+
+    def asked(self, progress: float) -> float:
+        """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
+        return self.schedule.budget_at(progress, self.settings.target.ratio)
+
+    @torch.no_grad()
+    def got(self, progress: float) -> float:
+        """What is held against the budget at ``progress`` in [0, 1]."""
+        return float(
+            held_cost(self.cost, self.gates.openness(),
+                      self.schedule.whole_at(progress)))
+
+    @torch.no_grad()
+    def step_(self, progress: float, steps: int) -> bool:
+        """Move all gates by one step, in place, by theta's gradient.
+
+        Args:
+            progress (float): Share of the training that is over, in [0, 1].
+            steps (int): How many of these the training has.
+
+        Returns:
+            bool: False, with no gate moved, if the gradient is not finite.
+
+        Raises:
+            RuntimeError: If the cost is not measured.
+        """
+        if self.unmeasured:
+            raise RuntimeError('expected a measured latency before the first '
+                               'step of the gates, but got none; train with '
+                               'GDPHook, or call measure_()')
+        phase = self.schedule.phase_at(progress)
+        if phase == 'warmup':
+            return self.gates.observe_()
+        if phase == 'settling':
+            return True
+        self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
+        alive = self._alive()
+        moved = self.gates.step_(
+            self.cost,
+            self.asked(progress) + self._rounding(),
+            self.settings.travel / max(steps * self.schedule.phases[1], 1),
+            self.schedule.whole_at(progress), self._spared(progress))
+        self._close_dead_(alive)
+        return moved
+
+    def _rounding(self) -> float:
+        """Half of what the dearest open gate costs: to the nearest channel.
+
+        A budget that must not be passed would be missed by a whole channel,
+        which in a small network is more than a point.
+        """
+        openness = self.gates.openness()
+        price = self.cost.price(openness).masked_fill(openness == 0, 0)
+        return min(float(price.max()) / 2, _NEARLY_A_POINT)
+
+    def _spared(self, progress: float) -> Tensor | None:
+        """Gates that must not close now: of the floor, the last of a group."""
+        numbers = self.least
+        if self.schedule.spares_groups(progress):
+            numbers = numbers.clamp(min=1)
+        elif not self.settings.floor:
+            return None
+        return self.gates.strongest(self.cost.group_of, numbers)
+
+    def _close_dead_(self, before: int) -> None:
+        """Close what only feeds closed layers, or is fed by none.
+
+        Only if a group died: ``before`` were alive.
+        """
+        while self._alive() < before:
+            before = self._alive()
+            openness = self.gates.openness()
+            keep = kept_channels(self.groups, openness)
+            keep &= ~constant_channels(self.groups, keep)
+            self.gates.close_(~keep.to(openness.device))
+
+    def _alive(self) -> int:
+        """Groups with an open gate."""
+        opened = (self.gates.openness() > 0).cpu()
+        return sum(
+            bool(opened[group.gates].any()) for group in self.groups.groups)
+
+    def channels(self) -> Tensor:
+        """1 for each gate whose channels a pruned model has, ``(G,)``."""
+        with torch.no_grad():
+            keep = kept_channels(self.groups, self.gates.openness())
+        return keep.to(self.gates.theta)
