@@ -10,16 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip('mmengine')
-
-from gdp_mmseg.checkpoint import (
-    WholeFileBackend,
-    checksum,  # noqa: E402
-    mend_last_checkpoint,
-    other_versions,
-    read_checkpoint,
-    save_exported,
-    versions)
+from gdp_mmseg.checkpoint import (WholeFileBackend, checksum,
+                                  mend_last_checkpoint, other_versions,
+                                  read_checkpoint, save_exported, versions)
 
 STATE = dict(
     weight=torch.arange(5000.),
