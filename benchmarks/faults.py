@@ -35,6 +35,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 import gdp_mmseg.files
+# Imported once, before the forks; the config names it.
+import gdp_mmseg.hook  # noqa: F401
 from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.export import export, load_exported
 from gdp_mmseg.report import table, write_json
@@ -58,8 +60,10 @@ class Kill:
 
     Args:
         when (str): ``'running'``, at any time; ``'saving'``, while it writes
-            a file; ``'pointing'``, when it has emptied ``last_checkpoint``.
-        count (int): Rows of ``gates.jsonl``, or files written, before that.
+            a file; ``'pointing'``, while it writes ``last_checkpoint``;
+            ``'renamed'``, right after it renamed something.
+        count (int): Rows of ``gates.jsonl``, files written, or renamed,
+            before that.
         share (float): Of the iteration, or of the file's bytes; of an export
             that runs, of its time.
     """
@@ -161,6 +165,16 @@ def arm(kill: Kill | None) -> None:
         written += 1
         return HalfFile(file) if written > kill.count else file
 
+    def replace(*paths: Any) -> None:
+        nonlocal written
+        rename(*paths)
+        written += 1
+        if written > kill.count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill.when == 'renamed':
+        rename, os.replace = os.replace, replace
+        return
     module: Any = (
         gdp_mmseg.files
         if kill.when == 'saving' else mmengine.hooks.checkpoint_hook)
@@ -312,6 +326,8 @@ def killed_export(kill: Kill, folder: Path, data: Path, checkpoint: Path,
                   seconds: float) -> dict[str, Any]:
     """Export, be killed, look at what is there.
 
+    If it ends before its time has come, it is done again, and killed sooner.
+
     Args:
         kill (Kill): When.
         folder (Path): Where to export to ``pair``.
@@ -329,9 +345,12 @@ def killed_export(kill: Kill, folder: Path, data: Path, checkpoint: Path,
     if out_dir.exists():
         left = 'complete' if is_complete(out_dir) else 'half a result'
         shutil.rmtree(out_dir)
+    if status == 0:
+        sooner = dataclasses.replace(kill, share=kill.share * 0.8)
+        return killed_export(sooner, folder, data, checkpoint, seconds)
     return dict(
         when=kill.when,
-        killed=status == -signal.SIGKILL,
+        count=kill.count,
         seconds=time.monotonic() - start,
         left=left)
 
@@ -348,11 +367,14 @@ def is_complete(out_dir: Path) -> bool:
 
 
 def export_kills(number: int, seed: int) -> list[Kill]:
-    """One in three while it writes, the others at any time."""
+    """Half of them at any time, the others when files come to be."""
     draw = random.Random(seed)
+    kinds = ['running', 'saving', 'running', 'renamed']
+    # Checkpoint and report are written; these and the folder are renamed.
     return [
-        Kill('saving' if index % 3 == 2 else 'running', draw.randrange(2),
-             draw.uniform(0, 1.05)) for index in range(number)
+        Kill(when, draw.randrange(3 if when == 'renamed' else 2),
+             draw.random())
+        for when in (kinds[index % len(kinds)] for index in range(number))
     ]
 
 
@@ -367,7 +389,10 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     # An iteration, or more; a kill may come in any part of it.
     step = (time.monotonic() - start) / ITERATIONS
     trainings = []
-    for index, kills in enumerate(training_kills(args.kills, args.seed)):
+    if args.only == 'exports':
+        trainings = json.loads(args.report.read_text())['trainings']
+    for index, kills in enumerate(
+            training_kills(0 if trainings else args.kills, args.seed)):
         trainings.append(
             killed_training(kills, straight, folder / f'training{index}', data,
                             step))
@@ -430,8 +455,9 @@ def markdown(report: dict[str, Any]) -> str:
         table(cells), '',
         f'{kept} of {len(exports)} killed exports leave nothing '
         f'({lefts["nothing"]}) or a complete result ({lefts["complete"]}) '
-        'that loads, with the right checksum. After the last, one that was '
-        f'not killed left {report["left_by_killed_exports"]} temporary '
+        'that loads, with the right checksum: killed at any time, while '
+        'writing a file, or right after renaming one. After the last, one '
+        f'that was not killed left {report["left_by_killed_exports"]} temporary '
         'folders of all the others.', '',
         f'{report["model"]}, {report["iterations"]} iterations of batch '
         f'{report["batch_size"]} with dropout, random flips and colours, a '
@@ -449,15 +475,16 @@ def main() -> None:
     parser.add_argument('--report', type=Path, required=True)
     parser.add_argument('--kills', type=int, default=25, help='of each kind')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--only', choices=['exports'], help='keep the rest of the report')
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
+        cfg = config_of(RUN, Path(folder) / 'data')
         report = dict(
             model=RUN.model,
             iterations=ITERATIONS,
-            batch_size=config_of(RUN,
-                                 Path(folder) /
-                                 'data').train_dataloader.batch_size,
+            batch_size=cfg.train_dataloader.batch_size,
             seed=args.seed,
             machine=f'{platform.machine()}, 1 of {os.cpu_count()} CPU cores',
             torch=torch.__version__,

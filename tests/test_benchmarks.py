@@ -16,8 +16,8 @@ BENCHMARKS = ROOT / 'benchmarks'
 
 @pytest.mark.parametrize('name, options', [
     ('budget', ['--models', 'SegFormer', '--targets', '0.3', '0.6']),
-    ('controllers',
-     ['--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6']),
+    ('controllers', ['--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6'
+                     ]),
 ])
 def test_budget_is_measured_run_by_run(name: str, options: list[str],
                                        tmp_path: Path) -> None:
@@ -47,3 +47,30 @@ def test_reports_of_the_repository_become_the_results_page() -> None:
     finally:
         page.write_bytes(before[0])
         readme.write_bytes(before[1])
+
+
+def test_page_on_reliability_has_the_figures_of_its_report(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import faults
+    report = json.loads((ROOT / 'docs/reports/faults.json').read_text())
+    assert len(report['trainings']) == len(report['exports']) == 25
+    page = (ROOT / 'docs/reliability.md').read_text()
+    assert faults.markdown(report) in page
+
+
+def test_training_that_is_killed_ends_as_the_one_that_is_not(
+        tmp_path: Path) -> None:
+    report = tmp_path / 'report.json'
+    subprocess.run([
+        sys.executable, '-W', 'ignore', BENCHMARKS / 'faults.py', '--kills',
+        '1', '--seed', '1', '--report', report
+    ],
+                   check=True,
+                   capture_output=True)
+    written = json.loads(report.read_text())
+    training, = written['trainings']
+    assert all(training[key] for key in training if key != 'ends')
+    assert any(end['killed'] for end in training['ends'])
+    assert written['exports'][0]['left'] in ('nothing', 'complete')
+    assert written['left_by_killed_exports'] == 0
