@@ -456,9 +456,10 @@ def markdown(report: dict[str, Any]) -> str:
         f'{kept} of {len(exports)} killed exports leave nothing '
         f'({lefts["nothing"]}) or a complete result ({lefts["complete"]}) '
         'that loads, with the right checksum: killed at any time, while '
-        'writing a file, or right after renaming one. After the last, one '
-        f'that was not killed left {report["left_by_killed_exports"]} temporary '
-        'folders of all the others.', '',
+        'writing a file, or right after renaming one. After the last, '
+        'one that was not killed left '
+        f'{report["left_by_killed_exports"]} temporary folders of all the '
+        'others.', '',
         f'{report["model"]}, {report["iterations"]} iterations of batch '
         f'{report["batch_size"]} with dropout, random flips and colours, a '
         f'checkpoint every {SAVED_EVERY} (`max_keep_ckpts=1`), validation '
