@@ -29,6 +29,11 @@ def main() -> None:
     parser.add_argument('--targets', nargs='+', type=float, default=TARGETS)
     parser.add_argument(
         '--iterations', nargs='+', type=int, default=[500, 2000])
+    parser.add_argument(
+        '--long-targets',
+        nargs='+',
+        type=float,
+        help='of all but the first number of iterations (default: all)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
     floors = {name: floor_of(name) for name in args.models}
@@ -39,7 +44,9 @@ def main() -> None:
         runs=[],
         **conditions())
     for iterations in args.iterations:
-        for target in args.targets:
+        first = iterations == args.iterations[0]
+        for target in (args.targets
+                       if first else args.long_targets or args.targets):
             for name in args.models:
                 if target > floors[name]:
                     run = Run(name, target, iterations, args.seed)

@@ -74,10 +74,14 @@ class Schedule:
         """Share of a half-open gate that counts as a whole channel.
 
         One half while the budget falls; where the budget stands it rises
-        linearly to 1, which is what the gate will be in the pruned network.
+        linearly to 1, which is what the gate will be in the pruned network,
+        and stays there for the second half of that time: to open what is
+        half open then costs nothing.
         """
-        standing = max(self.pruned_share(progress) - self.ramp, 0.)
-        return 0.5 + 0.5 * (standing / (1 - self.ramp) if standing else 0.)
+        if self.pruned_share(progress) <= self.ramp:
+            return 0.5
+        standing = (self.pruned_share(progress) - self.ramp) / (1 - self.ramp)
+        return min(0.5 + standing, 1.)
 
     def spares_groups(self, progress: float) -> bool:
         """Whether a group that is alive must stay alive.

@@ -73,9 +73,12 @@ def test_whole_channels_are_all_that_counts_when_the_pruning_ends(
     schedule = Schedule(phases, ramp=ramp)
     warmup, pruning, _ = phases
     values = [schedule.whole_at(progress) for progress in GRID]
-    middle = schedule.whole_at(warmup + pruning * (1 + ramp) / 2)
+    standing = pruning * (1 - ramp)
     assert schedule.whole_at(warmup + pruning * ramp) == pytest.approx(0.5)
-    assert middle == pytest.approx(0.75)
+    assert schedule.whole_at(warmup + pruning * ramp +
+                             standing / 4) == pytest.approx(0.75)
+    assert schedule.whole_at(warmup + pruning * ramp +
+                             standing / 2) == pytest.approx(1)
     assert values[0] == 0.5 and values[-1] == pytest.approx(1)
     assert all(one <= other for one, other in zip(values, values[1:]))
 
