@@ -102,8 +102,7 @@ def start_checkpoint(args: argparse.Namespace) -> Path:
 def config_of(args: argparse.Namespace, method: str, target: float,
               seed: int) -> Config:
     """The training of one run."""
-    name = dict(camvid='camvid', voc='voc_subset')[args.data]
-    cfg = Config.fromfile(HERE / f'configs/{name}.py')
+    cfg = Config.fromfile(HERE / f'configs/{args.data}.py')
     root = str(args.data_root.resolve())
     train = cfg.train_dataloader.dataset
     for dataset in train.get('datasets', [train]):

@@ -236,6 +236,7 @@ BAD_SETTINGS = {
     'travel text': (dict(target=0.4, travel='far'), "'far'", 'gdp.travel'),
     'close_below negative': (dict(target=0.4,
                                   close_below=-1), '-1', 'gdp.close_below'),
+    'floor of all channels': (dict(target=0.4, floor=1.), '1.0', 'gdp.floor'),
     'close_below above all gates': (dict(target=0.4, close_below=1.), '1.0',
                                     'gdp.close_below'),
     'input shape of one number': (dict(target=0.4, input_shape=64), '64',
