@@ -244,6 +244,7 @@ class Pruner(nn.Module):
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
+        progress = self.schedule.with_the_end(progress, 1 / max(steps, 1))
         phase = self.schedule.phase_at(progress)
         if phase == 'warmup':
             return self.gates.observe_()

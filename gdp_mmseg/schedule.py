@@ -60,6 +60,18 @@ class Schedule:
             return 'warmup'
         return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
 
+    def with_the_end(self, progress: float, step: float) -> float:
+        """Progress, or the end of pruning if that comes before the next step.
+
+        So the last step of the gates has the target for its budget, also
+        where gradients are accumulated over many iterations.
+        """
+        end = self.phases[0] + self.phases[1]
+        is_last = (
+            self.phase_at(progress) == 'pruning'
+            and self.phase_at(progress + step) == 'settling')
+        return end * (1 - 1e-9) if is_last else progress
+
     def epsilon_at(self, progress: float) -> float:
         """Epsilon at ``progress`` in [0, 1], falling geometrically."""
         start, end = self.epsilon

@@ -83,6 +83,19 @@ def test_whole_channels_are_all_that_counts_when_the_pruning_ends(
     assert all(one <= other for one, other in zip(values, values[1:]))
 
 
+@pytest.mark.parametrize('steps', [3, 8, 100])
+def test_last_step_of_the_pruning_is_for_the_target(steps: int) -> None:
+    schedule = Schedule((0.1, 0.6, 0.3))
+    seen = [
+        schedule.with_the_end(step / steps, 1 / steps) for step in range(steps)
+    ]
+    pruning = [one for one in seen if schedule.phase_at(one) == 'pruning']
+    assert schedule.budget_at(pruning[-1], 0.4) == pytest.approx(0.4)
+    assert schedule.pruned_share(pruning[-1]) == pytest.approx(1)
+    moved = sum(one != step / steps for step, one in enumerate(seen))
+    assert moved == 1
+
+
 def test_groups_are_spared_in_the_last_third_of_the_pruning() -> None:
     schedule = Schedule((0.1, 0.6, 0.3))
     spared = [
