@@ -113,7 +113,7 @@ class GuardHook(Hook):
         Raises:
             FloatingPointError: If they are too many.
         """
-        loss = float((outputs or {}).get('loss', 0.))
+        loss = float(torch.as_tensor((outputs or {}).get('loss', 0.)).detach())
         if math.isfinite(loss):
             self._not_finite = 0
             return

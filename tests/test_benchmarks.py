@@ -59,6 +59,15 @@ def test_page_on_reliability_has_the_figures_of_its_report(
     assert faults.markdown(report) in page
 
 
+def test_page_on_reliability_has_the_figures_of_two_processes(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import processes
+    report = json.loads((ROOT / 'docs/reports/processes.json').read_text())
+    page = (ROOT / 'docs/reliability.md').read_text()
+    assert processes.markdown(report) in page
+
+
 def test_training_that_is_killed_ends_as_the_one_that_is_not(
         tmp_path: Path) -> None:
     report = tmp_path / 'report.json'

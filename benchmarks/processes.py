@@ -1,0 +1,178 @@
+"""A gated training in two processes, against one with the batches of both.
+
+Runs ``tools/dist_train.sh`` and ``tools/train.py`` on CPUs, exports what the
+two processes trained, and writes a report and its section of
+``docs/reliability.md``; a minute on two cores.
+
+    python benchmarks/processes.py --report docs/reports/processes.json
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.dist import get_rank
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor
+
+from gdp_mmseg.export import export
+from gdp_mmseg.model import find_pruner
+from gdp_mmseg.report import write_json
+
+from results import put_between
+from small_models import ROOT, Run, config_of
+
+RUN = Run('DeepLabV3Plus-ResNet18', target=0.4, iterations=60)
+PAGE = ROOT / 'docs' / 'reliability.md'
+
+
+@HOOKS.register_module()
+class ThetaRecorder(Hook):
+    """Leaves theta after each iteration in the work folder, of each process.
+    """
+
+    # After the hook that moves them.
+    priority = 'LOWEST'
+
+    def __init__(self) -> None:
+        self.theta: list[Tensor] = []
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Note theta."""
+        self.theta.append(find_pruner(runner.model).gates.theta.detach().cpu())
+
+    def after_train(self, runner: Runner) -> None:
+        """Write what was noted."""
+        torch.save(
+            torch.stack(self.theta),
+            theta_file(Path(runner.work_dir), get_rank()))
+
+
+def theta_file(work_dir: Path, rank: int) -> Path:
+    return work_dir / f'theta{rank}.pth'
+
+
+def exact_config(folder: Path) -> Config:
+    """A training whose mean over two batches is that over one of both.
+
+    Norms in eval mode or none, nothing drawn: no dropout, no flips.
+    """
+    cfg = config_of(RUN, folder / 'data')
+    cfg.model.backbone.update(norm_cfg=dict(type='BN'), norm_eval=True)
+    for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
+        head.update(norm_cfg=None, dropout_ratio=0.)
+    pipeline = cfg.train_dataloader.dataset.pipeline
+    cfg.train_dataloader.dataset.pipeline = [
+        step for step in pipeline if step.type != 'RandomFlip'
+    ]
+    cfg.default_hooks.checkpoint = dict(
+        type='CheckpointHook', by_epoch=False, interval=RUN.iterations)
+    cfg.custom_imports = dict(imports=['processes'])
+    cfg.custom_hooks = [dict(type='ThetaRecorder')]
+    return cfg
+
+
+def run(command: list[Any]) -> None:
+    """Run one of our tools, with this folder on the path; its failure is ours.
+    """
+    paths = [str(ROOT), str(Path(__file__).parent)]
+    programs = Path(sys.executable).parent
+    subprocess.run([str(part) for part in command],
+                   env=dict(
+                       os.environ,
+                       OMP_NUM_THREADS='1',
+                       PATH=f'{programs}:{os.environ["PATH"]}',
+                       PYTHONPATH=':'.join(paths)),
+                   check=True)
+
+
+def measure(folder: Path) -> dict[str, Any]:
+    """Train both ways, export, and compare."""
+    path = folder / 'config.py'
+    cfg = exact_config(folder)
+    cfg.dump(path)
+    # Is here already, in this process.
+    for key in ('custom_imports', 'custom_hooks'):
+        cfg.pop(key)
+    batch = cfg.train_dataloader.batch_size
+    two, one = folder / 'two', folder / 'one'
+    run([ROOT / 'tools' / 'dist_train.sh', path, 2, '--work-dir', two])
+    run([
+        sys.executable, ROOT / 'tools' / 'train.py', path, '--work-dir', one,
+        '--cfg-options', f'train_dataloader.batch_size={2 * batch}'
+    ])
+    first, second, alone = (torch.load(theta_file(work_dir, rank))
+                            for work_dir, rank in ((two, 0), (two, 1), (one,
+                                                                        0)))
+    report = export(
+        cfg,
+        str(two / f'iter_{RUN.iterations}.pth'),
+        folder / 'pair',
+        'config',
+        evaluate=False)
+    return dict(
+        model=RUN.model,
+        target=RUN.target,
+        iterations=RUN.iterations,
+        batch_size=batch,
+        gates=first.shape[1],
+        closed=int((first[-1] == 0).sum()),
+        equal_in_both=int((first == second).all(1).sum()),
+        same_closed_as_alone=int(((first == 0) == (alone == 0)).all(1).sum()),
+        theta_apart=float((first - alone).abs().max()),
+        flops=report['macs_pruned'] / report['macs_dense'],
+        max_rel_diff=report['max_rel_diff'],
+        compared_on=report['compared_on'],
+        machine=f'{platform.machine()}, {os.cpu_count()} CPU cores, gloo',
+        torch=torch.__version__)
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """The section of the page."""
+    steps = report['iterations']
+    return (
+        f'Two processes by `tools/dist_train.sh`: theta of all '
+        f'{report["gates"]} gates is equal in both, bit for bit, after '
+        f'{report["equal_in_both"]} of {steps} iterations. Against one '
+        f'process with batches twice as large, the same gates are closed '
+        f'after {report["same_closed_as_alone"]} of {steps}, '
+        f'{report["closed"]} at the end, and theta is '
+        f'{report["theta_apart"]:.0e} apart at most. The export of their '
+        f'checkpoint keeps {report["flops"]:.3f} of the FLOPs, asked for '
+        f'{report["target"]}; gated and pruned outputs differ by '
+        f'{report["max_rel_diff"]:.0e} of the largest on '
+        f'{report["compared_on"]}.\n\n'
+        f'{report["model"]}, {steps} iterations of batch '
+        f'{report["batch_size"]} in each process, norms in eval mode or none, '
+        'no dropout, no flips, because only then are two batches and one of '
+        f'both the same sums. {report["machine"]}, torch {report["torch"]}. '
+        'Report: `reports/processes.json`, by `python benchmarks/processes.py '
+        '--report docs/reports/processes.json`.')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--report', type=Path, required=True)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(Path(folder))
+    write_json(args.report, report)
+    print(json.dumps(report, indent=1))
+    if args.report.resolve() == ROOT / 'docs' / 'reports' / 'processes.json':
+        put_between(PAGE, 'processes', markdown(report))
+
+
+if __name__ == '__main__':
+    main()
