@@ -96,8 +96,8 @@ class PruneOnce(Hook):
         return high
 
 
-def prune_(model: nn.Module, method: str, ratio: float,
-           shape: tuple[int, ...], seed: int) -> None:
+def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
+           seed: int) -> None:
     """Remove a share of the channels of every layer, in place."""
     torch.manual_seed(seed)
     training = {name: one.training for name, one in model.named_modules()}

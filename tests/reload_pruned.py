@@ -27,10 +27,13 @@ def main() -> None:
     tuned = torch.load(
         f'{work_dir}/iter_1.pth', weights_only=False)['state_dict']
     before = torch.load(checkpoint, weights_only=True)['state_dict']
-    if {key: tensor.shape
+    if {
+            key: tensor.shape
             for key, tensor in tuned.items()
-        } != {key: tensor.shape
-              for key, tensor in before.items()}:
+    } != {
+            key: tensor.shape
+            for key, tensor in before.items()
+    }:
         raise SystemExit('expected the fine-tuned state to fit the exported')
     moved = sum(not torch.equal(tuned[key], before[key]) for key in before)
     print(f'moved {moved} of {len(before)}')

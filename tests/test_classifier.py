@@ -66,8 +66,8 @@ def config(tmp_path: Path) -> Config:
         folder.mkdir(parents=True)
         for index in range(16):
             noise = generator.normal(level, 40, (32, 32, 3))
-            Image.fromarray(noise.clip(0, 255).astype(
-                np.uint8)).save(folder / f'{index}.png')
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(
+                folder / f'{index}.png')
     (tmp_path / 'classifier.py').write_text(
         CONFIG.replace('DATA', repr(str(tmp_path / 'data'))))
     (tmp_path / 'gated.py').write_text(DROP_IN)

@@ -19,8 +19,8 @@ from gdp_mmseg.export import build_gated, export, read_checkpoint  # noqa: E402
 from gdp_mmseg.model import find_pruner  # noqa: E402
 from gdp_mmseg.proof import largest_difference  # noqa: E402
 
-from project import (DENSE, Project, make_demo_data, run_program,  # noqa: E402
-                     train)
+from project import run_program  # noqa: E402
+from project import DENSE, Project, make_demo_data, train
 
 CONFIGS = Path(mmseg.__file__).parent / '.mim' / 'configs'
 ITERATIONS = 8

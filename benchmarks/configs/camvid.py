@@ -54,11 +54,11 @@ dataset = dict(
     img_suffix='.jpg',
     seg_map_suffix='.png',
     metainfo=dict(
-        classes=('sky', 'building', 'pole', 'road', 'pavement', 'tree',
-                 'sign', 'fence', 'car', 'pedestrian', 'bicyclist'),
-        palette=[[128, 128, 128], [128, 0, 0], [192, 192, 128],
-                 [128, 64, 128], [60, 40, 222], [128, 128, 0], [192, 128, 128],
-                 [64, 64, 128], [64, 0, 128], [64, 64, 0], [0, 128, 192]]))
+        classes=('sky', 'building', 'pole', 'road', 'pavement', 'tree', 'sign',
+                 'fence', 'car', 'pedestrian', 'bicyclist'),
+        palette=[[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128],
+                 [60, 40, 222], [128, 128, 0], [192, 128, 128], [64, 64, 128],
+                 [64, 0, 128], [64, 64, 0], [0, 128, 192]]))
 train_dataloader = dict(
     batch_size=8,
     num_workers=0,
