@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'
 sys.path.insert(0, str(TOOLS))
 
-from make_demo_data import make_demo_data  # noqa: E402
+from make_demo_data import make_demo_data
 
 TARGET = 0.4
 ITERATIONS = 32

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip('mmseg')
 pytest_plugins = ('project', )
 
-from project import TOOLS, Project, run_tool  # noqa: E402
+from project import TOOLS, Project, run_tool
 
 HEAD = "model = dict(decode_head=dict(type='{}'))"
 

@@ -12,10 +12,10 @@ from PIL import Image
 pytest.importorskip('mmpretrain')
 pytest_plugins = ('project', )
 
-from gdp_mmseg.export import export, load_exported  # noqa: E402
-from gdp_mmseg.model import find_pruner  # noqa: E402
+from gdp_mmseg.export import export, load_exported
+from gdp_mmseg.model import find_pruner
 
-from project import train  # noqa: E402
+from project import train
 
 CONFIG = """
 default_scope = 'mmpretrain'

@@ -13,7 +13,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tools'))
 
-import make_demo_data as demo  # noqa: E402
+import make_demo_data as demo
 
 SIZE = 64
 COUNTS = {'train': 110, 'val': 70}

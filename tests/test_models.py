@@ -12,15 +12,14 @@ pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 pytest_plugins = ('project', )
 
-import mmseg  # noqa: E402
-from mmengine.config import Config  # noqa: E402
+import mmseg
+from mmengine.config import Config
 
-from gdp_mmseg.export import build_gated, export, read_checkpoint  # noqa: E402
-from gdp_mmseg.model import find_pruner  # noqa: E402
-from gdp_mmseg.proof import largest_difference  # noqa: E402
+from gdp_mmseg.export import build_gated, export, read_checkpoint
+from gdp_mmseg.model import find_pruner
+from gdp_mmseg.proof import largest_difference
 
-from project import run_program  # noqa: E402
-from project import DENSE, Project, make_demo_data, train
+from project import DENSE, Project, make_demo_data, run_program, train
 
 CONFIGS = Path(mmseg.__file__).parent / '.mim' / 'configs'
 ITERATIONS = 8
