@@ -51,7 +51,10 @@ ITERATIONS = 60
 SAVED_EVERY = 5
 RUN = Run('DeepLabV3Plus-ResNet18', target=0.4, iterations=ITERATIONS)
 NAME = 'faults'
-FILES = {f'{NAME}_pruned.py', f'{NAME}_pruned.pth', 'report.json', 'report.md'}
+FILES = {
+    f'{NAME}_pruned.py', f'{NAME}_pruned.pth', 'gates.png', 'report.json',
+    'report.md'
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Gates(nn.Module):
         >>> for step in range(200):
         ...     loss = -gates.openness()[0]
         ...     gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
-        ...     gates.step_(Half(), max(0.9 - step / 100, 0.5), lr=0.05)
+        ...     _ = gates.step_(Half(), max(0.9 - step / 100, 0.5), lr=0.05)
         >>> (gates.openness() > 0).tolist()
         [True, False]
     """

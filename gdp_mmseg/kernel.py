@@ -115,6 +115,7 @@ def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
         Tensor: ``(C,)``, differentiable in ``openness``.
 
     Examples:
+        >>> import torch
         >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
         tensor([0.0000, 1.0000, 0.5000])
     """
