@@ -50,7 +50,9 @@ class ThetaRecorder(Hook):
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Note theta."""
-        self.theta.append(find_pruner(runner.model).gates.theta.detach().cpu())
+        theta = find_pruner(runner.model).gates.theta
+        # A copy: the gates' step moves it in place.
+        self.theta.append(theta.detach().cpu().clone())
 
     def after_train(self, runner: Runner) -> None:
         """Write what was noted."""
