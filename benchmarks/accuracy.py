@@ -10,9 +10,9 @@ that a report can be completed elsewhere:
 The alternatives prune at the iteration at which the gates begin to, and train
 on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
 
-On CamVid all start from the pretrained backbone. On VOC all start from one
-dense training (the run ``start``) and prune what it has learnt; but ``narrow``
-starts from the backbone, and trains as long as both together.
+All start from one dense training (the run ``start``) and prune what it has
+learnt; but ``narrow`` starts from the pretrained backbone, and trains as long
+as both together.
 """
 from __future__ import annotations
 
@@ -38,9 +38,15 @@ from gdp_mmseg.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
-ITERATIONS = dict(camvid=800, voc=800)
+# More settings of the gates: what one of them changes.
+GDP = dict(
+    gdp={},
+    gdp_floor=dict(floor=0.1),
+    gdp_early=dict(phases=(0.1, 0.6, 0.3)),
+    gdp_travel=dict(travel=16.))
+ITERATIONS = 800
 # Of the dense training that all runs start from.
-START = dict(camvid=0, voc=3000)
+START = 3000
 START_RUN = 'start-1.0-0'
 LR_AFTER_START = 2e-4
 TITLE = dict(
@@ -52,24 +58,28 @@ TRAIN = dict(
     voc='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of aug.txt'
 )
 TEST = dict(
-    camvid='the 101 images of val.txt, 480 x 360, whole',
+    camvid='the 101 images of val.txt, 480 x 360, in windows of 192',
     voc='173 images of val.txt, short side 193')
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('data', choices=ITERATIONS)
+    parser.add_argument('data', choices=TITLE)
     parser.add_argument('--data-root', type=Path, required=True)
     parser.add_argument(
         '--weights', type=Path, required=True, help='of the backbone')
     parser.add_argument(
         '--work-dir', type=Path, default=Path('work_dirs/accuracy'))
-    parser.add_argument('--methods', nargs='+', default=METHODS)
+    parser.add_argument(
+        '--methods',
+        nargs='+',
+        default=METHODS,
+        choices=list(dict.fromkeys([*METHODS, *GDP])))
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
-    parser.add_argument('--iterations', type=int)
+    parser.add_argument('--iterations', type=int, default=ITERATIONS)
     parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
     parser.add_argument(
         '--report', type=Path, required=True, help='rows of all runs')
@@ -96,7 +106,7 @@ def base_of(args: argparse.Namespace) -> Path:
 
 def start_checkpoint(args: argparse.Namespace) -> Path:
     """Of the dense training that all runs start from."""
-    return base_of(args) / f'{START_RUN}/training/iter_{START[args.data]}.pth'
+    return base_of(args) / f'{START_RUN}/training/iter_{START}.pth'
 
 
 def config_of(args: argparse.Namespace, method: str, target: float,
@@ -111,19 +121,19 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         loader.dataset.data_root = root
     cfg.model.backbone.init_cfg = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
-    start = START[args.data]
     iterations = dict(
-        start=start,
-        narrow=start + args.iterations).get(method, args.iterations)
+        start=START,
+        narrow=START + args.iterations).get(method, args.iterations)
     cfg.randomness = dict(seed=seed)
     cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
     cfg.param_scheduler[0].end = iterations
     cfg.default_hooks.checkpoint.interval = iterations
-    if start and method not in ('start', 'narrow'):
+    if method not in ('start', 'narrow'):
         cfg.load_from = str(start_checkpoint(args))
         cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
-    if method == 'gdp':
-        cfg.model.update(type='gdp_mmseg.GDPModel', gdp=dict(target=target))
+    if method in GDP:
+        cfg.model.update(
+            type='gdp_mmseg.GDPModel', gdp=dict(target=target, **GDP[method]))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     return cfg
 
@@ -140,7 +150,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     runner.model.to(memory_format=torch.channels_last)
     shape = (1, 3, *cfg.crop_size)
     dense_macs = count_macs(runner.model, shape)
-    if method not in ('start', 'dense', 'gdp'):
+    if method not in ('start', 'dense', *GDP):
         from one_shot import PruneOnce
         begin = 0 if method == 'narrow' else round(Schedule().phases[0] *
                                                    args.iterations)
@@ -154,7 +164,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         iterations=args.iterations,
         miou=_last_miou(folder),
         minutes=(time.time() - start) / 60)
-    if method == 'gdp':
+    if method in GDP:
         report = export(cfg,
                         str(folder / f'training/iter_{args.iterations}.pth'),
                         folder / 'pair', 'gdp')
@@ -201,13 +211,12 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         data=args.data,
         train=TRAIN[args.data],
         test=TEST[args.data],
-        start=START[args.data],
+        start=START,
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
-        optimizer=f'{optimizer.type}, lr {optimizer.lr:g}' +
-        (' (after the start)' if START[args.data] else '') +
-        ', polynomial decay',
+        optimizer=f'{optimizer.type}, lr {optimizer.lr:g} after the start, '
+        'polynomial decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(Schedule.phases),
         torch=torch.__version__,
@@ -237,7 +246,6 @@ def name_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_args()
-    args.iterations = args.iterations or ITERATIONS[args.data]
     base = base_of(args)
     if args.one:
         folder = base / args.one
@@ -252,7 +260,7 @@ def main() -> None:
         write_json(args.report,
                    dict(shared, rows=[rows[name] for name in sorted(rows)]))
 
-    if START[args.data] and not start_checkpoint(args).exists():
+    if not start_checkpoint(args).exists():
         run_apart(START_RUN, base / START_RUN).wait()
     collect()
     waiting = [name for name in plan(args) if name not in rows]

@@ -212,7 +212,10 @@ METHODS = dict(
     narrow='narrower network',
     random='random channels',
     l1='L1 norm',
-    slimming='Network Slimming')
+    slimming='Network Slimming',
+    gdp_floor='GDP, floor 0.1',
+    gdp_early='GDP, phases 0.1, 0.6, 0.3',
+    gdp_travel='GDP, travel 16')
 
 
 def accuracy(report: Report) -> list[str]:
@@ -220,24 +223,25 @@ def accuracy(report: Report) -> list[str]:
     rows = report['rows']
     targets = sorted({row['target'] for row in rows if row['target'] < 1})
     cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
-    for method, name in METHODS.items():
+    ran = {row['method'] for row in rows}
+    for method in filter(ran.__contains__, METHODS):
         cells.append([
-            name, *(mean_and_spread(
+            METHODS[method], *(mean_and_spread(
                 one['miou'] for one in rows
                 if one['method'] == method and one['target'] == target)
                     for target in targets)
         ])
     dense = [row['miou'] for row in rows if row['method'] == 'dense']
-    ours = [row for row in rows if row['method'] == 'gdp']
+    ours = [row for row in rows if row['method'].startswith('gdp')]
     others = [
         row for row in rows if row['method'] in METHODS and row not in ours
     ]
     apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
-    start = [row['miou'] for row in rows if row['method'] == 'start']
+    start, = (row['miou'] for row in rows if row['method'] == 'start')
     return [
-        f'Dense: {mean_and_spread(dense)}.' +
-        (f' All but the narrower network start from a dense one trained for '
-         f'{report["start"]} iterations: {start[0]:.2f}.' if start else ''),
+        f'Dense: {mean_and_spread(dense)}. All but the narrower network start '
+        f'from a dense one trained for {report["start"]} iterations: '
+        f'{start:.2f}.',
         '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
@@ -248,9 +252,8 @@ def accuracy(report: Report) -> list[str]:
         '- The alternatives remove as many channels of every layer, by rank '
         'within groups (Torch-Pruning 1.6), at the iteration at which the '
         f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
-        'narrower network is pruned at random before the first iteration' +
-        (f' and trained for {report["start"] + report["iterations"]}.'
-         if start else '.'),
+        'narrower network is pruned at random before the first iteration and '
+        f'trained for {report["start"] + report["iterations"]}.',
         f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
         f'{off(others)} points.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '

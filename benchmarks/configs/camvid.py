@@ -28,7 +28,10 @@ model = dict(
         num_classes=11,
         norm_cfg=norm_cfg),
     auxiliary_head=dict(
-        in_channels=256, channels=64, num_classes=11, norm_cfg=norm_cfg))
+        in_channels=256, channels=64, num_classes=11, norm_cfg=norm_cfg),
+    # As large as in training: the branches of dilation 12 and 18 hardly look
+    # beyond the centre of such maps, and would of larger ones.
+    test_cfg=dict(mode='slide', crop_size=crop_size, stride=(144, 144)))
 
 train_pipeline = [
     dict(type='LoadImageFromFile'),
