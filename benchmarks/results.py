@@ -229,7 +229,7 @@ def accuracy(report: Report) -> list[str]:
             METHODS[method], *(mean_and_spread(
                 one['miou'] for one in rows
                 if one['method'] == method and one['target'] == target)
-                    for target in targets)
+                               for target in targets)
         ])
     dense = [row['miou'] for row in rows if row['method'] == 'dense']
     ours = [row for row in rows if row['method'].startswith('gdp')]
@@ -241,8 +241,7 @@ def accuracy(report: Report) -> list[str]:
     return [
         f'Dense: {mean_and_spread(dense)}. All but the narrower network start '
         f'from a dense one trained for {report["start"]} iterations: '
-        f'{start:.2f}.',
-        '',
+        f'{start:.2f}.', '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '

@@ -49,6 +49,51 @@ def test_reports_of_the_repository_become_the_results_page(
     assert readme.read_text() == (ROOT / 'README.md').read_text()
 
 
+def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
+    return dict(
+        method=method,
+        target=target,
+        seed=seed,
+        miou=miou,
+        macs=target,
+        miou_gated=miou,
+        undecided=0.001)
+
+
+def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import results
+    monkeypatch.setattr(results, 'RESULTS', tmp_path / 'results.md')
+    report = dict(
+        data='voc',
+        start=30,
+        iterations=8,
+        batch_size=2,
+        crop=[9, 9],
+        optimizer='SGD',
+        precision='float32',
+        phases=[0.1, 0.6, 0.3],
+        train='',
+        test='',
+        rows=[
+            _row('start', 50., 0, 1.),
+            _row('dense', 60., 0, 1.),
+            _row('gdp', 58., 0),
+            _row('gdp', 62., 1),
+            _row('l1', 55., 0, 0.25),
+        ])
+    text = '\n'.join(results.accuracy(report))
+    cells = [[cell.strip() for cell in line.split('|')[1:-1]]
+             for line in text.splitlines() if line.startswith('|')]
+    assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
+    assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
+                         ['L1 norm', '55.00 (1)', '-']]
+    assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
+    results.plot_accuracy(report)
+    assert (tmp_path / 'accuracy_voc.png').stat().st_size > 1000
+
+
 def test_page_on_reliability_has_the_figures_of_its_report(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
