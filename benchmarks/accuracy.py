@@ -38,11 +38,13 @@ from gdp_mmseg.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
-# More settings of the gates: what one of them changes.
-GDP = dict(
+# Of the gates: a trained network needs no long warm-up.
+PHASES = (0.1, 0.6, 0.3)
+# And with one more setting each.
+GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_floor=dict(floor=0.1),
-    gdp_early=dict(phases=(0.1, 0.6, 0.3)),
+    gdp_late=dict(phases=Schedule.phases),
     gdp_travel=dict(travel=16.))
 ITERATIONS = 800
 # Of the dense training that all runs start from.
@@ -133,7 +135,8 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
     if method in GDP:
         cfg.model.update(
-            type='gdp_mmseg.GDPModel', gdp=dict(target=target, **GDP[method]))
+            type='gdp_mmseg.GDPModel',
+            gdp=dict(dict(target=target, phases=PHASES), **GDP[method]))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     return cfg
 
@@ -152,8 +155,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     dense_macs = count_macs(runner.model, shape)
     if method not in ('start', 'dense', *GDP):
         from one_shot import PruneOnce
-        begin = 0 if method == 'narrow' else round(Schedule().phases[0] *
-                                                   args.iterations)
+        begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
             PruneOnce(method, float(target), begin, shape, int(seed)))
     runner.train()
@@ -218,7 +220,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} after the start, '
         'polynomial decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
-        phases=list(Schedule.phases),
+        phases=list(PHASES),
         torch=torch.__version__,
         machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
 

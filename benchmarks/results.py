@@ -214,7 +214,7 @@ METHODS = dict(
     l1='L1 norm',
     slimming='Network Slimming',
     gdp_floor='GDP, floor 0.1',
-    gdp_early='GDP, phases 0.1, 0.6, 0.3',
+    gdp_late='GDP, phases 0.35, 0.5, 0.15',
     gdp_travel='GDP, travel 16')
 
 

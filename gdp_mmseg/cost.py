@@ -98,10 +98,14 @@ class Cost(nn.Module):
         self.shares.copy_(amounts / dense)
         return dense
 
+    def group_sums(self, openness: Tensor) -> Tensor:
+        """Open channels ``(S,)`` of each group, of openness ``(G,)``."""
+        return openness.new_zeros(self.inputs.shape[1]).index_add(
+            0, self.group_of, openness)
+
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Open input and output channels of each product, ``(K,)`` twice."""
-        sums = openness.new_zeros(self.inputs.shape[1]).index_add(
-            0, self.group_of, openness)
+        sums = self.group_sums(openness)
         return (self.inputs.to(sums) @ sums + self.fixed_inputs.to(sums),
                 self.outputs.to(sums) @ sums + self.fixed_outputs.to(sums))
 

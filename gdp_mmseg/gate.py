@@ -91,10 +91,11 @@ class Gates(nn.Module):
     would let gates drift shut while the budget holds of itself. Where the
     weights have settled the mean is zero, but closing costs in second order,
     of which the mean square tells; so a gate that is worth its price opens
-    and none rests in between. The cost
-    counts a half-open gate partly as its openness and partly as a whole
-    channel, because a whole channel is what it will be. A gate whose openness
-    falls below ``close_below`` is closed: exact zero, for good.
+    and none rests in between. A gain counts the more, the less of the gate's
+    group is left (``scarcity``). The cost counts a half-open gate partly as
+    its openness and partly as a whole channel, because a whole channel is what
+    it will be. A gate whose openness falls below ``close_below`` is closed:
+    exact zero, for good.
 
     Args:
         number (int): ``G``.
@@ -210,7 +211,8 @@ class Gates(nn.Module):
               budget: float,
               lr: float,
               whole: float = 0.5,
-              spared: Tensor | None = None) -> bool:
+              spared: Tensor | None = None,
+              scarcity: Tensor | float = 1.) -> bool:
         """One step in place: :meth:`observe_`, solve lambda, move, close.
 
         Args:
@@ -220,6 +222,8 @@ class Gates(nn.Module):
             whole (float): See :func:`held_cost`.
             spared (Tensor, optional): ``(G,)`` bool, gates on which there is
                 no price in this step.
+            scarcity (Tensor | float): ``(G,)``, at least 1, by which gains
+                count more than as observed.
 
         Returns:
             bool: False, with nothing done, if the gradient is not finite.
@@ -228,8 +232,8 @@ class Gates(nn.Module):
             return False
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
-        noise = self.gain_square / (1 - square_decay**seen)
-        gain = (self.gain / (1 - mean_decay**seen)).clamp(max=0)
+        noise = self.gain_square / (1 - square_decay**seen) * scarcity**2
+        gain = (self.gain / (1 - mean_decay**seen) * scarcity).clamp(max=0)
         gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
         if spared is not None:
@@ -249,7 +253,8 @@ class Gates(nn.Module):
         def spent(theta: Tensor) -> float:
             return float(held_cost(cost, openness(theta, self.epsilon), whole))
 
-        scale = float(noise.sqrt().sum() / price.sum().clamp(min=1e-20))
+        scale = float(noise[~self.closed].sqrt().sum() /
+                      price.sum().clamp(min=1e-20))
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
         self.multiplier.fill_(multiplier)
         theta = moved(multiplier)

@@ -256,7 +256,8 @@ class Pruner(nn.Module):
             self.cost,
             self.asked(progress) + self._rounding(),
             self.settings.travel / max(steps * self.schedule.phases[1], 1),
-            self.schedule.whole_at(progress), self._spared(progress))
+            self.schedule.whole_at(progress), self._spared(progress),
+            self._scarcity())
         self._close_dead_(alive)
         return moved
 
@@ -278,6 +279,17 @@ class Pruner(nn.Module):
         elif not self.settings.floor:
             return None
         return self.gates.strongest(self.cost.group_of, numbers)
+
+    def _scarcity(self) -> Tensor:
+        """How much more each channel is worth for what its group lost, (G,).
+
+        A gain says what is lost with one channel while the others of its group
+        can stand in for it: the fewer are left, the less they can.
+        """
+        openness = self.gates.openness()
+        whole = self.cost.group_sums(torch.ones_like(openness))
+        left = self.cost.group_sums(openness).clamp(min=1)
+        return (whole / left)[self.cost.group_of]
 
     def _close_dead_(self, before: int) -> None:
         """Close what only feeds closed layers, or is fed by none.
