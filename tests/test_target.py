@@ -86,6 +86,37 @@ def test_a_floor_keeps_its_share_of_each_group_and_the_target() -> None:
     assert kept[0.] < 0.6 <= kept[0.6]
 
 
+class Branches(nn.Module):
+    """Two that cost the same, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(*block(3, 96), last(96))
+        self.b = nn.Sequential(*block(3, 96), last(96))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.a(inputs) + self.b(inputs)
+
+
+def test_widths_are_those_of_groups_worth_the_logarithm_of_their_width(
+) -> None:
+    pruner = Pruner(
+        analyse(Branches(), (3, 8, 8), run),
+        Settings.from_config(dict(target=RATIO, phases=(0.1, 0.8, 0.1))))
+    gates = pruner.gates
+    spread = 1 + 0.1 * torch.rand(192, generator=torch.Generator())
+    worth = torch.tensor([2., 1.])[pruner.cost.group_of] * spread
+    for step in range(400):
+        # With the others of its group as they are a channel gains ``worth``.
+        loss = -(worth * gates.openness()).sum()
+        gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+        pruner.step_(step / 400, 400)
+    a, b = pruner.cost.group_sums(pruner.channels()).tolist()
+    # The most of 2 log a + log b at this a + b.
+    assert a + b == pytest.approx(96, abs=2)
+    assert a / b == pytest.approx(2, rel=0.1)
+
+
 def test_a_target_below_what_a_floor_keeps_is_refused() -> None:
     with pytest.raises(ValueError, match='gdp.target: expected more than'):
         trained_toy('flops', floor=0.9)
