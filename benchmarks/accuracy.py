@@ -17,6 +17,7 @@ as both together.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Iterator
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -33,6 +35,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.export import export
+from gdp_mmseg.pruner import Pruner
 from gdp_mmseg.report import count_macs, count_parameters, write_json
 from gdp_mmseg.schedule import Schedule
 
@@ -45,7 +48,8 @@ GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_floor=dict(floor=0.1),
     gdp_late=dict(phases=Schedule.phases),
-    gdp_travel=dict(travel=16.))
+    gdp_travel=dict(travel=16.),
+    gdp_plain={})  # gains do not rise as a group shrinks
 ITERATIONS = 800
 # Of the dense training that all runs start from.
 START = 3000
@@ -158,7 +162,11 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
             PruneOnce(method, float(target), begin, shape, int(seed)))
-    runner.train()
+    plain = (
+        mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
+        if method == 'gdp_plain' else contextlib.nullcontext())
+    with plain:
+        runner.train()
     row = dict(
         method=method,
         target=float(target),

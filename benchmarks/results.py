@@ -215,7 +215,8 @@ METHODS = dict(
     slimming='Network Slimming',
     gdp_floor='GDP, floor 0.1',
     gdp_late='GDP, phases 0.35, 0.5, 0.15',
-    gdp_travel='GDP, travel 16')
+    gdp_travel='GDP, travel 16',
+    gdp_plain='GDP, without scarcity')
 
 
 def accuracy(report: Report) -> list[str]:
