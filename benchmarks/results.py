@@ -287,7 +287,9 @@ def plot_accuracy(report: Report) -> None:
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     rows = report['rows']
-    for method, name in dict(METHODS, dense='dense').items():
+    ran = {row['method'] for row in rows}
+    names = dict(METHODS, dense='dense')
+    for method in filter(ran.__contains__, names):
         points: dict[float, list[Report]] = {}
         for row in rows:
             if row['method'] == method:
@@ -300,7 +302,7 @@ def plot_accuracy(report: Report) -> None:
                                  for row in some) if len(some) > 1 else 0
                 for some in drawn
             ],
-            label=name,
+            label=names[method],
             marker='o',
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)

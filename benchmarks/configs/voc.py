@@ -1,23 +1,58 @@
-# The network of voc_subset.py at crops of 193 and with AdamW, for the many
-# runs of benchmarks/accuracy.py.
-_base_ = './voc_subset.py'
+# DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012, for two CPU cores:
+# output stride 16, 256 channels, crops of 193. data_root and the weights of the
+# backbone (ImageNet) are given on the command line (see benchmarks/accuracy.py).
+_base_ = '../../configs/deeplabv3plus_mobilenetv2_voc.py'
 crop_size = (193, 193)
-model = dict(data_preprocessor=dict(size=crop_size))
+max_iters = 800
 
-train_pipeline = _base_.train_pipeline
-train_pipeline[2].scale = (965, 193)
-train_pipeline[3].crop_size = crop_size
+norm_cfg = dict(type='BN', requires_grad=True)
+model = dict(
+    data_preprocessor=dict(size=crop_size),
+    pretrained=None,
+    backbone=dict(
+        strides=(1, 2, 2, 2, 1, 1, 1),
+        dilations=(1, 1, 1, 1, 1, 2, 2),
+        norm_cfg=norm_cfg),
+    decode_head=dict(
+        channels=256, dilations=(1, 6, 12, 18), norm_cfg=norm_cfg),
+    auxiliary_head=dict(norm_cfg=norm_cfg))
+
+train_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='LoadAnnotations'),
+    dict(
+        type='RandomResize',
+        scale=(965, 193),
+        ratio_range=(0.75, 2.0),
+        keep_ratio=True),
+    dict(type='RandomCrop', crop_size=crop_size, cat_max_ratio=0.75),
+    dict(type='RandomFlip', prob=0.5),
+    dict(type='PhotoMetricDistortion'),
+    dict(type='PackSegInputs'),
+]
 dataset_train = _base_.dataset_train
 dataset_aug = _base_.dataset_aug
 dataset_train.pipeline = train_pipeline
 dataset_aug.pipeline = train_pipeline
-train_dataloader = dict(dataset=dict(datasets=[dataset_train, dataset_aug]))
-test_pipeline = _base_.test_pipeline
-test_pipeline[1].scale = (965, 193)
-val_dataloader = dict(dataset=dict(pipeline=test_pipeline))
+test_pipeline = [
+    dict(type='LoadImageFromFile'),
+    dict(type='Resize', scale=(965, 193), keep_ratio=True),
+    dict(type='LoadAnnotations'),
+    dict(type='PackSegInputs'),
+]
+train_dataloader = dict(
+    batch_size=8,
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(datasets=[dataset_train, dataset_aug]))
+val_dataloader = dict(
+    num_workers=0,
+    persistent_workers=False,
+    dataset=dict(pipeline=test_pipeline))
 test_dataloader = val_dataloader
 
 optim_wrapper = dict(
+    type='gdp_mmseg.BFloat16OptimWrapper',
     optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.01))
 param_scheduler = [
     dict(
@@ -25,6 +60,9 @@ param_scheduler = [
         eta_min=1e-6,
         power=0.9,
         begin=0,
-        end=800,
+        end=max_iters,
         by_epoch=False)
 ]
+train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
+default_hooks = dict(
+    logger=dict(interval=20), checkpoint=dict(interval=max_iters))
