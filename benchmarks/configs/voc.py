@@ -1,6 +1,7 @@
 # DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012, for two CPU cores:
-# output stride 16, 256 channels, crops of 193. data_root and the weights of the
-# backbone (ImageNet) are given on the command line (see benchmarks/accuracy.py).
+# output stride 16, 256 channels, crops of 193. data_root and the weights of
+# the backbone (ImageNet) are given on the command line (see
+# benchmarks/accuracy.py).
 _base_ = '../../configs/deeplabv3plus_mobilenetv2_voc.py'
 crop_size = (193, 193)
 max_iters = 800
