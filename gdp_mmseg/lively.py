@@ -53,19 +53,26 @@ def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
     """Random numbers of order ``gain`` for all that is learnt, in place.
 
     Kernels of as many inputs lie in the same memory, each a bit further on:
-    that of a large model is little, and quickly filled.
+    that of a large model is little, and quickly filled. Biases have both
+    signs, or all features would be about the same, and what is normalised or
+    compared later be lost in rounding.
     """
     kernels: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if sum(size > 1 for size in parameter.shape) > 1:
-            inputs = parameter.numel() / parameter.shape[0]
+            # Of tokens (1, N, C) each is one.
+            tokens = parameter.dim() == 3 and len(parameter) == 1
+            inputs = parameter.numel() / parameter.shape[int(tokens)]
             kernels.setdefault(inputs, []).append(parameter)
+            continue
+        parameter.data = torch.empty_like(
+            parameter, memory_format=torch.contiguous_format)
+        if name.endswith('bias'):
+            parameter.data.normal_(0, 0.5 * gain)
         else:
-            parameter.data = torch.empty_like(
-                parameter, memory_format=torch.contiguous_format).uniform_(
-                    0.5 * gain, 1.5 * gain)
+            parameter.data.uniform_(0.5 * gain, 1.5 * gain)
     for inputs, parameters in kernels.items():
         longest = max(parameter.numel() for parameter in parameters)
         numbers = parameters[0].new_empty(longest + _SHIFT * len(parameters))
@@ -80,6 +87,4 @@ def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
                 module.running_mean.normal_(0, 0.1)
             if module.running_var is not None:
                 module.running_var.uniform_(0.5, 1.5)
-            if module.bias is not None:
-                module.bias.normal_(0, 0.5)
     return model
