@@ -1,6 +1,6 @@
 # DeepLabV3Plus-ResNet18 on CamVid, for two CPU cores: output stride 16, 256
-# channels, crops of 192. data_root and the weights of the backbone (ImageNet,
-# stages 1 to 3) are given on the command line (see benchmarks/accuracy.py).
+# channels, crops of 192. benchmarks/accuracy.py sets data_root, the weights of
+# the backbone (ImageNet, stages 1 to 3) and the length of the training.
 _base_ = [
     '../../configs/_base_/models/deeplabv3plus_r50-d8.py',
     '../../configs/_base_/datasets/pascal_voc12.py',
@@ -8,7 +8,6 @@ _base_ = [
     '../../configs/_base_/default_runtime.py',
 ]
 crop_size = (192, 192)
-max_iters = 800
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -77,14 +76,6 @@ optim_wrapper = dict(
     type='gdp_mmseg.BFloat16OptimWrapper',
     optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.01))
 param_scheduler = [
-    dict(
-        type='PolyLR',
-        eta_min=1e-6,
-        power=0.9,
-        begin=0,
-        end=max_iters,
-        by_epoch=False)
+    dict(type='PolyLR', eta_min=1e-6, power=0.9, begin=0, by_epoch=False)
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(interval=max_iters))
+default_hooks = dict(logger=dict(interval=20))

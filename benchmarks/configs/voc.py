@@ -1,10 +1,9 @@
 # DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012, for two CPU cores:
-# output stride 16, 256 channels, crops of 193. data_root and the weights of
-# the backbone (ImageNet) are given on the command line (see
-# benchmarks/accuracy.py).
+# output stride 16, 256 channels, crops of 193. benchmarks/accuracy.py sets
+# data_root, the weights of the backbone (ImageNet) and the length of the
+# training.
 _base_ = '../../configs/deeplabv3plus_mobilenetv2_voc.py'
 crop_size = (193, 193)
-max_iters = 800
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -56,14 +55,6 @@ optim_wrapper = dict(
     type='gdp_mmseg.BFloat16OptimWrapper',
     optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.01))
 param_scheduler = [
-    dict(
-        type='PolyLR',
-        eta_min=1e-6,
-        power=0.9,
-        begin=0,
-        end=max_iters,
-        by_epoch=False)
+    dict(type='PolyLR', eta_min=1e-6, power=0.9, begin=0, by_epoch=False)
 ]
-train_cfg = dict(max_iters=max_iters, val_interval=max_iters)
-default_hooks = dict(
-    logger=dict(interval=20), checkpoint=dict(interval=max_iters))
+default_hooks = dict(logger=dict(interval=20))
