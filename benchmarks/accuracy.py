@@ -37,17 +37,17 @@ from mmengine.runner import Runner
 from gdp_mmseg.export import export
 from gdp_mmseg.pruner import Pruner
 from gdp_mmseg.report import count_macs, count_parameters, write_json
-from gdp_mmseg.schedule import Schedule
 
 HERE = Path(__file__).resolve().parent
 METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
-# Of the gates: a trained network needs no long warm-up.
-PHASES = (0.1, 0.6, 0.3)
+# Of the gates: a trained network needs no long warm-up, the pruned one needs
+# its time.
+PHASES = (0.1, 0.2, 0.7)
 # And with one more setting each.
 GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_floor=dict(floor=0.1),
-    gdp_late=dict(phases=Schedule.phases),
+    gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
     gdp_travel=dict(travel=16.),
     gdp_plain={})  # gains do not rise as a group shrinks
 ITERATIONS = 800
@@ -137,6 +137,7 @@ def config_of(args: argparse.Namespace, method: str, target: float,
     if method not in ('start', 'narrow'):
         cfg.load_from = str(start_checkpoint(args))
         cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
+        cfg.optim_wrapper.paramwise_cfg = None
     if method in GDP:
         cfg.model.update(
             type='gdp_mmseg.GDPModel',

@@ -214,7 +214,7 @@ METHODS = dict(
     l1='L1 norm',
     slimming='Network Slimming',
     gdp_floor='GDP, floor 0.1',
-    gdp_late='GDP, phases 0.35, 0.5, 0.15',
+    gdp_slow='GDP, pruning for 0.6, settling for 0.3',
     gdp_travel='GDP, travel 16',
     gdp_plain='GDP, without scarcity')
 
@@ -254,6 +254,8 @@ def accuracy(report: Report) -> list[str]:
         f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
         'narrower network is pruned at random before the first iteration and '
         f'trained for {report["start"] + report["iterations"]}.',
+        f'- Warm-up, pruning, settling of GDP: '
+        f'{", ".join(map(str, report["phases"]))} of the training.',
         f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
         f'{off(others)} points.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '

@@ -53,7 +53,9 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(
     type='gdp_mmseg.BFloat16OptimWrapper',
-    optimizer=dict(_delete_=True, type='AdamW', lr=5e-4, weight_decay=0.01))
+    optimizer=dict(_delete_=True, type='AdamW', lr=2e-3, weight_decay=0.01),
+    # The backbone is pretrained, the head is not.
+    paramwise_cfg=dict(custom_keys=dict(backbone=dict(lr_mult=0.15))))
 param_scheduler = [
     dict(type='PolyLR', eta_min=1e-6, power=0.9, begin=0, by_epoch=False)
 ]
