@@ -54,6 +54,7 @@ ITERATIONS = 800
 # Of the dense training that all runs start from.
 START = 3000
 START_RUN = 'start-1.0-0'
+# Of all parameters, whatever the start's were.
 LR_AFTER_START = 2e-4
 TITLE = dict(
     camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',

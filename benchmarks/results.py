@@ -57,12 +57,16 @@ def networks(report: Report) -> list[str]:
         f'{report["crop"][0]} x {report["crop"][1]}, seeds '
         f'{", ".join(map(str, report["seeds"]))}; {report["precision"]}. '
         'Dense and gated: the same start, data order, schedule, iterations.',
-        f'- Warm-up, pruning, settling: '
-        f'{", ".join(map(str, report["phases"]))} of the training.',
+        f'- Warm-up, pruning, settling: {phases(report)}.',
         f'- Evaluation: {report["test"]}.',
         f'- Gated against pruned: largest relative difference of the outputs '
         f'{report["max_rel_diff"]:.0e} on {report["compared_on"]}.'
     ]
+
+
+def phases(report: Report) -> str:
+    """The lengths of the phases of the gates, as text."""
+    return f'{", ".join(map(str, report["phases"]))} of the training'
 
 
 def budget(report: Report) -> list[str]:
@@ -175,8 +179,7 @@ def conditions(report: Report) -> list[str]:
     return [
         f'- Training: {report["data"]}; batch {report["batch_size"]}; '
         f'{report["optimizer"]}; seeds {", ".join(map(str, seeds))}. FLOPs at '
-        f'{size}. Warm-up, pruning, settling: '
-        f'{", ".join(map(str, report["phases"]))} of the training. Models: '
+        f'{size}. Warm-up, pruning, settling: {phases(report)}. Models: '
         'small ones of each kind (`benchmarks/small_models.py`).'
     ]
 
@@ -254,8 +257,7 @@ def accuracy(report: Report) -> list[str]:
         f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
         'narrower network is pruned at random before the first iteration and '
         f'trained for {report["start"] + report["iterations"]}.',
-        f'- Warm-up, pruning, settling of GDP: '
-        f'{", ".join(map(str, report["phases"]))} of the training.',
+        f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
         f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
         f'{off(others)} points.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '
