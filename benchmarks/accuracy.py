@@ -227,12 +227,22 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
-        optimizer=f'{optimizer.type}, lr {optimizer.lr:g} after the start, '
-        'polynomial decay',
+        optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
+        f'(of the start {lr_of_start(args)}), polynomial decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
         machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
+
+
+def lr_of_start(args: argparse.Namespace) -> str:
+    """In words; with the backbone's, if that has one of its own."""
+    wrapper = config_of(args, 'start', 1., 0).optim_wrapper
+    lr = wrapper.optimizer.lr
+    keys = wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
+    if 'backbone' not in keys:
+        return f'{lr:g}'
+    return f'{lr:g}, its backbone {lr * keys.backbone.lr_mult:g}'
 
 
 def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ in every layer, down to the same multiply-adds.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Callable
 
 import torch
 import torch_pruning as tp
@@ -96,6 +96,38 @@ class PruneOnce(Hook):
         return high
 
 
+class WithinLayers:
+    """Ranks channels among those that the same convolution writes.
+
+    The library ranks all channels of a group at once. Where a depthwise
+    convolution reads a concatenation, they are of several convolutions, with
+    kernels of other sizes: by their norm, all of one went, which the library
+    then refuses, and prunes nothing of the group.
+
+    Args:
+        importance (Callable[[Any], Tensor | None]): The library's, of a group.
+    """
+
+    def __init__(self, importance: Callable[[Any], Tensor | None]) -> None:
+        self.importance = importance
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Share ``(C,)`` of a convolution's channels that are worth less."""
+        worth = self.importance(group)
+        if worth is None:
+            return None
+        shares = _shares_below(worth)
+        for item in group:
+            if item.dep.pruning_fn == tp.prune_conv_out_channels:
+                written = torch.tensor(item.root_idxs, device=worth.device)
+                shares[written] = _shares_below(worth[written])
+        return shares
+
+
+def _shares_below(worth: Tensor) -> Tensor:
+    return worth.argsort().argsort() / len(worth)
+
+
 def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
            seed: int) -> None:
     """Remove a share of the channels of every layer, in place."""
@@ -109,7 +141,7 @@ def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
     tp.pruner.BasePruner(
         model,
         torch.randn(shape),
-        IMPORTANCE[method](),
+        WithinLayers(IMPORTANCE[method]()),
         pruning_ratio=ratio,
         ignored_layers=classifiers,
         forward_fn=_forward).step()

@@ -252,11 +252,11 @@ def accuracy(report: Report) -> list[str]:
         f'{report["batch_size"]}, crop {report["crop"][0]} x '
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
         'the same starts, data order and evaluation.',
-        '- The alternatives remove as many channels of every layer, by rank '
-        'within groups (Torch-Pruning 1.6), at the iteration at which the '
-        f'gates begin to close ({report["phases"][0]:.0%}), and train on; the '
-        'narrower network is pruned at random before the first iteration and '
-        f'trained for {report["start"] + report["iterations"]}.',
+        '- The alternatives remove the same share of channels of every '
+        'layer, by rank in it (Torch-Pruning 1.6), at the iteration at which '
+        f'the gates begin to close ({report["phases"][0]:.0%}), and train on; '
+        'the narrower network is pruned at random before the first iteration '
+        f'and trained for {report["start"] + report["iterations"]}.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
         f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
         f'{off(others)} points.',

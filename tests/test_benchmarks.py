@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
 pytest.importorskip('mmseg')
 
@@ -92,6 +94,45 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
     results.plot_accuracy(report)
     assert (tmp_path / 'accuracy_voc.png').stat().st_size > 1000
+
+
+class _Concatenation(nn.Module):
+    """Convolutions of large and of small kernels, read by a depthwise one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(3, 4, 1)
+        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
+        self.last = nn.Conv2d(12, 2, 1)
+        for layer, scale in (self.wide, 1.), (self.narrow, 0.01):
+            for channel, kernel in enumerate(layer.weight.data):
+                kernel.fill_(scale * (1 + channel))
+
+    def forward(self, image: Tensor) -> Tensor:
+        both = torch.cat([self.wide(image), self.narrow(image)], dim=1)
+        last: Tensor = self.last(self.depthwise(both))
+        return last
+
+
+def test_alternatives_prune_every_layer_by_the_same_share(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    tp = pytest.importorskip('torch_pruning')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from one_shot import WithinLayers
+    model = _Concatenation()
+    nn.init.ones_(model.depthwise.weight)
+    nn.init.ones_(model.last.weight)
+    tp.pruner.BasePruner(
+        model,
+        torch.zeros(1, 3, 5, 5),
+        WithinLayers(tp.importance.GroupMagnitudeImportance(p=1)),
+        pruning_ratio=0.5,
+        ignored_layers=[model.last]).step()
+    for layer, scale, left in ((model.wide, 1., [5, 6, 7, 8]),
+                               (model.narrow, 0.01, [3, 4])):
+        kept = layer.weight[:, 0, 0, 0] / scale
+        assert kept.tolist() == pytest.approx(left)
 
 
 def test_page_on_reliability_has_the_figures_of_its_report(
