@@ -5,7 +5,8 @@ Each run is one training of as many iterations, with a folder for its log and
 that a report can be completed elsewhere:
 
     python benchmarks/accuracy.py camvid --data-root .../camvid \
-        --weights .../resnet18.pth --report docs/reports/accuracy_camvid.json
+        --weights .../resnet18.pth \
+        --report docs/reports/accuracy_camvid_1600.json
 
 The alternatives prune at the iteration at which the gates begin to, and train
 on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
@@ -50,7 +51,7 @@ GDP: dict[str, dict[str, Any]] = dict(
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
     gdp_travel=dict(travel=16.),
     gdp_plain={})  # gains do not rise as a group shrinks
-ITERATIONS = 800
+ITERATIONS = 1600
 # Of the dense training that all runs start from.
 START = 3000
 START_RUN = 'start-1.0-0'
@@ -219,7 +220,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
     return dict(
-        title=TITLE[args.data],
+        title=f'{TITLE[args.data]}, {args.iterations} iterations',
         data=args.data,
         train=TRAIN[args.data],
         test=TEST[args.data],

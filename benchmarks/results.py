@@ -37,7 +37,7 @@ def section(path: Path) -> str:
     report: Report = json.loads(path.read_text())
     return '\n'.join([
         f'## {report["title"]}', '',
-        *SECTIONS.get(path.name, networks)(report),
+        *kind(path)(report),
         f'- Machine: {report["machine"]}; torch {report["torch"]}. Report: '
         f'`{path.parent.name}/{path.name}`.', ''
     ])
@@ -283,7 +283,7 @@ def off(rows: list[Report]) -> str:
 
 
 def plot_name(report: Report) -> str:
-    return f'accuracy_{report["data"]}.png'
+    return f'accuracy_{report["data"]}_{report["iterations"]}.png'
 
 
 def plot_accuracy(report: Report) -> None:
@@ -316,12 +316,10 @@ def plot_accuracy(report: Report) -> None:
     figure.savefig(RESULTS.parent / plot_name(report), dpi=120)
 
 
-SECTIONS: dict[str, Callable[[Report], list[str]]] = {
-    'budget.json': budget,
-    'controllers.json': controllers,
-    'accuracy_camvid.json': accuracy,
-    'accuracy_voc.json': accuracy,
-}
+def kind(path: Path) -> Callable[[Report], list[str]]:
+    """What makes the section of a report, by the first word of its name."""
+    kinds = dict(accuracy=accuracy, budget=budget, controllers=controllers)
+    return kinds.get(path.stem.split('_')[0], networks)
 
 
 def main() -> None:
@@ -331,7 +329,7 @@ def main() -> None:
     for path in paths:
         if path.name == DEMO:
             show_demo(path)
-        if SECTIONS.get(path.name) is accuracy:
+        if kind(path) is accuracy:
             plot_accuracy(json.loads(path.read_text()))
     print(f'wrote {RESULTS} from {len(paths)} report(s)')
 

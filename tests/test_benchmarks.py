@@ -93,7 +93,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
                          ['L1 norm', '55.00 (1)', '-']]
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
     results.plot_accuracy(report)
-    assert (tmp_path / 'accuracy_voc.png').stat().st_size > 1000
+    assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
 
 
 class _Concatenation(nn.Module):
