@@ -258,8 +258,8 @@ def accuracy(report: Report) -> list[str]:
         'the narrower network is pruned at random before the first iteration '
         f'and trained for {report["start"] + report["iterations"]}.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
-        f'- FLOPs got, of what was asked: GDP {off(ours)}, the alternatives '
-        f'{off(others)} points.',
+        f'- FLOPs got, of what was asked: GDP {off(ours)} points'
+        f'{f", the alternatives {off(others)}" if others else ""}.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '
         'most; gates of openness between 0.01 and 0.5 at the end: '
         f'{max(row["undecided"] for row in ours):.2%} at most.',
@@ -279,7 +279,7 @@ def mean_and_spread(values: Iterable[float]) -> str:
 def off(rows: list[Report]) -> str:
     """From least to most points that FLOPs are off what was asked."""
     points = [100 * (row['macs'] - row['target']) for row in rows]
-    return f'{min(points):+.1f} to {max(points):+.1f}' if points else '-'
+    return f'{min(points):+.1f} to {max(points):+.1f}'
 
 
 def plot_name(report: Report) -> str:
