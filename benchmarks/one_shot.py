@@ -1,7 +1,8 @@
 """The alternatives: channels removed at one point of a training, by rank.
 
 With Torch-Pruning (https://github.com/VainF/Torch-Pruning), at the same ratio
-in every layer, down to the same multiply-adds.
+in every layer, down to the same multiply-adds; ``l1_head`` leaves all but the
+decode head whole, as one would who knows where the multiply-adds are.
 """
 from __future__ import annotations
 
@@ -21,7 +22,12 @@ IMPORTANCE: dict[str, Any] = dict(
     narrow=tp.importance.RandomImportance,
     random=tp.importance.RandomImportance,
     l1=lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    l1_head=lambda: tp.importance.GroupMagnitudeImportance(p=1),
     slimming=tp.importance.BNScaleImportance)
+# Of these methods, only modules of this name lose channels of their own.
+ONLY = dict(l1_head='decode_head')
+# Share of the channels of a layer that can go.
+MOST = 0.95
 # Network Slimming (ICCV 2017), section 4: the weight of |gamma|.
 SPARSITY = 1e-4
 
@@ -81,9 +87,13 @@ class PruneOnce(Hook):
                                'of every layer are removed')
 
     def _ratio(self, model: nn.Module) -> float:
-        """The least ratio that meets the target, by bisection."""
+        """The least ratio that meets the target, by bisection.
+
+        Raises:
+            ValueError: If none does.
+        """
         budget = self.target * count_macs(model, self.shape)
-        low, high = 0., 0.95
+        low, high = 0., MOST
         with torch.random.fork_rng():
             for _ in range(8):
                 middle = (low + high) / 2
@@ -93,6 +103,11 @@ class PruneOnce(Hook):
                     low = middle
                 else:
                     high = middle
+        if high == MOST:
+            raise ValueError(f'{self.method}: expected a target that is met '
+                             f'with less than {MOST:.0%} of the channels '
+                             f'removed, but got {self.target}; choose another '
+                             'target or method')
         return high
 
 
@@ -134,16 +149,17 @@ def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
     torch.manual_seed(seed)
     training = {name: one.training for name, one in model.named_modules()}
     model.eval()
-    classifiers = [
+    spared = [
         module for name, module in model.named_modules()
-        if name.endswith('conv_seg')
+        if name.endswith('conv_seg') or isinstance(module, nn.Conv2d)
+        and not name.startswith(ONLY.get(method, ''))
     ]
     tp.pruner.BasePruner(
         model,
         torch.randn(shape),
         WithinLayers(IMPORTANCE[method]()),
         pruning_ratio=ratio,
-        ignored_layers=classifiers,
+        ignored_layers=spared,
         forward_fn=_forward).step()
     for name, module in model.named_modules():
         module.training = training[name]

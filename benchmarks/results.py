@@ -215,6 +215,7 @@ METHODS = dict(
     narrow='narrower network',
     random='random channels',
     l1='L1 norm',
+    l1_head='L1 norm, of the decode head only',
     slimming='Network Slimming',
     gdp_floor='GDP, floor 0.1',
     gdp_slow='GDP, pruning for 0.6, settling for 0.3',
