@@ -135,6 +135,37 @@ def test_alternatives_prune_every_layer_by_the_same_share(
         assert kept.tolist() == pytest.approx(left)
 
 
+def _widths(model: nn.Module) -> dict[str, int]:
+    return {
+        name: module.out_channels
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def test_alternative_in_the_head_leaves_the_backbone_whole(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('torch_pruning')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import MODELS
+    from one_shot import prune_
+    cfg = Config.fromfile(ROOT / 'configs/deeplabv3plus_mobilenetv2_voc.py')
+    init_default_scope('mmseg')
+    cfg.model.pretrained = None
+    cfg.model.decode_head.update(channels=16, norm_cfg=dict(type='BN'))
+    model = MODELS.build(cfg.model)
+    before = _widths(model)
+    prune_(model, 'l1_head', 0.5, (1, 3, 64, 64), 0)
+    after = _widths(model)
+    changed = {name for name in before if after[name] != before[name]}
+    assert changed and all(name.startswith('decode_head') for name in changed)
+    assert after['decode_head.bottleneck.conv'] == 8
+    assert after['decode_head.c1_bottleneck.conv'] == 24
+    assert after['decode_head.conv_seg'] == before['decode_head.conv_seg']
+
+
 def test_page_on_reliability_has_the_figures_of_its_report(
         monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
