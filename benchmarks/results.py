@@ -36,8 +36,7 @@ def section(path: Path) -> str:
     """One report as text."""
     report: Report = json.loads(path.read_text())
     return '\n'.join([
-        f'## {report["title"]}', '',
-        *kind(path)(report),
+        f'## {report["title"]}', '', *kind(path)(report),
         f'- Machine: {report["machine"]}; torch {report["torch"]}. Report: '
         f'`{path.parent.name}/{path.name}`.', ''
     ])

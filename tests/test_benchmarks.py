@@ -129,8 +129,8 @@ def test_alternatives_prune_every_layer_by_the_same_share(
         WithinLayers(tp.importance.GroupMagnitudeImportance(p=1)),
         pruning_ratio=0.5,
         ignored_layers=[model.last]).step()
-    for layer, scale, left in ((model.wide, 1., [5, 6, 7, 8]),
-                               (model.narrow, 0.01, [3, 4])):
+    for layer, scale, left in ((model.wide, 1., [5, 6, 7, 8]), (model.narrow,
+                                                                0.01, [3, 4])):
         kept = layer.weight[:, 0, 0, 0] / scale
         assert kept.tolist() == pytest.approx(left)
 
