@@ -7,6 +7,7 @@ decode head whole, as one would who knows where the multiply-adds are.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Callable
 
 import torch
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 from gdp_mmseg.model import train as training_forward
 from gdp_mmseg.report import count_macs
 
+_L1 = partial(tp.importance.GroupMagnitudeImportance, p=1)
 IMPORTANCE: dict[str, Any] = dict(
     narrow=tp.importance.RandomImportance,
     random=tp.importance.RandomImportance,
-    l1=lambda: tp.importance.GroupMagnitudeImportance(p=1),
-    l1_head=lambda: tp.importance.GroupMagnitudeImportance(p=1),
+    l1=_L1,
+    l1_head=_L1,
     slimming=tp.importance.BNScaleImportance)
 # Of these methods, only modules of this name lose channels of their own.
 ONLY = dict(l1_head='decode_head')
