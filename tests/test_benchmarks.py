@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from toys import Net
 
 pytest.importorskip('mmseg')
 
@@ -96,31 +98,23 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
 
 
-class _Concatenation(nn.Module):
-    """Convolutions of large and of small kernels, read by a depthwise one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.wide = nn.Conv2d(3, 8, 3, padding=1)
-        self.narrow = nn.Conv2d(3, 4, 1)
-        self.depthwise = nn.Conv2d(12, 12, 3, padding=1, groups=12)
-        self.last = nn.Conv2d(12, 2, 1)
-        for layer, scale in (self.wide, 1.), (self.narrow, 0.01):
-            for channel, kernel in enumerate(layer.weight.data):
-                kernel.fill_(scale * (1 + channel))
-
-    def forward(self, image: Tensor) -> Tensor:
-        both = torch.cat([self.wide(image), self.narrow(image)], dim=1)
-        last: Tensor = self.last(self.depthwise(both))
-        return last
-
-
 def test_alternatives_prune_every_layer_by_the_same_share(
         monkeypatch: pytest.MonkeyPatch) -> None:
     tp = pytest.importorskip('torch_pruning')
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from one_shot import WithinLayers
-    model = _Concatenation()
+
+    # Kernels of 3 x 3 and far smaller ones of 1 x 1.
+    model = Net(
+        lambda net, x: net.last(
+            net.depthwise(torch.cat([net.wide(x), net.narrow(x)], 1))),
+        wide=nn.Conv2d(3, 8, 3, padding=1),
+        narrow=nn.Conv2d(3, 4, 1),
+        depthwise=nn.Conv2d(12, 12, 3, padding=1, groups=12),
+        last=nn.Conv2d(12, 2, 1))
+    for layer, scale in (model.wide, 1.), (model.narrow, 0.01):
+        for channel, kernel in enumerate(layer.weight.data):
+            kernel.fill_(scale * (1 + channel))
     nn.init.ones_(model.depthwise.weight)
     nn.init.ones_(model.last.weight)
     tp.pruner.BasePruner(
