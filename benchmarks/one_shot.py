@@ -57,7 +57,12 @@ class PruneOnce(Hook):
         self.pruned = False
 
     def before_train(self, runner: Runner) -> None:
-        """Add the penalty's gradient before each step until the pruning."""
+        """Choose the ratio; add the penalty's gradient until the pruning.
+
+        Raises:
+            ValueError: If no ratio meets the target.
+        """
+        self.ratio = self._ratio(runner.model)
         if self.method != 'slimming':
             return
 
@@ -78,14 +83,14 @@ class PruneOnce(Hook):
         """Prune the runner's model in place."""
         if runner.iter == self.iteration:
             self.pruned = True
-            ratio = self._ratio(runner.model)
             with torch.random.fork_rng():
-                prune_(runner.model, self.method, ratio, self.shape, self.seed)
+                prune_(runner.model, self.method, self.ratio, self.shape,
+                       self.seed)
             optimizer = runner.optim_wrapper.optimizer
             group, = optimizer.param_groups
             group['params'] = list(runner.model.parameters())
             optimizer.state.clear()
-            runner.logger.info(f'{self.method}: {ratio:.3f} of the channels '
+            runner.logger.info(f'{self.method}: {self.ratio:.3f} of the channels '
                                'of every layer are removed')
 
     def _ratio(self, model: nn.Module) -> float:
