@@ -1,8 +1,11 @@
 """The alternatives: channels removed at one point of a training, by rank.
 
 With Torch-Pruning (https://github.com/VainF/Torch-Pruning), at the same ratio
-in every layer, down to the same multiply-adds; ``l1_head`` leaves all but the
+in every layer, down to the same multiply-adds. ``l1_head`` leaves all but the
 decode head whole, as one would who knows where the multiply-adds are.
+``slimming_global`` has one threshold for all layers, as Network Slimming has
+in its paper (ICCV 2017, section 3); a layer that would lose all, and what is
+sliced with it, the library leaves whole.
 """
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ IMPORTANCE: dict[str, Any] = dict(
     random=tp.importance.RandomImportance,
     l1=_L1,
     l1_head=_L1,
-    slimming=tp.importance.BNScaleImportance)
+    slimming=tp.importance.BNScaleImportance,
+    slimming_global=partial(tp.importance.BNScaleImportance, normalizer=None))
+# Of these methods, all channels are ranked at once.
+GLOBAL = ('slimming_global', )
 # Of these methods, only modules of this name lose channels of their own.
 ONLY = dict(l1_head='decode_head')
 # Share of the channels of a layer that can go.
@@ -57,13 +63,13 @@ class PruneOnce(Hook):
         self.pruned = False
 
     def before_train(self, runner: Runner) -> None:
-        """Choose the ratio; add the penalty's gradient until the pruning.
+        """Add the penalty's gradient before each step until the pruning.
 
         Raises:
-            ValueError: If no ratio meets the target.
+            ValueError: If no ratio meets the target now.
         """
-        self.ratio = self._ratio(runner.model)
-        if self.method != 'slimming':
+        self._ratio(runner.model)
+        if not self.method.startswith('slimming'):
             return
 
         def penalise(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -83,15 +89,15 @@ class PruneOnce(Hook):
         """Prune the runner's model in place."""
         if runner.iter == self.iteration:
             self.pruned = True
+            ratio = self._ratio(runner.model)
             with torch.random.fork_rng():
-                prune_(runner.model, self.method, self.ratio, self.shape,
-                       self.seed)
+                prune_(runner.model, self.method, ratio, self.shape, self.seed)
             optimizer = runner.optim_wrapper.optimizer
             group, = optimizer.param_groups
             group['params'] = list(runner.model.parameters())
             optimizer.state.clear()
-            runner.logger.info(f'{self.method}: {self.ratio:.3f} of the channels '
-                               'of every layer are removed')
+            runner.logger.info(f'{self.method}: {ratio:.3f} of the channels '
+                               'are removed')
 
     def _ratio(self, model: nn.Module) -> float:
         """The least ratio that meets the target, by bisection.
@@ -152,7 +158,7 @@ def _shares_below(worth: Tensor) -> Tensor:
 
 def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
            seed: int) -> None:
-    """Remove a share of the channels of every layer, in place."""
+    """Remove a share of the channels, by rank, in place."""
     torch.manual_seed(seed)
     training = {name: one.training for name, one in model.named_modules()}
     model.eval()
@@ -161,10 +167,13 @@ def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
         if name.endswith('conv_seg') or isinstance(module, nn.Conv2d)
         and not name.startswith(ONLY.get(method, ''))
     ]
+    importance = IMPORTANCE[method]()
+    at_once = method in GLOBAL
     tp.pruner.BasePruner(
         model,
         torch.randn(shape),
-        WithinLayers(IMPORTANCE[method]()),
+        importance if at_once else WithinLayers(importance),
+        global_pruning=at_once,
         pruning_ratio=ratio,
         ignored_layers=spared,
         forward_fn=_forward).step()

@@ -215,7 +215,8 @@ METHODS = dict(
     random='random channels',
     l1='L1 norm',
     l1_head='L1 norm, of the decode head only',
-    slimming='Network Slimming',
+    slimming='Network Slimming, same share of each layer',
+    slimming_global='Network Slimming, one threshold for all',
     gdp_floor='GDP, floor 0.1',
     gdp_slow='GDP, pruning for 0.6, settling for 0.3',
     gdp_travel='GDP, travel 16',
@@ -253,7 +254,8 @@ def accuracy(report: Report) -> list[str]:
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
         'the same starts, data order and evaluation.',
         '- The alternatives remove the same share of channels of every '
-        'layer, by rank in it (Torch-Pruning 1.6), at the iteration at which '
+        'layer, by rank in it (Torch-Pruning 1.6), unless they say '
+        'otherwise, at the iteration at which '
         f'the gates begin to close ({report["phases"][0]:.0%}), and train on; '
         'the narrower network is pruned at random before the first iteration '
         f'and trained for {report["start"] + report["iterations"]}.',
