@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -137,27 +138,52 @@ def _widths(model: nn.Module) -> dict[str, int]:
     }
 
 
-def test_alternative_in_the_head_leaves_the_backbone_whole(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip('torch_pruning')
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
+def _small_deeplab() -> nn.Module:
+    """DeepLabV3Plus-MobileNetV2 with a decode head of 16 channels."""
     from mmengine.config import Config
     from mmengine.registry import init_default_scope
     from mmseg.registry import MODELS
-    from one_shot import prune_
     cfg = Config.fromfile(ROOT / 'configs/deeplabv3plus_mobilenetv2_voc.py')
     init_default_scope('mmseg')
     cfg.model.pretrained = None
     cfg.model.decode_head.update(channels=16, norm_cfg=dict(type='BN'))
-    model = MODELS.build(cfg.model)
+    model: nn.Module = MODELS.build(cfg.model)
+    return model
+
+
+def _changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before if after[name] != before[name]}
+
+
+def test_alternative_in_the_head_leaves_the_backbone_whole(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('torch_pruning')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from one_shot import prune_
+    model = _small_deeplab()
     before = _widths(model)
     prune_(model, 'l1_head', 0.5, (1, 3, 64, 64), 0)
     after = _widths(model)
-    changed = {name for name in before if after[name] != before[name]}
+    changed = _changed(before, after)
     assert changed and all(name.startswith('decode_head') for name in changed)
     assert after['decode_head.bottleneck.conv'] == 8
     assert after['decode_head.c1_bottleneck.conv'] == 24
     assert after['decode_head.conv_seg'] == before['decode_head.conv_seg']
+
+
+def test_one_threshold_takes_channels_where_their_scales_are_small(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('torch_pruning')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from one_shot import prune_
+    model: Any = _small_deeplab()
+    before = _widths(model)
+    model.decode_head.image_pool[1].bn.weight.data[:10] = 0.01
+    few = 10 / sum(before.values())
+    prune_(model, 'slimming_global', few, (1, 3, 64, 64), 0)
+    after = _widths(model)
+    assert _changed(before, after) == {'decode_head.image_pool.1.conv'}
+    assert after['decode_head.image_pool.1.conv'] == 6
 
 
 def test_page_on_reliability_has_the_figures_of_its_report(
