@@ -34,7 +34,7 @@ IMPORTANCE: dict[str, Any] = dict(
 GLOBAL = ('slimming_global', )
 # Of these methods, only modules of this name lose channels of their own.
 ONLY = dict(l1_head='decode_head')
-# Share of the channels of a layer that can go.
+# Share of the channels that can go: of a layer, or of all if ranked at once.
 MOST = 0.95
 # Network Slimming (ICCV 2017), section 4: the weight of |gamma|.
 SPARSITY = 1e-4
@@ -68,6 +68,7 @@ class PruneOnce(Hook):
         Raises:
             ValueError: If no ratio meets the target now.
         """
+        # Only to fail early: what slimming ranks by still changes.
         self._ratio(runner.model)
         if not self.method.startswith('slimming'):
             return
