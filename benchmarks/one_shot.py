@@ -10,6 +10,7 @@ sliced with it, the library leaves whole.
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Callable
 
@@ -22,29 +23,48 @@ from torch import Tensor, nn
 from gdp_mmseg.model import train as training_forward
 from gdp_mmseg.report import count_macs
 
+
+@dataclass(frozen=True)
+class Method:
+    """How an alternative chooses its channels.
+
+    Args:
+        importance (Callable[[], Any]): Makes the library's ranking.
+        only (str): The modules whose names begin so lose channels of their
+            own; all by default.
+        at_once (bool): Whether all channels are ranked at once, not those of
+            each layer.
+        sparsity (float): Weight of ``|gamma|`` in the loss until it prunes.
+    """
+
+    importance: Callable[[], Any]
+    only: str = ''
+    at_once: bool = False
+    sparsity: float = 0.
+
+
 _L1 = partial(tp.importance.GroupMagnitudeImportance, p=1)
-IMPORTANCE: dict[str, Any] = dict(
-    narrow=tp.importance.RandomImportance,
-    random=tp.importance.RandomImportance,
-    l1=_L1,
-    l1_head=_L1,
-    slimming=tp.importance.BNScaleImportance,
-    slimming_global=partial(tp.importance.BNScaleImportance, normalizer=None))
-# Of these methods, all channels are ranked at once.
-GLOBAL = ('slimming_global', )
-# Of these methods, only modules of this name lose channels of their own.
-ONLY = dict(l1_head='decode_head')
+# Network Slimming (ICCV 2017), section 4: the weight of |gamma|.
+_SPARSITY = 1e-4
+METHODS = dict(
+    narrow=Method(tp.importance.RandomImportance),
+    random=Method(tp.importance.RandomImportance),
+    l1=Method(_L1),
+    l1_head=Method(_L1, only='decode_head'),
+    slimming=Method(tp.importance.BNScaleImportance, sparsity=_SPARSITY),
+    slimming_global=Method(
+        partial(tp.importance.BNScaleImportance, normalizer=None),
+        at_once=True,
+        sparsity=_SPARSITY))
 # Share of the channels that can go: of a layer, or of all if ranked at once.
 MOST = 0.95
-# Network Slimming (ICCV 2017), section 4: the weight of |gamma|.
-SPARSITY = 1e-4
 
 
 class PruneOnce(Hook):
     """Prunes at one iteration; before, Network Slimming's penalty if asked.
 
     Args:
-        method (str): A key of ``IMPORTANCE``.
+        name (str): A key of ``METHODS``.
         target (float): Share of the dense multiply-adds.
         iteration (int): Before which it prunes.
         shape (tuple[int, ...]): ``(N, C, H, W)`` at which is counted.
@@ -53,9 +73,10 @@ class PruneOnce(Hook):
 
     priority = 'VERY_HIGH'
 
-    def __init__(self, method: str, target: float, iteration: int,
+    def __init__(self, name: str, target: float, iteration: int,
                  shape: tuple[int, ...], seed: int) -> None:
-        self.method = method
+        self.name = name
+        self.method = METHODS[name]
         self.target = target
         self.iteration = iteration
         self.shape = shape
@@ -70,7 +91,8 @@ class PruneOnce(Hook):
         """
         # Only to fail early: what slimming ranks by still changes.
         self._ratio(runner.model)
-        if not self.method.startswith('slimming'):
+        sparsity = self.method.sparsity
+        if not sparsity:
             return
 
         def penalise(optimizer: Any, args: Any, kwargs: Any) -> None:
@@ -79,7 +101,7 @@ class PruneOnce(Hook):
             for module in runner.model.modules():
                 if isinstance(module, nn.BatchNorm2d) and (module.weight.grad
                                                            is not None):
-                    module.weight.grad += SPARSITY * module.weight.sign()
+                    module.weight.grad += sparsity * module.weight.sign()
 
         runner.optim_wrapper.optimizer.register_step_pre_hook(penalise)
 
@@ -97,7 +119,7 @@ class PruneOnce(Hook):
             group, = optimizer.param_groups
             group['params'] = list(runner.model.parameters())
             optimizer.state.clear()
-            runner.logger.info(f'{self.method}: {ratio:.3f} of the channels '
+            runner.logger.info(f'{self.name}: {ratio:.3f} of the channels '
                                'are removed')
 
     def _ratio(self, model: nn.Module) -> float:
@@ -118,7 +140,7 @@ class PruneOnce(Hook):
                 else:
                     high = middle
         if high == MOST:
-            raise ValueError(f'{self.method}: expected a target that is met '
+            raise ValueError(f'{self.name}: expected a target that is met '
                              f'with less than {MOST:.0%} of the channels '
                              f'removed, but got {self.target}; choose another '
                              'target or method')
@@ -157,24 +179,23 @@ def _shares_below(worth: Tensor) -> Tensor:
     return worth.argsort().argsort() / len(worth)
 
 
-def prune_(model: nn.Module, method: str, ratio: float, shape: tuple[int, ...],
-           seed: int) -> None:
+def prune_(model: nn.Module, method: Method, ratio: float,
+           shape: tuple[int, ...], seed: int) -> None:
     """Remove a share of the channels, by rank, in place."""
     torch.manual_seed(seed)
     training = {name: one.training for name, one in model.named_modules()}
     model.eval()
     spared = [
         module for name, module in model.named_modules()
-        if name.endswith('conv_seg') or isinstance(module, nn.Conv2d)
-        and not name.startswith(ONLY.get(method, ''))
+        if name.endswith('conv_seg')
+        or isinstance(module, nn.Conv2d) and not name.startswith(method.only)
     ]
-    importance = IMPORTANCE[method]()
-    at_once = method in GLOBAL
+    importance = method.importance()
     tp.pruner.BasePruner(
         model,
         torch.randn(shape),
-        importance if at_once else WithinLayers(importance),
-        global_pruning=at_once,
+        importance if method.at_once else WithinLayers(importance),
+        global_pruning=method.at_once,
         pruning_ratio=ratio,
         ignored_layers=spared,
         forward_fn=_forward).step()

@@ -274,8 +274,16 @@ def mean_and_spread(values: Iterable[float]) -> str:
     known = list(values)
     if not known:
         return '-'
-    spread = (f' ± {statistics.stdev(known):.2f}' if len(known) > 1 else '')
-    return f'{statistics.mean(known):.2f}{spread} ({len(known)})'
+    mean, deviation = mean_and_deviation(known)
+    spread = f' ± {deviation:.2f}' if len(known) > 1 else ''
+    return f'{mean:.2f}{spread} ({len(known)})'
+
+
+def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+    """And 0 if it is one value."""
+    known = list(values)
+    return (statistics.mean(known),
+            statistics.stdev(known) if len(known) > 1 else 0.)
 
 
 def off(rows: list[Report]) -> str:
@@ -289,32 +297,40 @@ def plot_name(report: Report) -> str:
 
 
 def plot_accuracy(report: Report) -> None:
-    """Draw mIoU over FLOPs, with the spread over seeds."""
+    """Draw mIoU over FLOPs, with the spread over seeds; dense as a band."""
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     rows = report['rows']
-    ran = {row['method'] for row in rows}
-    names = dict(METHODS, dense='dense')
-    for method in filter(ran.__contains__, names):
+    mean, deviation = mean_and_deviation(row['miou'] for row in rows
+                                         if row['method'] == 'dense')
+    axes.axhspan(mean - deviation, mean + deviation, color='k', alpha=0.1)
+    axes.axhline(mean, color='k', linestyle='--', linewidth=1, label='dense')
+    for index, (method, name) in enumerate(METHODS.items()):
         points: dict[float, list[Report]] = {}
         for row in rows:
             if row['method'] == method:
                 points.setdefault(row['target'], []).append(row)
+        if not points:
+            continue
         drawn = [points[target] for target in sorted(points)]
+        means, deviations = zip(*(mean_and_deviation(row['miou']
+                                                     for row in some)
+                                  for some in drawn))
         axes.errorbar(
             [statistics.mean(row['macs'] for row in some) for some in drawn],
-            [statistics.mean(row['miou'] for row in some) for some in drawn], [
-                statistics.stdev(row['miou']
-                                 for row in some) if len(some) > 1 else 0
-                for some in drawn
-            ],
-            label=names[method],
+            means,
+            deviations,
+            label=name,
+            color=f'C{index % 10}',  # the same in all plots
             marker='o',
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)
-    axes.set(xlabel='share of the dense multiply-adds', ylabel='mIoU')
+    axes.set(
+        xlabel='share of the dense multiply-adds',
+        ylabel='mIoU',
+        xlim=(0.2, 0.55))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize='small')
     figure.savefig(RESULTS.parent / plot_name(report), dpi=120)
 
 

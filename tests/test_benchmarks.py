@@ -159,10 +159,10 @@ def test_alternative_in_the_head_leaves_the_backbone_whole(
         monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('torch_pruning')
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from one_shot import prune_
+    from one_shot import METHODS, prune_
     model = _small_deeplab()
     before = _widths(model)
-    prune_(model, 'l1_head', 0.5, (1, 3, 64, 64), 0)
+    prune_(model, METHODS['l1_head'], 0.5, (1, 3, 64, 64), 0)
     after = _widths(model)
     changed = _changed(before, after)
     assert changed and all(name.startswith('decode_head') for name in changed)
@@ -175,12 +175,12 @@ def test_one_threshold_takes_channels_where_their_scales_are_small(
         monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip('torch_pruning')
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    from one_shot import prune_
+    from one_shot import METHODS, prune_
     model: Any = _small_deeplab()
     before = _widths(model)
     model.decode_head.image_pool[1].bn.weight.data[:10] = 0.01
     few = 10 / sum(before.values())
-    prune_(model, 'slimming_global', few, (1, 3, 64, 64), 0)
+    prune_(model, METHODS['slimming_global'], few, (1, 3, 64, 64), 0)
     after = _widths(model)
     assert _changed(before, after) == {'decode_head.image_pool.1.conv'}
     assert after['decode_head.image_pool.1.conv'] == 6
