@@ -5,8 +5,8 @@ Each run is one training of as many iterations, with a folder for its log and
 that a report can be completed elsewhere:
 
     python benchmarks/accuracy.py camvid --data-root .../camvid \
-        --weights .../resnet18.pth \
-        --report docs/reports/accuracy_camvid_1600.json
+        --weights .../resnet18.pth --iterations 800 \
+        --report docs/reports/accuracy_camvid_800.json
 
 The alternatives prune at the iteration at which the gates begin to, and train
 on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -26,6 +27,7 @@ import platform
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Iterator
 from unittest import mock
@@ -37,10 +39,11 @@ from mmengine.runner import Runner
 
 from gdp_mmseg.export import export
 from gdp_mmseg.pruner import Pruner
-from gdp_mmseg.report import count_macs, count_parameters, write_json
+from gdp_mmseg.report import (count_macs, count_parameters, last_miou,
+                              write_json)
 
 HERE = Path(__file__).resolve().parent
-METHODS = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
+USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
 # If asked for: not every target can be met in the head alone, nor with what
 # one threshold leaves of every layer.
 ALSO = ('l1_head', 'slimming_global')
@@ -64,6 +67,8 @@ TITLE = dict(
     camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',
     voc='DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012: GDP and '
     'the alternatives')
+WEIGHTS = dict(
+    camvid='ImageNet, stages 1 to 3; stage 4 is random', voc='ImageNet')
 TRAIN = dict(
     camvid='CamVid, the 367 images of ImageSets/Segmentation/train.txt',
     voc='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of aug.txt'
@@ -85,8 +90,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--methods',
         nargs='+',
-        default=METHODS,
-        choices=list(dict.fromkeys([*METHODS, *ALSO, *GDP])))
+        default=USUAL,
+        choices=list(dict.fromkeys([*USUAL, *ALSO, *GDP])))
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -109,15 +114,16 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
             yield f'dense-1.0-{seed}'
 
 
-def base_of(args: argparse.Namespace) -> Path:
-    """Holds a folder for each run."""
-    base: Path = args.work_dir / f'{args.data}-{args.iterations}'
-    return base
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    """Of one run; the start is that of runs of all lengths."""
+    length = START if name == START_RUN else args.iterations
+    folder: Path = args.work_dir / f'{args.data}-{length}' / name
+    return folder
 
 
 def start_checkpoint(args: argparse.Namespace) -> Path:
     """Of the dense training that all runs start from."""
-    return base_of(args) / f'{START_RUN}/training/iter_{START}.pth'
+    return folder_of(args, START_RUN) / f'training/iter_{START}.pth'
 
 
 def config_of(args: argparse.Namespace, method: str, target: float,
@@ -155,6 +161,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """Train, prune and evaluate one run; its row."""
     method, target, seed = name.split('-')
     cfg = config_of(args, method, float(target), int(seed))
+    iterations = cfg.train_cfg.max_iters
     cfg.work_dir = str(folder / 'training')
     init_default_scope('mmseg')
     start = time.time()
@@ -177,12 +184,11 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         method=method,
         target=float(target),
         seed=int(seed),
-        iterations=args.iterations,
-        miou=_last_miou(folder),
+        iterations=iterations,
+        miou=last_miou(folder / 'training'),
         minutes=(time.time() - start) / 60)
     if method in GDP:
-        report = export(cfg,
-                        str(folder / f'training/iter_{args.iterations}.pth'),
+        report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
         return dict(
@@ -199,13 +205,6 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         row,
         macs=count_macs(runner.model, shape) / dense_macs,
         params=count_parameters(runner.model) / dense_params)
-
-
-def _last_miou(folder: Path) -> float:
-    """What the training's own last evaluation logged."""
-    scalars = sorted(folder.glob('training/*/vis_data/scalars.json'))[-1]
-    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
-    return [row['mIoU'] for row in rows if 'mIoU' in row][-1]
 
 
 def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -225,6 +224,8 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     return dict(
         title=f'{TITLE[args.data]}, {args.iterations} iterations',
         data=args.data,
+        weights=WEIGHTS[args.data],
+        weights_sha256=hashlib.sha256(args.weights.read_bytes()).hexdigest(),
         train=TRAIN[args.data],
         test=TEST[args.data],
         start=START,
@@ -236,6 +237,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
+        torch_pruning=version('torch_pruning'),
         machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
 
 
@@ -253,16 +255,17 @@ def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
     """Rows of an earlier report by the names of their runs.
 
     Raises:
-        SystemExit: If that report is of other conditions.
+        SystemExit: If that report is of other conditions, as far as it names
+            them.
     """
     if not report.exists():
         return {}
     content = json.loads(report.read_text())
     rows = content.pop('rows')
     for key, value in shared.items():
-        if content.get(key) != value and key != 'machine':
+        if content.get(key, value) != value and key != 'machine':
             sys.exit(f'--report: expected {key} {value!r} as in this run, but '
-                     f'{report} has {content.get(key)!r}; choose another file')
+                     f'{report} has {content[key]!r}; choose another file')
     return {name_of(row): row for row in rows}
 
 
@@ -272,37 +275,42 @@ def name_of(row: dict[str, Any]) -> str:
 
 def main() -> None:
     args = parse_args()
-    base = base_of(args)
     if args.one:
-        folder = base / args.one
+        folder = folder_of(args, args.one)
         write_json(folder / 'result.json', run(args, args.one, folder))
         return
     shared = conditions(args)
     rows = known_rows(args.report, shared)
 
     def collect() -> None:
-        for path in base.glob('*/result.json'):
-            rows[path.parent.name] = json.loads(path.read_text())
+        for name in [START_RUN, *plan(args)]:
+            path = folder_of(args, name) / 'result.json'
+            if path.exists():
+                rows[name] = json.loads(path.read_text())
         write_json(args.report,
                    dict(shared, rows=[rows[name] for name in sorted(rows)]))
 
     if not start_checkpoint(args).exists():
-        run_apart(START_RUN, base / START_RUN).wait()
+        run_apart(START_RUN, folder_of(args, START_RUN)).wait()
     collect()
     waiting = [name for name in plan(args) if name not in rows]
     running: dict[str, subprocess.Popen[bytes]] = {}
+    failed = []
     while waiting or running:
         while waiting and len(running) < args.jobs:
             name = waiting.pop(0)
             print(f'{time.strftime("%H:%M")} {name}', flush=True)
-            running[name] = run_apart(name, base / name)
+            running[name] = run_apart(name, folder_of(args, name))
         time.sleep(2)
         for name, process in list(running.items()):
             if process.poll() is not None:
                 del running[name]
                 if process.returncode:
-                    print(f'{name} failed; read {base / name / "log.txt"}')
+                    failed.append(str(folder_of(args, name) / 'log.txt'))
                 collect()
+    if failed:
+        sys.exit('expected all runs to succeed, but got failed ones; read '
+                 f'{", ".join(failed)}')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, Callable, Iterable
+from typing import Any, Callable, Iterable, Sequence
 
 from matplotlib.figure import Figure
 
@@ -21,6 +21,8 @@ POINT = 0.01
 RESULTS = ROOT / 'docs' / 'results.md'
 README = ROOT / 'README.md'
 DEMO = 'demo.json'
+# Of the README's table of real images.
+README_TARGET = 0.4
 # These have pages of their own, made by the commands that wrote them.
 ELSEWHERE = ('faults.json', 'models.json', 'processes.json', 'speed.json')
 HEAD = '''# Results
@@ -201,6 +203,33 @@ def show_demo(path: Path) -> None:
         'training](docs/demo.png)')
 
 
+def show_accuracy(reports: Iterable[Report]) -> None:
+    """Put GDP on real images into the README: each data set's longest runs."""
+    longest: dict[str, Report] = {}
+    for report in sorted(reports, key=lambda report: report['iterations']):
+        longest[report['data']] = report
+    cells = [[
+        'mIoU on real images', 'dense', f'GDP, {README_TARGET:g} of the FLOPs',
+        'best alternative'
+    ]]
+    for report in longest.values():
+        best = max((method for method in LABELS if not method.startswith('gdp')
+                    and of(report, method, README_TARGET)),
+                   key=lambda method: statistics.mean(
+                       of(report, method, README_TARGET)))
+        cells.append([
+            report['title'].partition(':')[0],
+            mean_and_spread(of(report, 'dense', 1.)),
+            mean_and_spread(of(report, 'gdp', README_TARGET)),
+            f'{mean_and_spread(of(report, best, README_TARGET))}, '
+            f'{LABELS[best]}'
+        ])
+    put_between(
+        README, 'accuracy', f'{table(cells)}\n\nMean and standard deviation '
+        '(seeds); all are trained for as long, from the same start: '
+        '[in full](docs/results.md).')
+
+
 def put_between(page: Path, mark: str, content: str) -> None:
     """Replace what stands between two marks of a page, in place."""
     text = page.read_text()
@@ -209,9 +238,9 @@ def put_between(page: Path, mark: str, content: str) -> None:
     page.write_text(f'{text[:start]}{content}\n{text[end:]}')
 
 
-METHODS = dict(
+LABELS = dict(
     gdp='GDP',
-    narrow='narrower network',
+    narrow='narrower network, from the beginning',
     random='random channels',
     l1='L1 norm',
     l1_head='L1 norm, of the decode head only',
@@ -221,6 +250,18 @@ METHODS = dict(
     gdp_slow='GDP, pruning for 0.6, settling for 0.3',
     gdp_travel='GDP, travel 16',
     gdp_plain='GDP, without scarcity')
+# What a reader must know of some methods, where they ran.
+NOTES = (
+    (('narrow', ),
+     'The narrower network does not start from the dense one, but from the '
+     'backbone; it loses channels at random, and trains for {total} '
+     'iterations.'),
+    (('slimming', 'slimming_global'),
+     'Network Slimming adds 1e-4 |gamma| to the loss until it prunes; its '
+     'authors train so from the first iteration.'),
+    (('slimming_global', ),
+     'With one threshold for all, a layer that would lose all its channels '
+     'stays whole, by a rule of Torch-Pruning.'))
 
 
 def accuracy(report: Report) -> list[str]:
@@ -229,61 +270,76 @@ def accuracy(report: Report) -> list[str]:
     targets = sorted({row['target'] for row in rows if row['target'] < 1})
     cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
     ran = {row['method'] for row in rows}
-    for method in filter(ran.__contains__, METHODS):
+    for method in filter(ran.__contains__, LABELS):
         cells.append([
-            METHODS[method], *(mean_and_spread(
-                one['miou'] for one in rows
-                if one['method'] == method and one['target'] == target)
-                               for target in targets)
+            LABELS[method], *(mean_and_spread(of(report, method, target))
+                              for target in targets)
         ])
-    dense = [row['miou'] for row in rows if row['method'] == 'dense']
     ours = [row for row in rows if row['method'].startswith('gdp')]
     others = [
-        row for row in rows if row['method'] in METHODS and row not in ours
+        row for row in rows if row['method'] in LABELS and row not in ours
     ]
     apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
     start, = (row['miou'] for row in rows if row['method'] == 'start')
+    total = report['start'] + report['iterations']
     return [
-        f'Dense: {mean_and_spread(dense)}. All but the narrower network start '
-        f'from a dense one trained for {report["start"]} iterations: '
-        f'{start:.2f}.', '',
+        f'Dense: {mean_and_spread(of(report, "dense", 1.))}. It and all rows '
+        f'start from one dense network, trained for {report["start"]} '
+        'iterations from a '
+        f'pretrained backbone ({report["weights"]}): {start:.2f}.', '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '
         f'{report["batch_size"]}, crop {report["crop"][0]} x '
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
-        'the same starts, data order and evaluation.',
+        'the same start, data order and evaluation. Seeds vary what comes '
+        'after the start.',
         '- The alternatives remove the same share of channels of every '
-        'layer, by rank in it (Torch-Pruning 1.6), unless they say '
-        'otherwise, at the iteration at which '
-        f'the gates begin to close ({report["phases"][0]:.0%}), and train on; '
-        'the narrower network is pruned at random before the first iteration '
-        f'and trained for {report["start"] + report["iterations"]}.',
+        f'layer, by rank in it (Torch-Pruning {report["torch_pruning"]}), '
+        'unless they say otherwise, at the iteration at which the gates begin '
+        f'to close ({report["phases"][0]:.0%}), and train on.' +
+        ''.join(f' {note.format(total=total)}'
+                for methods, note in NOTES if ran.intersection(methods)),
+        '- The phases of GDP and the learning rate of all rows were chosen on '
+        'these images; nothing of the alternatives was.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
         f'- FLOPs got, of what was asked: GDP {off(ours)} points'
         f'{f", the alternatives {off(others)}" if others else ""}.',
         f'- GDP: mIoU before and after the export differ by {apart:.2f} at '
         'most; gates of openness between 0.01 and 0.5 at the end: '
         f'{max(row["undecided"] for row in ours):.2%} at most.',
-        f'- Training: {report["train"]}. Evaluation: {report["test"]}.'
+        f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
+        f'- Again: `python benchmarks/accuracy.py {report["data"]} '
+        f'--iterations {report["iterations"]} --data-root DATA --weights '
+        'BACKBONE --report REPORT`; '
+        f'SHA-256 of BACKBONE: {report["weights_sha256"][:16]}.'
     ]
 
 
-def mean_and_spread(values: Iterable[float]) -> str:
+def of(report: Report,
+       method: str,
+       target: float,
+       what: str = 'miou') -> list[float]:
+    """What the rows of all seeds have."""
+    return [
+        row[what] for row in report['rows']
+        if row['method'] == method and row['target'] == target
+    ]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
     """``mean +- standard deviation (number)``."""
-    known = list(values)
-    if not known:
+    if not values:
         return '-'
-    mean, deviation = mean_and_deviation(known)
-    spread = f' ± {deviation:.2f}' if len(known) > 1 else ''
-    return f'{mean:.2f}{spread} ({len(known)})'
+    mean, deviation = mean_and_deviation(values)
+    spread = f' ± {deviation:.2f}' if len(values) > 1 else ''
+    return f'{mean:.2f}{spread} ({len(values)})'
 
 
-def mean_and_deviation(values: Iterable[float]) -> tuple[float, float]:
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     """And 0 if it is one value."""
-    known = list(values)
-    return (statistics.mean(known),
-            statistics.stdev(known) if len(known) > 1 else 0.)
+    return (statistics.mean(values),
+            statistics.stdev(values) if len(values) > 1 else 0.)
 
 
 def off(rows: list[Report]) -> str:
@@ -301,23 +357,22 @@ def plot_accuracy(report: Report) -> None:
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     rows = report['rows']
-    mean, deviation = mean_and_deviation(row['miou'] for row in rows
-                                         if row['method'] == 'dense')
+    mean, deviation = mean_and_deviation(of(report, 'dense', 1.))
     axes.axhspan(mean - deviation, mean + deviation, color='k', alpha=0.1)
     axes.axhline(mean, color='k', linestyle='--', linewidth=1, label='dense')
-    for index, (method, name) in enumerate(METHODS.items()):
-        points: dict[float, list[Report]] = {}
-        for row in rows:
-            if row['method'] == method:
-                points.setdefault(row['target'], []).append(row)
-        if not points:
+    for index, (method, name) in enumerate(LABELS.items()):
+        targets = sorted(
+            {row['target']
+             for row in rows if row['method'] == method})
+        if not targets:
             continue
-        drawn = [points[target] for target in sorted(points)]
-        means, deviations = zip(*(mean_and_deviation(row['miou']
-                                                     for row in some)
-                                  for some in drawn))
+        means, deviations = zip(*(mean_and_deviation(of(report, method, one))
+                                  for one in targets))
         axes.errorbar(
-            [statistics.mean(row['macs'] for row in some) for some in drawn],
+            [
+                statistics.mean(of(report, method, one, 'macs'))
+                for one in targets
+            ],
             means,
             deviations,
             label=name,
@@ -326,9 +381,7 @@ def plot_accuracy(report: Report) -> None:
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)
     axes.set(
-        xlabel='share of the dense multiply-adds',
-        ylabel='mIoU',
-        xlim=(0.2, 0.55))
+        xlabel='share of the dense multiply-adds', ylabel='mIoU', xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.savefig(RESULTS.parent / plot_name(report), dpi=120)
@@ -344,11 +397,17 @@ def main() -> None:
     paths = [Path(name) for name in sys.argv[1:]]
     paths = [path for path in paths if path.name not in ELSEWHERE]
     RESULTS.write_text('\n'.join([HEAD, *map(section, paths)]))
+    compared = [
+        json.loads(path.read_text()) for path in paths
+        if kind(path) is accuracy
+    ]
+    for report in compared:
+        plot_accuracy(report)
+    if compared:
+        show_accuracy(compared)
     for path in paths:
         if path.name == DEMO:
             show_demo(path)
-        if kind(path) is accuracy:
-            plot_accuracy(json.loads(path.read_text()))
     print(f'wrote {RESULTS} from {len(paths)} report(s)')
 
 

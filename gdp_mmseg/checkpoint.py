@@ -31,6 +31,8 @@ from .version import __version__
 PACKAGES = ('torch', 'mmengine', 'onedl-mmengine', 'mmsegmentation',
             'onedl-mmsegmentation', 'mmpretrain', 'onedl-mmpretrain')
 WHOLE = 'gdp_mmseg.whole'
+# In a state dict: the gates.
+THETA = 'gdp.gates.theta'
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -155,7 +157,7 @@ def closed_gates(groups: Groups, state: Mapping[str, Any],
             'checkpoint: expected the weights of a model with all its '
             'channels, but got those of an export; use them with the config '
             'beside them, or change load_from')
-    theta = state.get('gdp.gates.theta')
+    theta = state.get(THETA)
     if theta is None:
         return None
     if len(theta) != groups.number or meta.get('groups') not in (

@@ -35,6 +35,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+def last_miou(work_dir: Path) -> float:
+    """mIoU, in percent, of the last evaluation that a training logged."""
+    scalars = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
+    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
+    return float([row['mIoU'] for row in rows if 'mIoU' in row][-1])
+
+
 def paired_latency_ms(models: Sequence[nn.Module],
                       input_shape: tuple[int, ...],
                       repeats: int = 7,

@@ -341,6 +341,22 @@ CASES = {
     Case('test.py',
          lambda w: w.test(config=w.exported.config, checkpoint=w.dense),
          'shape', 'checkpoint'),
+    **{
+        f'{tool} a plain model with {what} checkpoint':
+        Case(f'{tool}.py', arguments, came, 'config')
+        for what, came, path in (
+            ('a gated', 'gates', lambda w: w.trained.checkpoint),
+            ('an exported', 'exported', lambda w: w.exported.checkpoint),
+        )
+        for tool, arguments in {
+            'test':
+            lambda w, path=path: w.test(
+                config=w.project.dense, checkpoint=path(w)),
+            'train':
+            lambda w, path=path: w.train(
+                *w.set(load_from=path(w)), config=w.project.dense),
+        }.items()
+    },
     'test an exported checkpoint with other widths':
     Case(
         'test.py', lambda w: w.test(

@@ -72,6 +72,9 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     monkeypatch.setattr(results, 'RESULTS', tmp_path / 'results.md')
     report = dict(
         data='voc',
+        weights='none',
+        weights_sha256='0' * 64,
+        torch_pruning='1.6',
         start=30,
         iterations=8,
         batch_size=2,

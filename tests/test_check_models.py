@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip('mmseg')
 pytest_plugins = ('project', )
 
-from project import TOOLS, Project, run_tool
+from project import NAME, TOOLS, Project, run_tool
 
 HEAD = "model = dict(decode_head=dict(type='{}'))"
 
@@ -20,27 +20,31 @@ HEAD = "model = dict(decode_head=dict(type='{}'))"
 @pytest.fixture(scope='module')
 def rows(project: Project,
          tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A row for each of three configs, from one command line."""
+    """A row for each of four configs, from one command line beside them."""
     folder = tmp_path_factory.mktemp('rows')
     configs = [
         project.dense,
+        project.gated,
         project.config('unknown', HEAD.format('NoSuchHead'), project.dense),
         project.config(
             'nothing', "model = dict(backbone=dict(type='torch.nn.Identity', "
             '_delete_=True))', project.dense),
     ]
     subprocess.run([
-        sys.executable, '-W', 'ignore', TOOLS / 'check_models.py', *configs,
-        '--json', folder / 'rows.json'
+        sys.executable, '-W', 'ignore', TOOLS / 'check_models.py',
+        *(config.relative_to(project.folder)
+          for config in configs), '--json', folder / 'rows.json'
     ],
                    check=True,
+                   cwd=project.folder,
                    capture_output=True)
     found = json.loads((folder / 'rows.json').read_text())
     return {Path(row['config']).stem: row for row in found}
 
 
-def test_model_that_works(rows: dict[str, Any]) -> None:
-    row = rows['my_config']
+@pytest.mark.parametrize('config', ['my_config', NAME])
+def test_model_that_works(rows: dict[str, Any], config: str) -> None:
+    row = rows[config]
     assert row['status'] == 'works', row
     assert row['rel_diff'] <= 1e-5 and row['rel_diff_fp64'] <= 1e-8
     assert row['effect'] > 1e-3

@@ -102,17 +102,28 @@ def check_checkpoint(path: str) -> None:
              'exist; pass or change its path')
 
 
-def verify_checkpoint(path: str) -> None:
-    """Fail if a local checkpoint is not whole; say if others made it.
+def verify_checkpoint(path: str, cfg: Config) -> None:
+    """Fail if a local one is not whole, or gated or exported for a plain one.
 
-    It is read twice then, here and by mmengine, which does not look at the
-    checksums, and runs what a file says if it holds more than numbers.
+    Of those, mmengine would load what fits into the plain model, and log the
+    rest: channels that were closed are open, or weights random.
+
+    Says if other versions made it. It is read twice then, here and by
+    mmengine, which does not look at the checksums, and runs what a file says
+    if it holds more than numbers.
     """
     check_checkpoint(path)
     if _is_remote(path):
         return
-    from gdp_mmseg.checkpoint import other_versions, read_checkpoint
-    changed = other_versions(read_checkpoint(path)[1])
+    from gdp_mmseg.checkpoint import THETA, other_versions, read_checkpoint
+    state, meta = read_checkpoint(path)
+    if 'gdp' not in cfg.model and (THETA in state or 'widths' in meta):
+        came, config = (('an exported one',
+                         'that was exported with it') if 'widths' in meta else
+                        ('one with gates', 'that it was trained with'))
+        fail(f'expected a checkpoint of a plain {cfg.model.get("type")}, but '
+             f'got {came}, {path}; pass the config {config}')
+    changed = other_versions(meta)
     if changed:
         print(f'note: {path} was made with other versions: {changed}')
 
@@ -124,7 +135,7 @@ def verify_start(cfg: Config, resume: bool) -> None:
             and cfg.model.get('type') == 'gdp_mmseg.PrunedModel'):
         start = (cfg.model.get('init_cfg') or {}).get('checkpoint')
     if start:
-        verify_checkpoint(start)
+        verify_checkpoint(start, cfg)
 
 
 def guard(cfg: Config) -> None:

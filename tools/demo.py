@@ -107,13 +107,6 @@ def run(command: list[str], log: Path, see: Any) -> Path:
     return log
 
 
-def dense_miou(work_dir: Path) -> float:
-    """mIoU that the training's own last evaluation logged."""
-    scalars = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
-    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
-    return [row['mIoU'] for row in rows if 'mIoU' in row][-1]
-
-
 def predict(config: Path, checkpoint: Path, images: list[str]) -> list[Any]:
     """Class of each pixel, ``(H, W)`` for each image, by mmseg's own API."""
     from mmseg.apis import inference_model, init_model
@@ -192,7 +185,7 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors()
 def main() -> None:
     args = parse_args()
-    from gdp_mmseg.report import comparison, write_json
+    from gdp_mmseg.report import comparison, last_miou, write_json
     folder = args.work_dir.resolve()
     cfg = load_config(str(GATED))
     iterations = cfg.train_cfg.max_iters
@@ -216,7 +209,7 @@ def main() -> None:
         if line.startswith(('comparing', 'evaluating')) else None)
     report = json.loads((folder / 'export' / 'report.json').read_text())
     report.update(
-        miou_dense=dense_miou(folder / 'dense'),
+        miou_dense=last_miou(folder / 'dense'),
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
         train='600 drawn images of 128 x 128, 3 classes, seed 0',
         test='160 drawn images of 128 x 128',

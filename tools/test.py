@@ -94,7 +94,7 @@ def main() -> None:
     # load config
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    verify_checkpoint(args.checkpoint)
+    verify_checkpoint(args.checkpoint, cfg)
     check_paths(cfg, splits=('test', ))
     join_processes_(cfg, args.launcher)
 
