@@ -12,6 +12,7 @@ import importlib.metadata
 import io
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, ClassVar, Iterable, Mapping
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
+from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor, nn
 
 from .files import write_whole
@@ -31,8 +33,9 @@ from .version import __version__
 PACKAGES = ('torch', 'mmengine', 'onedl-mmengine', 'mmsegmentation',
             'onedl-mmsegmentation', 'mmpretrain', 'onedl-mmpretrain')
 WHOLE = 'gdp_mmseg.whole'
-# In a state dict: the gates.
+# In a state dict: the gates, and which of them are closed.
 THETA = 'gdp.gates.theta'
+CLOSED = 'gdp.gates.closed'
 
 
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -57,14 +60,21 @@ def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f'but got others (SHA-256 {checksum(state)[:8]} for '
             f'{meta["sha256"][:8]}); export again, or take the copy that it '
             'was made from')
-    # mmengine's FlexibleRunner saves the wrapper of several processes too.
-    return {key.removeprefix('module.'): state[key] for key in state}, meta
+    return unwrapped(state), meta
+
+
+def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state dict without the wrapper of several processes.
+
+    mmengine's FlexibleRunner saves that too.
+    """
+    return {key.removeprefix('module.'): state[key] for key in state}
 
 
 def _read(path: str) -> Any:
     """Unpickle what is safe to, from a file that is whole."""
     buffers: list[Any] = [
-        HistoryBuffer, getattr, np.ndarray, np.dtype,
+        HistoryBuffer, OneCycleParamScheduler, getattr, np.ndarray, np.dtype,
         np.zeros(1).__reduce__()[0],
         np.float64(0).__reduce__()[0],
         *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b'))
@@ -80,6 +90,12 @@ def _read(path: str) -> Any:
             'the path of a checkpoint') from None
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError,
             zipfile.BadZipFile) as error:
+        code = re.search(r'GLOBAL (\S+)', str(error))
+        if code:
+            raise ValueError(
+                f"checkpoint: expected tensors, plain types and mmengine's "
+                f'own, but {path} holds {code[1]}, which can run code; if you '
+                'trust it, save its state_dict and meta alone') from error
         raise ValueError(
             f'checkpoint: expected a file that mmengine saved, but {path} '
             f'cannot be read ({str(error).partition(chr(10))[0]:.80}); it '
@@ -146,7 +162,7 @@ def closed_gates(groups: Groups, state: Mapping[str, Any],
 
     Args:
         groups (Groups): Of the model that it is loaded into.
-        state (Mapping[str, Any]): State dict of the checkpoint.
+        state (Mapping[str, Any]): State dict of the checkpoint, unwrapped.
         meta (Mapping[str, Any]): Its meta.
 
     Raises:
@@ -168,7 +184,7 @@ def closed_gates(groups: Groups, state: Mapping[str, Any],
             f'but got {len(theta)} that stand for other channels; change '
             'load_from, or the model, or the versions it was trained with' +
             (f': {other}' if other else ''))
-    return int((theta == 0).sum())
+    return int((state[CLOSED] > 0).sum())
 
 
 def refuse_others_(network: nn.Module, names: Iterable[str]) -> None:

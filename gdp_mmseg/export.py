@@ -11,8 +11,9 @@ import itertools
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
+import numpy as np
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model import revert_sync_batchnorm
@@ -31,6 +32,7 @@ from .model import build_base_model, default_base, find_pruner, model_config
 from .proof import largest_difference
 from .pruner import COSTS
 from .stages import dead_parts, kept_by_stage
+from .support import moves_gates
 from .surgery import Widths, prune
 from .version import __version__
 
@@ -155,15 +157,25 @@ def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def without_pretrained(cfg: Config) -> ConfigDict:
-    """A model config that looks for no pretrained weights."""
+    """A model config that looks for no pretrained weights, in no part."""
     model = model_config(cfg)
-    if 'pretrained' in model:
-        model['pretrained'] = None
-    backbone = model.get('backbone') or {}
-    for key in ('pretrained', 'init_cfg'):
-        if key in backbone:
-            backbone[key] = None
+    _drop_pretrained_(model)
     return model
+
+
+def _drop_pretrained_(part: Any) -> None:
+    """Of a part of a config and all that is in it, in place."""
+    if isinstance(part, dict):
+        init = part.get('init_cfg')
+        for one in init if isinstance(init, Sequence) else [init]:
+            if one and str(one.get('type')).endswith('Pretrained'):
+                part['init_cfg'] = None
+        if part.get('pretrained'):
+            part['pretrained'] = None
+        part = list(part.values())
+    if isinstance(part, (list, tuple)):
+        for one in part:
+            _drop_pretrained_(one)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -199,8 +211,7 @@ def _compare(cfg: Config, gated: nn.Module, exported: nn.Module,
     """
     settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
     try:
-        loader = Runner.build_dataloader(
-            dict(settings, num_workers=0, persistent_workers=False))
+        loader = Runner.build_dataloader(_in_this_process(settings))
     except (FileNotFoundError, AssertionError, TypeError):
         if needs_data:
             raise
@@ -218,6 +229,14 @@ def _compare(cfg: Config, gated: nn.Module, exported: nn.Module,
             f'but got a relative difference of {difference:.1e} on {source}; '
             'nothing was written. Please report this with the config')
     return dict(max_rel_diff=difference, compared_on=source)
+
+
+def _in_this_process(settings: Any) -> dict[str, Any]:
+    """A loader's config, without what only goes with other processes."""
+    plain = dict(settings, num_workers=0, persistent_workers=False)
+    for key in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
+        plain.pop(key, None)
+    return plain
 
 
 def _preprocessed(loader: Any, model: nn.Module) -> list[Tensor]:
@@ -283,7 +302,11 @@ def _measure(gated: nn.Module, dense: nn.Module,
 
 
 def _metrics(metrics: Mapping[str, Any], which: str) -> dict[str, Any]:
-    plain = {key: float(value) for key, value in metrics.items()}
+    # Also of classes one by one, which some metrics give as lists.
+    plain = {
+        key: float(value)
+        for key, value in metrics.items() if np.ndim(value) == 0
+    }
     return {f'miou_{which}': plain.get('mIoU'), f'metrics_{which}': plain}
 
 
@@ -328,20 +351,15 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
     hooks = content.get('default_hooks') or {}
     content['default_hooks'] = {
         key: hook
-        for key, hook in hooks.items() if not _moves_gates(hook)
+        for key, hook in hooks.items() if not moves_gates(hook)
     }
     if content.get('custom_hooks'):
         content['custom_hooks'] = [
-            hook for hook in content['custom_hooks'] if not _moves_gates(hook)
+            hook for hook in content['custom_hooks'] if not moves_gates(hook)
         ]
     for key in ('work_dir', 'load_from', 'resume'):
         content.pop(key, None)
     return Config(content)
-
-
-def _moves_gates(hook: Any) -> bool:
-    return (isinstance(hook, Mapping)
-            and hook.get('type') == 'gdp_mmseg.GDPHook')
 
 
 def load_exported(folder: Path, name: str) -> nn.Module:

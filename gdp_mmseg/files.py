@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import json
 import math
@@ -126,6 +125,8 @@ def writing(out_dir: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
     """Whether this process alone holds a folder, as long as it does."""
+    # Not on Windows, where exported networks can still be used.
+    import fcntl
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

@@ -38,6 +38,16 @@ def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     return (1 + epsilon) * square / (square + epsilon)
 
 
+def theta_of(values: Tensor, epsilon: Tensor | float) -> Tensor:
+    """Inverse of :func:`openness` on [0, 1].
+
+    Examples:
+        >>> float(openness(theta_of(torch.tensor(0.25), 0.1), 0.1))
+        0.25
+    """
+    return (epsilon * values / (1 + epsilon - values)).sqrt().clamp(max=1)
+
+
 def openness_slope(theta: Tensor, epsilon: Tensor | float) -> Tensor:
     """Derivative of :func:`openness` with respect to ``theta``.
 
@@ -104,10 +114,11 @@ class Gates(nn.Module):
         betas (tuple[float, float]): Decay of the means ``m`` and ``v``.
 
     Attributes:
-        theta (nn.Parameter): ``(G,)``. Its gradient is read by :meth:`step_`;
-            no optimizer should move it.
-        closed (Tensor): ``(G,)`` bool. Their theta is 0; an average of models
-            has this of the last one, where the average of theta is not 0.
+        theta (nn.Parameter): ``(G,)``. Its gradient is read by
+            :meth:`observe_`; no optimizer should move it.
+        closed (Tensor): ``(G,)``, above 0 where a gate closed for good, and
+            its theta is 0. In an average of models theta is not, and this is
+            of the last one, or an average too: above 0 all the same.
 
     Examples:
         Two channels at the same price, budget for one; the task loses 1 for
@@ -120,7 +131,8 @@ class Gates(nn.Module):
         >>> for step in range(200):
         ...     loss = -gates.openness()[0]
         ...     gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
-        ...     _ = gates.step_(Half(), max(0.9 - step / 100, 0.5), lr=0.05)
+        ...     _ = gates.observe_()
+        ...     gates.step_(Half(), max(0.9 - step / 100, 0.5), lr=0.05)
         >>> (gates.openness() > 0).tolist()
         [True, False]
     """
@@ -150,7 +162,7 @@ class Gates(nn.Module):
         self.register_buffer('gain_square', torch.zeros(number))
         self.register_buffer('observed', torch.tensor(0))
         self.register_buffer('multiplier', torch.tensor(0.))
-        self.register_buffer('closed', torch.zeros(number, dtype=torch.bool))
+        self.register_buffer('closed', torch.zeros(number))
 
     def add_slots(self, slots: Tensor) -> int:
         """Keep the gates ``(C,)`` of a channel axis on the gates' device.
@@ -169,12 +181,28 @@ class Gates(nn.Module):
         # Of these gates alone: cheaper than all, once for each layer.
         known = slots.clamp(min=0)
         values = openness(self.theta[known], self.epsilon)
-        return values.masked_fill(self.closed[known],
+        return values.masked_fill(self.closed[known] > 0,
                                   0).masked_fill(slots < 0, 1)
 
     def openness(self) -> Tensor:
         """Openness ``(G,)`` of all gates, differentiable in theta."""
-        return openness(self.theta, self.epsilon).masked_fill(self.closed, 0)
+        return openness(self.theta, self.epsilon).masked_fill(self._shut(), 0)
+
+    def _shut(self) -> Tensor:
+        """``(G,)`` bool: gates that are closed for good."""
+        return self.closed > 0
+
+    @torch.no_grad()
+    def set_epsilon_(self, epsilon: float) -> None:
+        """Take another epsilon; if it is larger, openness stays as it is.
+
+        It falls while a training prunes. It rises where a training begins
+        from gates that another has polarised.
+        """
+        larger = self.epsilon.new_tensor(epsilon)
+        if larger > self.epsilon:
+            self.theta.copy_(theta_of(self.openness(), larger))
+        self.epsilon.copy_(larger)
 
     @torch.no_grad()
     def observe_(self) -> bool:
@@ -212,24 +240,20 @@ class Gates(nn.Module):
               lr: float,
               whole: float = 0.5,
               spared: Tensor | None = None,
-              scarcity: Tensor | float = 1.) -> bool:
-        """One step in place: :meth:`observe_`, solve lambda, move, close.
+              scarcity: Tensor | float = 1.) -> None:
+        """One step in place, of what was observed: solve lambda, move, close.
 
         Args:
             cost (CostFunction): Cost and its price.
             budget (float): What the cost may be after this step.
-            lr (float): The longest way of a theta in this step.
+            lr (float): The way of a theta on which task and cost agree; 1.3
+                times that under a steady gain.
             whole (float): See :func:`held_cost`.
             spared (Tensor, optional): ``(G,)`` bool, gates on which there is
                 no price in this step.
             scarcity (Tensor | float): ``(G,)``, at least 1, by which gains
                 count more than as observed.
-
-        Returns:
-            bool: False, with nothing done, if the gradient is not finite.
         """
-        if not self.observe_():
-            return False
         mean_decay, square_decay = self.betas
         seen = int(self.observed)
         noise = self.gain_square / (1 - square_decay**seen) * scarcity**2
@@ -248,19 +272,18 @@ class Gates(nn.Module):
             # wandered off could not come back in time.
             theta = theta.clamp(0, 1)
             shut = openness(theta, self.epsilon) < self.close_below
-            return theta.masked_fill(shut | self.closed, 0)
+            return theta.masked_fill(shut | self._shut(), 0)
 
         def spent(theta: Tensor) -> float:
             return float(held_cost(cost, openness(theta, self.epsilon), whole))
 
-        scale = float(noise[~self.closed].sqrt().sum() /
+        scale = float(noise[~self._shut()].sqrt().sum() /
                       price.sum().clamp(min=1e-20))
         multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
         self.multiplier.fill_(multiplier)
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
-        return True
 
     @torch.no_grad()
     def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
@@ -273,21 +296,21 @@ class Gates(nn.Module):
         Returns:
             Tensor: ``(G,)`` bool.
         """
-        worth = self.gain_square.masked_fill(self.closed, -1)
+        worth = self.gain_square.masked_fill(self._shut(), -1)
         order = worth.argsort(descending=True)
         order = order[group_of[order].argsort(stable=True)]
         sizes = group_of.bincount(minlength=len(numbers))
         first = sizes.cumsum(0) - sizes
         place = torch.arange(len(order), device=order.device)
-        chosen = torch.zeros_like(self.closed)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
         chosen[order] = place - first[group_of[order]] < numbers[
             group_of[order]]
-        return chosen & ~self.closed
+        return chosen & ~self._shut()
 
     @torch.no_grad()
     def close_(self, gates: Tensor) -> None:
         """Close ``gates`` (mask ``(G,)``) for good, in place."""
-        self.closed |= gates
+        self.closed.masked_fill_(gates, 1)
         self.theta.masked_fill_(gates, 0)
 
 

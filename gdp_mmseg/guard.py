@@ -13,7 +13,8 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .checkpoint import WHOLE, mend_last_checkpoint, pointed_checkpoint
+from .checkpoint import (WHOLE, mend_last_checkpoint, pointed_checkpoint,
+                         unwrapped)
 from .registry import HOOKS
 
 RandomState = dict[str, Any]
@@ -134,8 +135,9 @@ class GuardHook(Hook):
         Raises:
             FloatingPointError: If a weight is not finite.
         """
+        state = unwrapped(checkpoint['state_dict'])
         for name, _ in _network(runner.model).named_parameters():
-            value = checkpoint['state_dict'].get(name)
+            value = state.get(name)
             if value is not None and not value.isfinite().all():
                 raise FloatingPointError(
                     f'expected finite weights to save, but got others in '

@@ -10,7 +10,7 @@ import torch
 from mmengine.dist import broadcast, is_main_process
 from mmengine.runner import Runner
 
-from .checkpoint import closed_gates, fingerprint, versions
+from .checkpoint import closed_gates, fingerprint, unwrapped, versions
 from .diary import RECORD, show_gates, tell_end
 from .files import drop_rows_after
 from .gate import Gates
@@ -63,6 +63,7 @@ class GDPHook(GuardHook):
         check_runner(runner)
         super().before_train(runner)
         pruner = find_pruner(runner.model)
+        pruner.hooked = True
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
@@ -171,7 +172,7 @@ class GDPHook(GuardHook):
         super().after_load_checkpoint(runner, checkpoint)
         closed = closed_gates(
             find_pruner(runner.model).groups,
-            checkpoint.get('state_dict', checkpoint),
+            unwrapped(checkpoint.get('state_dict', checkpoint)),
             checkpoint.get('meta') or {})
         runner.logger.info(
             'GDP: the checkpoint has no gates; all of them start open' if

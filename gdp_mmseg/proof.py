@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .gate import Gates
+from .gate import Gates, theta_of
 from .groups import Groups, nothing_left
 from .kernel import gate_layer_
 from .lively import lively_copy
@@ -288,7 +288,8 @@ class _Trial:
     def _measure(self, closed: Sequence[int], half: bool) -> float:
         openness = self._openness(closed, half)
         pruned, _ = cut(self.model, self.groups, openness)
-        self._set_gates(openness)
+        with torch.no_grad():
+            self.gates.theta.copy_(theta_of(openness, self.gates.epsilon))
         self.failed_at = ''
         for name, module in pruned.named_modules():
             module.register_forward_pre_hook(self._remember(name))
@@ -327,13 +328,6 @@ class _Trial:
             self.failed_at = name
 
         return begin
-
-    @torch.no_grad()
-    def _set_gates(self, openness: Tensor) -> None:
-        """The thetas that have this openness."""
-        share = openness / (1 + self.gates.epsilon)
-        self.gates.theta.copy_(
-            (self.gates.epsilon * share / (1 - share)).sqrt())
 
 
 def _shape_within(shape: tuple[int, ...], side: int) -> tuple[int, ...]:

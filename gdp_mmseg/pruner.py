@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from typing import Any, Mapping
 
 import torch
@@ -153,6 +154,7 @@ class Pruner(nn.Module):
         gates (Gates): Their state is in the model's state dict.
         flops (FlopCost): Share of the dense multiply-adds.
         cost (Cost): Share of what the target is about; may be ``flops``.
+        hooked (bool): Whether a training's ``GDPHook`` moves the gates.
 
     Raises:
         ValueError: If the target is below what cannot be pruned.
@@ -169,6 +171,7 @@ class Pruner(nn.Module):
                            settings.close_below)
         self.flops = FlopCost(groups)
         self.cost: Cost = self.flops
+        self.hooked = False
         if settings.target.type == 'params':
             self.cost = ParameterCost(groups)
         elif settings.target.type == 'latency':
@@ -182,6 +185,14 @@ class Pruner(nn.Module):
             persistent=False)
         if not self.unmeasured:
             self.check_target()
+
+    def train(self, mode: bool = True) -> Pruner:
+        """As for any module; warns if nothing moves the gates."""
+        if mode and not self.hooked:
+            warnings.warn('GDPModel: nothing moves the gates, no channel will '
+                          'go; to prune, set default_hooks=dict(gdp=dict('
+                          "type='gdp_mmseg.GDPHook'))")
+        return super().train(mode)
 
     @property
     def unmeasured(self) -> bool:
@@ -246,20 +257,26 @@ class Pruner(nn.Module):
                                'GDPHook, or call measure_()')
         progress = self.schedule.with_the_end(progress, 1 / max(steps, 1))
         phase = self.schedule.phase_at(progress)
-        if phase == 'warmup':
-            return self.gates.observe_()
         if phase == 'settling':
             return True
-        self.gates.epsilon.fill_(self.schedule.epsilon_at(progress))
+        # At the epsilon that the gradient is of.
+        if not self.gates.observe_():
+            return False
+        self.gates.set_epsilon_(self.schedule.epsilon_at(progress))
+        if phase == 'pruning':
+            self._move_(progress, steps)
+        return True
+
+    def _move_(self, progress: float, steps: int) -> None:
+        """Move all gates by one step of the pruning phase, in place."""
         alive = self._alive()
-        moved = self.gates.step_(
+        self.gates.step_(
             self.cost,
             self.asked(progress) + self._rounding(),
             self.settings.travel / max(steps * self.schedule.phases[1], 1),
             self.schedule.whole_at(progress), self._spared(progress),
             self._scarcity())
         self._close_dead_(alive)
-        return moved
 
     def _rounding(self) -> float:
         """Half of what the dearest open gate costs: to the nearest channel.

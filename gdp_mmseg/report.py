@@ -21,12 +21,19 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     Counted by torch's own counter, which knows nothing of this project.
 
     Args:
-        model (nn.Module): An mm model; a copy without data is run.
+        model (nn.Module): An mm model; a copy is run, without data where its
+            forward asks for none.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
     """
-    shadow = copy.deepcopy(model).to('meta').eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        shadow(torch.zeros(input_shape, device='meta'), mode='tensor')
+    for device in ('meta', 'cpu'):
+        shadow = copy.deepcopy(model).to(device).eval()
+        try:
+            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+                shadow(torch.zeros(input_shape, device=device), mode='tensor')
+            break
+        except Exception:  # the model's own, of any kind
+            if device == 'cpu':
+                raise
     return counter.get_total_flops() // 2
 
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from mmengine.config import Config
@@ -22,15 +22,33 @@ def check_config(cfg: Config) -> None:
         cfg (Config): Of a training; without gates, all is well.
 
     Raises:
-        ValueError: If it would split the gates.
+        ValueError: If it would split the gates, or move none.
     """
     if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
         return
+    if not any(map(moves_gates, hooks_of(cfg))):
+        raise ValueError(
+            'GDPModel: expected the hook that moves its gates, but got none; '
+            "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))")
     for key in ('strategy', 'model_wrapper_cfg'):
         kind = (cfg.get(key) or {}).get('type')
         name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
         if name.rpartition('.')[2] in SPLITTING:
             raise ValueError(_whole_model(name, key))
+
+
+def hooks_of(cfg: Config) -> list[Any]:
+    """All hooks of a config."""
+    return [
+        *(cfg.get('default_hooks') or {}).values(),
+        *(cfg.get('custom_hooks') or [])
+    ]
+
+
+def moves_gates(hook: Any) -> bool:
+    """Whether a hook of a config is the one that moves the gates."""
+    return (isinstance(hook, Mapping)
+            and hook.get('type') == 'gdp_mmseg.GDPHook')
 
 
 def check_runner(runner: Any) -> None:

@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[Callable[[World], Path], str]] = {
     'with a bit flipped':
     (lambda w: w.flipped(w.trained.checkpoint), 'damaged'),
     'that runs code':
-    (lambda w: w.saved(dict(state_dict={}, bomb=Path('/'))), 'another kind'),
+    (lambda w: w.saved(dict(state_dict={}, bomb=Path('/'))), 'state_dict'),
 }
 DAMAGED = {
     f'{tool} a checkpoint {what}':

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gdp_mmseg.export as exporting
 from gdp_mmseg.export import export, pruned_config, read_checkpoint
 from gdp_mmseg.groups import Groups
+from gdp_mmseg.report import count_macs
 from gdp_mmseg.surgery import Constant
 
 from project import (NAME, TARGET, Exported, Project, Trained, run_tool, train,
@@ -328,6 +329,15 @@ def test_hook_among_the_custom_hooks_goes_and_the_others_stay(
         'model.init_cfg': dict(type='Pretrained', checkpoint='dense.pth')
     },
     {
+        'model.backbone.part.init_cfg': [
+            dict(type='Kaiming', layer='Conv2d'),
+            dict(type='Pretrained', checkpoint='dense.pth')
+        ]
+    },
+    {
+        'model.backbone.parts': [dict(pretrained='dense.pth')]
+    },
+    {
         'load_from': 'dense.pth'
     },
 ])
@@ -386,6 +396,27 @@ def test_half_an_export_leaves_nothing_behind(project: Project,
             tmp_path / out_dir, 'x')
     assert len(calls) == which
     assert tree(tmp_path) == {}
+
+
+def test_metrics_that_are_no_numbers_are_left_out(
+        project: Project, trained: Trained, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = dict(mIoU=50., IoU=[40., 60.])
+    monkeypatch.setattr(exporting, 'run_test', lambda *_: metrics)
+    report = export(
+        project.load(tmp_path), str(trained.checkpoint), tmp_path / 'pair',
+        'x')
+    assert report['metrics_pruned'] == dict(mIoU=50.)
+
+
+def test_multiply_adds_are_counted_where_a_forward_asks_for_values() -> None:
+
+    class Asking(nn.Conv2d):
+
+        def forward(self, inputs: Tensor, mode: str) -> Tensor:
+            return super().forward(inputs / max(inputs.max().item(), 1))
+
+    assert count_macs(Asking(3, 2, 1), (1, 3, 4, 4)) == 3 * 2 * 16
 
 
 def test_wrong_surgery_is_an_error_and_leaves_nothing_behind(

@@ -65,6 +65,24 @@ FEATURES: dict[str, dict[str, Any]] = {
     'average-of-weights': {
         'custom_hooks': [dict(type='EMAHook', momentum=0.2)]
     },
+    'average-of-buffers': {
+        'custom_hooks':
+        [dict(type='EMAHook', momentum=0.2, update_buffers=True)]
+    },
+    'one-cycle': {
+        'param_scheduler': [
+            dict(
+                type='OneCycleLR',
+                eta_max=0.01,
+                total_steps=ITERATIONS,
+                by_epoch=False)
+        ]
+    },
+    'loader-processes': {
+        'test_dataloader.num_workers': 1,
+        'test_dataloader.prefetch_factor': 4,
+        'test_dataloader.timeout': 60
+    },
     'epochs': EPOCHS,
     'fused-optimizer': _optimizer('AdamW', fused=True, weight_decay=0.1),
     'foreach-optimizer': _optimizer('AdamW', foreach=True, weight_decay=0.1),

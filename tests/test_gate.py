@@ -220,6 +220,7 @@ def step(gates: Gates, gains: Tensor, cost: Linear, budget: float,
     """One step for a task whose loss falls by ``gains`` per openness."""
     loss = -(gates.openness() * gains).sum()
     gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+    gates.observe_()
     gates.step_(cost, budget, lr)
 
 
@@ -285,6 +286,7 @@ def test_spared_gates_do_not_close_whatever_they_cost() -> None:
     for _ in range(60):
         loss = -gates.openness()[1]
         gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+        gates.observe_()
         gates.step_(
             Linear(torch.tensor([5., 1., 1., 1.])), 0., 0.05, spared=spared)
     assert (gates.theta > 0).tolist() == spared.tolist()
@@ -485,7 +487,35 @@ def test_step_without_any_gradient_ends() -> None:
 
 def test_step_without_a_backward_pass_says_so() -> None:
     with pytest.raises(RuntimeError, match='theta.grad is None'):
-        Gates(2).step_(Linear(torch.ones(2)), 1., 0.1)
+        Gates(2).observe_()
+
+
+def test_epsilon_that_rises_leaves_openness_as_it_is() -> None:
+    """A training that begins from gates that another has polarised."""
+    gates = Gates(4, epsilon=1e-4)
+    gates.theta.data.copy_(torch.tensor([1., 0.3, 0.02, 0.]))
+    gates.close_(torch.tensor([False, False, False, True]))
+    before = gates.openness()
+    gates.set_epsilon_(0.1)
+    assert torch.allclose(gates.openness(), before, atol=1e-6)
+    assert gates.theta[0].item() == pytest.approx(1)
+    # And as it falls, theta stays.
+    theta = gates.theta.detach().clone()
+    gates.set_epsilon_(0.01)
+    assert torch.equal(gates.theta, theta)
+    assert float(gates.epsilon) == pytest.approx(0.01)
+
+
+def test_gates_closed_in_one_model_are_closed_in_an_average() -> None:
+    from mmengine.model import ExponentialMovingAverage
+    gates = Gates(2)
+    average = ExponentialMovingAverage(gates, update_buffers=True)
+    average.update_parameters(gates)
+    gates.close_(torch.tensor([True, False]))
+    average.update_parameters(gates)
+    assert float(average.module.theta[0]) > 0.9
+    assert average.module.openness()[0] == 0
+    assert average.module.openness()[1] > 0.9
 
 
 def test_checkpoint_continues_the_step_exactly() -> None:

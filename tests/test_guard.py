@@ -477,3 +477,18 @@ def test_training_without_gates_resumes_exactly_too(project: Project,
             assert outcome.status == 0, outcome.stderr
         ends.append(_content(work_dir / 'iter_6.pth')['state_dict'])
     assert _same(*ends)
+
+
+def test_weights_in_the_wrapper_of_processes_are_looked_at_too(
+        tmp_path: Path) -> None:
+    """As mmengine's FlexibleRunner saves them."""
+    model = nn.Linear(2, 2)
+    nn.init.constant_(model.weight, float('nan'))
+    runner: Any = SimpleNamespace(model=model, iter=7, work_dir=str(tmp_path))
+    state = {
+        f'module.{key}': value
+        for key, value in model.state_dict().items()
+    }
+    with pytest.raises(FloatingPointError, match='weight after iteration 8'):
+        GuardHook().before_save_checkpoint(runner,
+                                           dict(state_dict=state, meta={}))

@@ -56,7 +56,7 @@ ARROWS: dict[str, set[str]] = {
     },
     'export': {
         'checkpoint', 'cost', 'diary', 'files', 'groups', 'model', 'proof',
-        'pruner', 'report', 'stages', 'surgery', 'version'
+        'pruner', 'report', 'stages', 'support', 'surgery', 'version'
     },
     '__init__': set(MODULES) - {'__init__'},
 }

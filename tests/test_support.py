@@ -50,6 +50,15 @@ def test_what_splits_the_gates_is_refused_before_anything_is_built(
     assert not (tmp_path / 'out').exists()
 
 
+def test_gates_without_their_hook_are_refused(project: Project) -> None:
+    cfg = Config.fromfile(project.gated)
+    cfg.custom_hooks = [cfg.default_hooks.pop('gdp')]
+    assert check_config(cfg) is None
+    cfg.custom_hooks = []
+    with pytest.raises(ValueError, match='GDPHook'):
+        check_config(cfg)
+
+
 def test_a_model_without_gates_may_be_split(project: Project) -> None:
     cfg = Config.fromfile(project.dense)
     cfg.strategy = dict(type='FSDPStrategy')

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from pathlib import Path
 from typing import Any, Callable
 
@@ -60,6 +61,27 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
         pruner.step_(step / STEPS, STEPS)
         optimizer.step()
     return net, pruner
+
+
+def test_a_training_takes_the_gates_of_another_as_they_are() -> None:
+    _, pruner = trained_toy('params')
+    before = pruner.gates.openness()
+    for step in range(STEPS // 10 + 1):  # the warm-up, and one step more
+        pruner.gates.theta.grad = torch.zeros_like(before)
+        pruner.step_(step / STEPS, STEPS)
+    assert float(pruner.gates.epsilon) > 0.09
+    assert float((pruner.gates.openness() - before).abs().max()) < 0.01
+
+
+def test_training_without_the_hook_is_warned_of() -> None:
+    _, pruner = trained_toy('params')
+    model = nn.ModuleDict(dict(gdp=pruner)).eval()
+    with pytest.warns(UserWarning, match='GDPHook'):
+        model.train()
+    pruner.hooked = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.train()
 
 
 def test_training_ends_within_one_point_of_the_parameters() -> None:

@@ -140,11 +140,8 @@ def verify_start(cfg: Config, resume: bool) -> None:
 
 def guard(cfg: Config) -> None:
     """Give a training the hook that GDPHook is one of, if it has none."""
-    hooks = [
-        *(cfg.get('default_hooks') or {}).values(),
-        *(cfg.get('custom_hooks') or [])
-    ]
-    if not any(hook and hook.get('type') in GUARDS for hook in hooks):
+    from gdp_mmseg.support import hooks_of
+    if not any(hook and hook.get('type') in GUARDS for hook in hooks_of(cfg)):
         cfg.merge_from_dict(
             {'default_hooks.gdp_guard': dict(type='gdp_mmseg.GuardHook')})
 
