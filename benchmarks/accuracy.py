@@ -27,7 +27,7 @@ import platform
 import subprocess
 import sys
 import time
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Iterator
 from unittest import mock
@@ -221,6 +221,10 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """What all runs of a report share."""
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
+    try:
+        torch_pruning = version('torch_pruning')
+    except PackageNotFoundError:  # only the alternatives need it
+        torch_pruning = ''
     return dict(
         title=f'{TITLE[args.data]}, {args.iterations} iterations',
         data=args.data,
@@ -237,7 +241,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
-        torch_pruning=version('torch_pruning'),
+        torch_pruning=torch_pruning,
         machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
 
 
@@ -291,7 +295,10 @@ def main() -> None:
                    dict(shared, rows=[rows[name] for name in sorted(rows)]))
 
     if not start_checkpoint(args).exists():
-        run_apart(START_RUN, folder_of(args, START_RUN)).wait()
+        folder = folder_of(args, START_RUN)
+        if run_apart(START_RUN, folder).wait():
+            sys.exit('expected the start to be trained, but it failed; read '
+                     f'{folder / "log.txt"}')
     collect()
     waiting = [name for name in plan(args) if name not in rows]
     running: dict[str, subprocess.Popen[bytes]] = {}

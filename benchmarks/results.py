@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from gdp_mmseg.report import comparison, table
@@ -207,27 +208,26 @@ def show_accuracy(reports: Iterable[Report]) -> None:
     """Put GDP on real images into the README: each data set's longest runs."""
     longest: dict[str, Report] = {}
     for report in sorted(reports, key=lambda report: report['iterations']):
-        longest[report['data']] = report
+        if of(report, 'dense', 1.) and of(report, 'gdp', README_TARGET):
+            longest[report['data']] = report
     cells = [[
         'mIoU on real images', 'dense', f'GDP, {README_TARGET:g} of the FLOPs',
         'best alternative'
     ]]
     for report in longest.values():
-        best = max((method for method in LABELS if not method.startswith('gdp')
-                    and of(report, method, README_TARGET)),
-                   key=lambda method: statistics.mean(
-                       of(report, method, README_TARGET)))
+        others = [(statistics.mean(values), mean_and_spread(values), label)
+                  for method, label in LABELS.items()
+                  if not method.startswith('gdp') and (
+                      values := of(report, method, README_TARGET))]
         cells.append([
             report['title'].partition(':')[0],
             mean_and_spread(of(report, 'dense', 1.)),
             mean_and_spread(of(report, 'gdp', README_TARGET)),
-            f'{mean_and_spread(of(report, best, README_TARGET))}, '
-            f'{LABELS[best]}'
+            ', '.join(max(others)[1:]) if others else '-'
         ])
     put_between(
         README, 'accuracy', f'{table(cells)}\n\nMean and standard deviation '
-        '(seeds); all are trained for as long, from the same start: '
-        '[in full](docs/results.md).')
+        '(seeds): [in full](docs/results.md).')
 
 
 def put_between(page: Path, mark: str, content: str) -> None:
@@ -250,6 +250,11 @@ LABELS = dict(
     gdp_slow='GDP, pruning for 0.6, settling for 0.3',
     gdp_travel='GDP, travel 16',
     gdp_plain='GDP, without scarcity')
+# Dark ones first, then their light neighbours.
+COLOURS = [
+    colormaps['tab20'](2 * index % 20 + index // 10)
+    for index in range(len(LABELS))
+]
 # What a reader must know of some methods, where they ran.
 NOTES = (
     (('narrow', ),
@@ -310,9 +315,11 @@ def accuracy(report: Report) -> list[str]:
         f'{max(row["undecided"] for row in ours):.2%} at most.',
         f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
         f'- Again: `python benchmarks/accuracy.py {report["data"]} '
-        f'--iterations {report["iterations"]} --data-root DATA --weights '
-        'BACKBONE --report REPORT`; '
-        f'SHA-256 of BACKBONE: {report["weights_sha256"][:16]}.'
+        f'--iterations {report["iterations"]} --methods '
+        f'{" ".join(sorted(ran - {"start"}))} --targets '
+        f'{" ".join(map(str, targets))} --data-root DATA --weights BACKBONE '
+        f'--report REPORT`; SHA-256 of BACKBONE: '
+        f'{report["weights_sha256"][:16]}.'
     ]
 
 
@@ -357,9 +364,12 @@ def plot_accuracy(report: Report) -> None:
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     rows = report['rows']
-    mean, deviation = mean_and_deviation(of(report, 'dense', 1.))
-    axes.axhspan(mean - deviation, mean + deviation, color='k', alpha=0.1)
-    axes.axhline(mean, color='k', linestyle='--', linewidth=1, label='dense')
+    dense = of(report, 'dense', 1.)
+    if dense:
+        mean, deviation = mean_and_deviation(dense)
+        axes.axhspan(mean - deviation, mean + deviation, color='k', alpha=0.1)
+        axes.axhline(
+            mean, color='k', linestyle='--', linewidth=1, label='dense')
     for index, (method, name) in enumerate(LABELS.items()):
         targets = sorted(
             {row['target']
@@ -376,7 +386,7 @@ def plot_accuracy(report: Report) -> None:
             means,
             deviations,
             label=name,
-            color=f'C{index % 10}',  # the same in all plots
+            color=COLOURS[index],  # the same in all plots
             marker='o',
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)

@@ -79,7 +79,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     pruner: Any = getattr(model, 'gdp', None)
     if pruner is not None:
         # In the pruning phase, where it does the most.
-        pruner.step_(0.3 + 1e-4 * iteration, 20000)
+        begin = pruner.schedule.phases[0] + 0.1
+        pruner.step_(begin + 1e-4 * iteration, 20000)
     optimizer.step()
     return time.perf_counter() - start
 

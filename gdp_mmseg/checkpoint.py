@@ -41,7 +41,7 @@ CLOSED = 'gdp.gates.closed'
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and meta of a checkpoint that mmengine or an export saved.
 
-    Only tensors, plain types and mmengine's log buffers are unpickled.
+    Only tensors, plain types and a few of mmengine's own are unpickled.
 
     Raises:
         ValueError: If it is no whole checkpoint, or another than was written.
@@ -94,7 +94,7 @@ def _read(path: str) -> Any:
         if code:
             raise ValueError(
                 f"checkpoint: expected tensors, plain types and mmengine's "
-                f'own, but {path} holds {code[1]}, which can run code; if you '
+                f'own, but {path} holds {code[1]}, which could run code; if you '
                 'trust it, save its state_dict and meta alone') from error
         raise ValueError(
             f'checkpoint: expected a file that mmengine saved, but {path} '

@@ -32,11 +32,13 @@ from .model import build_base_model, default_base, find_pruner, model_config
 from .proof import largest_difference
 from .pruner import COSTS
 from .stages import dead_parts, kept_by_stage
-from .support import moves_gates
+from .support import moves_gates, name_of
 from .surgery import Widths, prune
 from .version import __version__
 
 TOLERANCE = 1e-4
+# An init_cfg by the registry's name, or by its class.
+PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def export(cfg: Config,
@@ -168,7 +170,7 @@ def _drop_pretrained_(part: Any) -> None:
     if isinstance(part, dict):
         init = part.get('init_cfg')
         for one in init if isinstance(init, Sequence) else [init]:
-            if one and str(one.get('type')).endswith('Pretrained'):
+            if one and name_of(one.get('type')) in PRETRAINED:
                 part['init_cfg'] = None
         if part.get('pretrained'):
             part['pretrained'] = None

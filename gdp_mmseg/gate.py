@@ -192,17 +192,22 @@ class Gates(nn.Module):
         """``(G,)`` bool: gates that are closed for good."""
         return self.closed > 0
 
-    @torch.no_grad()
     def set_epsilon_(self, epsilon: float) -> None:
-        """Take another epsilon; if it is larger, openness stays as it is.
+        """Take another epsilon; see :meth:`raise_epsilon_`."""
+        self.raise_epsilon_(epsilon)
+        self.epsilon.fill_(epsilon)
+
+    @torch.no_grad()
+    def raise_epsilon_(self, epsilon: float) -> None:
+        """Take another epsilon if it is larger; openness stays as it is.
 
         It falls while a training prunes. It rises where a training begins
         from gates that another has polarised.
         """
-        larger = self.epsilon.new_tensor(epsilon)
-        if larger > self.epsilon:
-            self.theta.copy_(theta_of(self.openness(), larger))
-        self.epsilon.copy_(larger)
+        value = self.epsilon.new_tensor(epsilon)
+        if value > self.epsilon:
+            self.theta.copy_(theta_of(self.openness(), value))
+            self.epsilon.copy_(value)
 
     @torch.no_grad()
     def observe_(self) -> bool:

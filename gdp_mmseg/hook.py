@@ -8,6 +8,7 @@ from typing import Any, Iterable
 
 import torch
 from mmengine.dist import broadcast, is_main_process
+from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
@@ -64,6 +65,8 @@ class GDPHook(GuardHook):
         super().before_train(runner)
         pruner = find_pruner(runner.model)
         pruner.hooked = True
+        for one in (pruner, *averages(runner)):
+            one.begin_(runner.iter / runner.max_iters)
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
@@ -178,6 +181,14 @@ class GDPHook(GuardHook):
             'GDP: the checkpoint has no gates; all of them start open' if
             closed is None else f'GDP: gates of the checkpoint: {closed} are '
             'closed, and stay so')
+
+
+def averages(runner: Runner) -> list[Pruner]:
+    """Of the averages of the model that hooks keep."""
+    return [
+        find_pruner(hook.ema_model.module) for hook in runner.hooks
+        if isinstance(hook, EMAHook)
+    ]
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

@@ -226,6 +226,14 @@ class Pruner(nn.Module):
                 f'{COSTS[target.type]} that no gate can save, but got '
                 f'{target.ratio}')
 
+    def begin_(self, progress: float) -> None:
+        """Take the gates of another training as they are, in place.
+
+        Args:
+            progress (float): Share of this one that is over.
+        """
+        self.gates.raise_epsilon_(self.schedule.epsilon_at(progress))
+
     def asked(self, progress: float) -> float:
         """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
         return self.schedule.budget_at(progress, self.settings.target.ratio)

@@ -10,6 +10,7 @@ from typing import Any, Callable, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from .files import write_whole
@@ -28,7 +29,10 @@ def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     for device in ('meta', 'cpu'):
         shadow = copy.deepcopy(model).to(device).eval()
         try:
-            with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            # The others of a CPU the counter does not know.
+            with torch.no_grad(), sdpa_kernel(
+                    SDPBackend.MATH), FlopCounterMode(
+                        display=False) as counter:
                 shadow(torch.zeros(input_shape, device=device), mode='tensor')
             break
         except Exception:  # the model's own, of any kind

@@ -31,9 +31,8 @@ def check_config(cfg: Config) -> None:
             'GDPModel: expected the hook that moves its gates, but got none; '
             "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))")
     for key in ('strategy', 'model_wrapper_cfg'):
-        kind = (cfg.get(key) or {}).get('type')
-        name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-        if name.rpartition('.')[2] in SPLITTING:
+        name = name_of((cfg.get(key) or {}).get('type'))
+        if name in SPLITTING:
             raise ValueError(_whole_model(name, key))
 
 
@@ -48,7 +47,13 @@ def hooks_of(cfg: Config) -> list[Any]:
 def moves_gates(hook: Any) -> bool:
     """Whether a hook of a config is the one that moves the gates."""
     return (isinstance(hook, Mapping)
-            and hook.get('type') == 'gdp_mmseg.GDPHook')
+            and name_of(hook.get('type')).endswith('GDPHook'))
+
+
+def name_of(kind: Any) -> str:
+    """Of a ``type`` in a config, a name with a scope or a class."""
+    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
+    return name.rpartition('.')[2]
 
 
 def check_runner(runner: Any) -> None:

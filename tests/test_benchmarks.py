@@ -98,8 +98,40 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
                          ['L1 norm', '55.00 (1)', '-']]
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
+    assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
     results.plot_accuracy(report)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('methods, cells', [
+    (('dense', 'gdp', 'random', 'l1'),
+     ['M on D', '60.00 (1)', '60.00 (1)', '61.00 (1), L1 norm']),
+    (('dense', 'gdp'), ['M on D', '60.00 (1)', '60.00 (1)', '-']),
+    (('gdp', 'l1'), []),
+])
+def test_readme_has_the_best_alternative(
+        methods: tuple[str, ...], cells: list[str], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import results
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- accuracy -->\nold\n<!-- /accuracy -->\n')
+    monkeypatch.setattr(results, 'README', readme)
+    rows = [
+        _row('dense', 60., 0, 1.),
+        _row('gdp', 60., 0),
+        _row('random', 59., 0),
+        _row('l1', 61., 0)
+    ]
+    results.show_accuracy([
+        dict(
+            title='M on D: all',
+            data='voc',
+            iterations=8,
+            rows=[row for row in rows if row['method'] in methods])
+    ])
+    last = readme.read_text().splitlines()[3]
+    assert [cell.strip() for cell in last.split('|')[1:-1]] == cells
 
 
 def test_alternatives_prune_every_layer_by_the_same_share(

@@ -8,6 +8,7 @@ from typing import Any, Callable, Mapping
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -333,6 +334,10 @@ def test_hook_among_the_custom_hooks_goes_and_the_others_stay(
             dict(type='Kaiming', layer='Conv2d'),
             dict(type='Pretrained', checkpoint='dense.pth')
         ]
+    },
+    {
+        'model.backbone.init_cfg':
+        dict(type=PretrainedInit, checkpoint='dense.pth')
     },
     {
         'model.backbone.parts': [dict(pretrained='dense.pth')]

@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.export import export
-from gdp_mmseg.hook import find_pruner
+from gdp_mmseg.hook import averages, find_pruner
 from gdp_mmseg.pruner import Pruner
 from gdp_mmseg.report import read_gates
 
@@ -378,6 +378,15 @@ def test_averaged_gates_are_closed_where_the_source_is(
     assert bool(closed.any())
     average = hook.ema_model.module.gdp.gates.openness()
     assert float(average[closed].max()) == 0
+
+
+def test_averaged_gates_go_on_in_another_training_as_they_are(
+        averaged: tuple[Runner, Path]) -> None:
+    pruner, = copy.deepcopy(averages(averaged[0]))
+    before = pruner.gates.openness()
+    pruner.begin_(0.)
+    assert float(pruner.gates.epsilon) == pytest.approx(0.1)
+    assert torch.allclose(pruner.gates.openness(), before, atol=1e-5)
 
 
 def test_averaged_checkpoint_exports_at_the_target(project: Project,

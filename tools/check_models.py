@@ -21,7 +21,7 @@ from typing import Any, Iterator, Mapping
 from mmengine.config import Config
 from rich.progress import track
 
-from _cli import ROOT, load_config, one_line_errors
+from _cli import ROOT, fail, one_line_errors
 
 CHANNELS, SIDE = 3, 128
 # Of a process, beyond which it is no use to wait.
@@ -141,25 +141,26 @@ def check(path: str) -> dict[str, Any]:
         seconds=None,
         peak_gib=None)
     try:
-        network, sides = _build(load_config(path))
+        network, sides, settings = _build(Config.fromfile(path))
     except BaseException as error:  # whatever a config or package says
         return dict(row, reason=_first_line(error))
     for side in sides:
         try:
-            row.update(_prune_half(network, side), side=side)
+            row.update(_prune_half(network, side, settings), side=side)
             break
         except ValueError as error:
             row.update(status='refused', reason=_first_line(error), side=side)
     return row
 
 
-def _build(cfg: Config) -> tuple[Any, list[int]]:
-    """The model of a config without its weights, and sides to try."""
+def _build(cfg: Config) -> tuple[Any, list[int], Any]:
+    """The model of a config without weights, sides to try, its settings."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
 
     from gdp_mmseg.export import without_pretrained
     from gdp_mmseg.model import build_base_model
+    from gdp_mmseg.pruner import Settings
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = without_pretrained(cfg)
     size = (
@@ -169,14 +170,15 @@ def _build(cfg: Config) -> tuple[Any, list[int]]:
         # Of what takes one size only: the positions that it knows.
         if isinstance(part, dict) and 'img_size' in part:
             part['img_size'] = (SIDE, SIDE)
-    base = model.pop('type')
-    if model.pop('gdp', None):
-        base = model.pop('base', None)
+    base, gdp = model.pop('type'), dict(target=0.5)
+    if base == 'gdp_mmseg.GDPModel':
+        gdp, base = model.pop('gdp'), model.pop('base', None)
     network = build_base_model(base, model)
-    return revert_sync_batchnorm(network).eval(), [SIDE, max(size)]
+    return (revert_sync_batchnorm(network).eval(), [SIDE, max(size)],
+            Settings.from_config(gdp))
 
 
-def _prune_half(network: Any, side: int) -> dict[str, Any]:
+def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
     """What an analysis finds, and what pruning at random changes."""
     import torch
 
@@ -185,7 +187,8 @@ def _prune_half(network: Any, side: int) -> dict[str, Any]:
     from gdp_mmseg.proof import TOLERANCE as EXACT
     from gdp_mmseg.surgery import kept_channels
     start = time.process_time()
-    groups, _ = analyse_model(network, (CHANNELS, side, side))
+    groups, _ = analyse_model(network, (CHANNELS, side, side), settings.ignore,
+                              settings.prune)
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cost = FlopCost(groups)
@@ -415,8 +418,10 @@ def main() -> None:
         print(json.dumps(check(args.configs[0])))
         return
     configs = [Path(config) for config in args.configs]
-    for config in args.configs:
-        load_config(config)  # or say at once what is wrong with it
+    for config in configs:
+        if not config.is_file():
+            fail(f'expected a config file, but got {config}, which does not '
+                 'exist; pass the path of a config')
     rows = []
     for path in track(configs or list(representatives()), 'models'):
         rows.append(check_apart(path))
