@@ -94,7 +94,7 @@ def _read(path: str) -> Any:
         if code:
             raise ValueError(
                 f"checkpoint: expected tensors, plain types and mmengine's "
-                f'own, but {path} holds {code[1]}, which could run code; if you '
+                f'own, but {path} holds {code[1]} too; if you '
                 'trust it, save its state_dict and meta alone') from error
         raise ValueError(
             f'checkpoint: expected a file that mmengine saved, but {path} '
