@@ -186,6 +186,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         seed=int(seed),
         iterations=iterations,
         miou=last_miou(folder / 'training'),
+        start_miou=(last_miou(start_checkpoint(args).parent)
+                    if cfg.load_from else None),
         minutes=(time.time() - start) / 60)
     if method in GDP:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),

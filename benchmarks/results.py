@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -286,20 +287,22 @@ def accuracy(report: Report) -> list[str]:
         row for row in rows if row['method'] in LABELS and row not in ours
     ]
     apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
-    start, = (row['miou'] for row in rows if row['method'] == 'start')
+    starts = Counter(row['start_miou'] for row in rows if row['start_miou'])
     total = report['start'] + report['iterations']
     return [
         f'Dense: {mean_and_spread(of(report, "dense", 1.))}. It and all rows '
-        f'start from one dense network, trained for {report["start"]} '
+        f'start from a dense network, trained for {report["start"]} '
         'iterations from a '
-        f'pretrained backbone ({report["weights"]}): {start:.2f}.', '',
+        f'pretrained backbone ({report["weights"]}): ' + ' and '.join(
+            f'{miou:.2f} ({number} rows)'
+            for miou, number in starts.most_common()) + '.', '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '
         f'{report["batch_size"]}, crop {report["crop"][0]} x '
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
-        'the same start, data order and evaluation. Seeds vary what comes '
-        'after the start.',
+        'the same data order and evaluation. Seeds vary what comes after the '
+        'start.',
         '- The alternatives remove the same share of channels of every '
         f'layer, by rank in it (Torch-Pruning {report["torch_pruning"]}), '
         'unless they say otherwise, at the iteration at which the gates begin '

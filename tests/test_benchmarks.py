@@ -62,7 +62,8 @@ def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
         miou=miou,
         macs=target,
         miou_gated=miou,
-        undecided=0.001)
+        undecided=0.001,
+        start_miou=None if method == 'start' else 50.)
 
 
 def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
@@ -98,6 +99,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
                          ['L1 norm', '55.00 (1)', '-']]
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
+    assert '50.00 (4 rows)' in text
     assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
     results.plot_accuracy(report)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
