@@ -158,7 +158,10 @@ def config_of(args: argparse.Namespace, method: str, target: float,
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Train, prune and evaluate one run; its row."""
+    """Train, prune and evaluate one run; its row.
+
+    Its ``miou`` is None if its method cannot meet its target.
+    """
     method, target, seed = name.split('-')
     cfg = config_of(args, method, float(target), int(seed))
     iterations = cfg.train_cfg.max_iters
@@ -170,24 +173,31 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     runner.model.to(memory_format=torch.channels_last)
     shape = (1, 3, *cfg.crop_size)
     dense_macs = count_macs(runner.model, shape)
+    refusal: tuple[type[Exception], ...] = ()
     if method not in ('start', 'dense', *GDP):
-        from one_shot import PruneOnce
+        from one_shot import OutOfReach, PruneOnce
+        refusal = (OutOfReach, )
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
             PruneOnce(method, float(target), begin, shape, int(seed)))
     plain = (
         mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
         if method == 'gdp_plain' else contextlib.nullcontext())
-    with plain:
-        runner.train()
     row = dict(
         method=method,
         target=float(target),
         seed=int(seed),
         iterations=iterations,
-        miou=last_miou(folder / 'training'),
         start_miou=(last_miou(start_checkpoint(args).parent)
-                    if cfg.load_from else None),
+                    if cfg.load_from else None))
+    try:
+        with plain:
+            runner.train()
+    except refusal as error:
+        print(error)
+        return dict(row, miou=None)
+    row.update(
+        miou=last_miou(folder / 'training'),
         minutes=(time.time() - start) / 60)
     if method in GDP:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),

@@ -60,6 +60,10 @@ METHODS = dict(
 MOST = 0.95
 
 
+class OutOfReach(ValueError):
+    """No ratio of a method meets the target."""
+
+
 class PruneOnce(Hook):
     """Prunes at one iteration; before, Network Slimming's penalty if asked.
 
@@ -87,7 +91,7 @@ class PruneOnce(Hook):
         """Add the penalty's gradient before each step until the pruning.
 
         Raises:
-            ValueError: If no ratio meets the target now.
+            OutOfReach: If no ratio meets the target now.
         """
         # Only to fail early: what slimming ranks by still changes.
         self._ratio(runner.model)
@@ -123,10 +127,10 @@ class PruneOnce(Hook):
                                'are removed')
 
     def _ratio(self, model: nn.Module) -> float:
-        """The least ratio that meets the target, by bisection.
+        """A ratio that meets the target, close to the least, by bisection.
 
         Raises:
-            ValueError: If none does.
+            OutOfReach: If none does.
         """
         budget = self.target * count_macs(model, self.shape)
         low, high = 0., MOST
@@ -140,7 +144,7 @@ class PruneOnce(Hook):
                 else:
                     high = middle
         if high == MOST:
-            raise ValueError(f'{self.name}: expected a target that is met '
+            raise OutOfReach(f'{self.name}: expected a target that is met '
                              f'with less than {MOST:.0%} of the channels '
                              f'removed, but got {self.target}; choose another '
                              'target or method')

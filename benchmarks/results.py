@@ -279,9 +279,10 @@ def accuracy(report: Report) -> list[str]:
     ran = {row['method'] for row in rows}
     for method in filter(ran.__contains__, LABELS):
         cells.append([
-            LABELS[method], *(mean_and_spread(of(report, method, target))
-                              for target in targets)
+            LABELS[method],
+            *(cell(report, method, target) for target in targets)
         ])
+    rows = [row for row in rows if row['miou'] is not None]
     ours = [row for row in rows if row['method'].startswith('gdp')]
     others = [
         row for row in rows if row['method'] in LABELS and row not in ours
@@ -293,9 +294,9 @@ def accuracy(report: Report) -> list[str]:
         f'Dense: {mean_and_spread(of(report, "dense", 1.))}. It and all rows '
         f'start from a dense network, trained for {report["start"]} '
         'iterations from a '
-        f'pretrained backbone ({report["weights"]}): ' + ' and '.join(
-            f'{miou:.2f} ({number} rows)'
-            for miou, number in starts.most_common()) + '.', '',
+        f'pretrained backbone ({report["weights"]}): ' +
+        ' and '.join(f'{miou:.2f} ({number} rows)'
+                     for miou, number in starts.most_common()) + '.', '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '
@@ -306,7 +307,8 @@ def accuracy(report: Report) -> list[str]:
         '- The alternatives remove the same share of channels of every '
         f'layer, by rank in it (Torch-Pruning {report["torch_pruning"]}), '
         'unless they say otherwise, at the iteration at which the gates begin '
-        f'to close ({report["phases"][0]:.0%}), and train on.' +
+        f'to close ({report["phases"][0]:.0%}), and train on. Out of '
+        'reach is what takes more than 95% of the channels.' +
         ''.join(f' {note.format(total=total)}'
                 for methods, note in NOTES if ran.intersection(methods)),
         '- The phases of GDP and the learning rate of all rows were chosen on '
@@ -327,14 +329,22 @@ def accuracy(report: Report) -> list[str]:
     ]
 
 
+def cell(report: Report, method: str, target: float) -> str:
+    """Of the table of :func:`accuracy`."""
+    if any(row['method'] == method and row['target'] == target
+           and row['miou'] is None for row in report['rows']):
+        return 'out of reach'
+    return mean_and_spread(of(report, method, target))
+
+
 def of(report: Report,
        method: str,
        target: float,
        what: str = 'miou') -> list[float]:
-    """What the rows of all seeds have."""
+    """What the rows of all seeds have, if the target was within reach."""
     return [
-        row[what] for row in report['rows']
-        if row['method'] == method and row['target'] == target
+        row[what] for row in report['rows'] if row['method'] == method
+        and row['target'] == target and row['miou'] is not None
     ]
 
 
@@ -375,9 +385,11 @@ def plot_accuracy(report: Report) -> None:
         axes.axhline(
             mean, color='k', linestyle='--', linewidth=1, label='dense')
     for index, (method, name) in enumerate(LABELS.items()):
-        targets = sorted(
-            {row['target']
-             for row in rows if row['method'] == method})
+        targets = sorted({
+            row['target']
+            for row in rows
+            if row['method'] == method and row['miou'] is not None
+        })
         if not targets:
             continue
         means, deviations = zip(*(mean_and_deviation(of(report, method, one))

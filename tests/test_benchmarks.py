@@ -91,13 +91,14 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
             _row('l1', 55., 0, 0.25),
+            dict(method='l1', target=0.4, seed=0, miou=None, start_miou=50.),
         ])
     text = '\n'.join(results.accuracy(report))
     cells = [[cell.strip() for cell in line.split('|')[1:-1]]
              for line in text.splitlines() if line.startswith('|')]
     assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
-                         ['L1 norm', '55.00 (1)', '-']]
+                         ['L1 norm', '55.00 (1)', 'out of reach']]
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
     assert '50.00 (4 rows)' in text
     assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
