@@ -584,7 +584,7 @@ def test_checkpoint_is_read_without_running_code_from_it(
             return (tmp_path / 'exploded').touch, ()
 
     torch.save(dict(state_dict={}, bomb=Bomb()), tmp_path / 'bomb.pth')
-    with pytest.raises(ValueError, match='cannot be read'):
+    with pytest.raises(ValueError, match='but .* holds pathlib'):
         read_checkpoint(str(tmp_path / 'bomb.pth'))
     assert not (tmp_path / 'exploded').exists()
 
