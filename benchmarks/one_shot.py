@@ -117,11 +117,16 @@ class PruneOnce(Hook):
         if runner.iter == self.iteration:
             self.pruned = True
             ratio = self._ratio(runner.model)
+            optimizer = runner.optim_wrapper.optimizer
+            # Pruning makes new parameters of the same names.
+            name_of = {p: name for name, p in runner.model.named_parameters()}
+            names = [[name_of[p] for p in group['params']]
+                     for group in optimizer.param_groups]
             with torch.random.fork_rng():
                 prune_(runner.model, self.method, ratio, self.shape, self.seed)
-            optimizer = runner.optim_wrapper.optimizer
-            group, = optimizer.param_groups
-            group['params'] = list(runner.model.parameters())
+            parameters = dict(runner.model.named_parameters())
+            for group, its_names in zip(optimizer.param_groups, names):
+                group['params'] = [parameters[name] for name in its_names]
             optimizer.state.clear()
             runner.logger.info(f'{self.name}: {ratio:.3f} of the channels '
                                'are removed')
