@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,6 +224,29 @@ def test_one_threshold_takes_channels_where_their_scales_are_small(
     after = _widths(model)
     assert _changed(before, after) == {'decode_head.image_pool.1.conv'}
     assert after['decode_head.image_pool.1.conv'] == 6
+
+
+def test_groups_of_the_optimizer_outlive_the_pruning(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('torch_pruning')
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from one_shot import PruneOnce
+    model: Any = _small_deeplab()
+    optimizer = torch.optim.AdamW([
+        dict(params=model.backbone.parameters(), lr=1.),
+        dict(params=model.decode_head.parameters(), lr=10.)
+    ])
+    runner: Any = SimpleNamespace(
+        model=model,
+        iter=0,
+        optim_wrapper=SimpleNamespace(optimizer=optimizer),
+        logger=logging.getLogger())
+    PruneOnce('random', 0.5, 0, (1, 3, 64, 64), 0).before_train_iter(runner, 0)
+    for part, group in zip((model.backbone, model.decode_head),
+                           optimizer.param_groups):
+        assert set(group['params']) == set(part.parameters())
+    assert [group['lr'] for group in optimizer.param_groups] == [1., 10.]
+    assert model.decode_head.bottleneck.conv.out_channels < 16
 
 
 def test_page_on_reliability_has_the_figures_of_its_report(
