@@ -46,8 +46,18 @@ def hooks_of(cfg: Config) -> list[Any]:
 
 def moves_gates(hook: Any) -> bool:
     """Whether a hook of a config is the one that moves the gates."""
+    return _is_a('GDPHook', hook)
+
+
+def guards_training(hook: Any) -> bool:
+    """Whether a hook of a config is a ``GuardHook``, as ``GDPHook`` is."""
+    return moves_gates(hook) or _is_a('GuardHook', hook)
+
+
+def _is_a(name: str, hook: Any) -> bool:
+    """By the end of its name: ``MyGDPHook`` is taken for a ``GDPHook``."""
     return (isinstance(hook, Mapping)
-            and name_of(hook.get('type')).endswith('GDPHook'))
+            and name_of(hook.get('type')).endswith(name))
 
 
 def name_of(kind: Any) -> str:

@@ -12,7 +12,10 @@ from mmengine.model import MMFullyShardedDataParallel
 from mmengine.runner import Runner
 from torch import nn
 
-from gdp_mmseg.support import SPLITTING, check_config, check_runner
+from gdp_mmseg.guard import GuardHook
+from gdp_mmseg.hook import GDPHook
+from gdp_mmseg.support import (SPLITTING, check_config, check_runner,
+                               guards_training, moves_gates)
 
 from project import Project, run_tool
 
@@ -57,6 +60,22 @@ def test_gates_without_their_hook_are_refused(project: Project) -> None:
     cfg.custom_hooks = []
     with pytest.raises(ValueError, match='GDPHook'):
         check_config(cfg)
+
+
+@pytest.mark.parametrize('kind, moves, guards', [
+    ('gdp_mmseg.GDPHook', True, True),
+    ('GDPHook', True, True),
+    (GDPHook, True, True),
+    ('gdp_mmseg.GuardHook', False, True),
+    (GuardHook, False, True),
+    ('CheckpointHook', False, False),
+    (None, False, False),
+])
+def test_hooks_are_known_by_name_and_by_class(kind: Any, moves: bool,
+                                              guards: bool) -> None:
+    hook = dict(type=kind)
+    assert (moves_gates(hook), guards_training(hook)) == (moves, guards)
+    assert not guards_training(None)
 
 
 def test_a_model_without_gates_may_be_split(project: Project) -> None:

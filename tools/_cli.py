@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = (ROOT / 'gdp_mmseg', ROOT / 'tools')
 SPLITS = ('train', 'val', 'test')
 MENDABLE = (ValueError, FileNotFoundError, FloatingPointError, KeyError)
-GUARDS = ('gdp_mmseg.GDPHook', 'gdp_mmseg.GuardHook')
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
               errno.EACCES, errno.EPERM)
 
@@ -140,8 +139,8 @@ def verify_start(cfg: Config, resume: bool) -> None:
 
 def guard(cfg: Config) -> None:
     """Give a training the hook that GDPHook is one of, if it has none."""
-    from gdp_mmseg.support import hooks_of
-    if not any(hook and hook.get('type') in GUARDS for hook in hooks_of(cfg)):
+    from gdp_mmseg.support import guards_training, hooks_of
+    if not any(map(guards_training, hooks_of(cfg))):
         cfg.merge_from_dict(
             {'default_hooks.gdp_guard': dict(type='gdp_mmseg.GuardHook')})
 
