@@ -198,31 +198,27 @@ def refuse_others_(network: nn.Module, names: Iterable[str]) -> None:
         names (Iterable[str]): What must fit, or be absent: names of modules
             or parameters.
     """
-    state = network.state_dict()
-    shapes = {
-        key: tuple(value.shape)
-        for name in names
-        for key, value in state.items()
-        if key == name or key.startswith(f'{name}.')
-    }
     network._register_load_state_dict_pre_hook(
-        functools.partial(_refuse, frozenset(state), shapes))
+        functools.partial(_refuse, tuple(names)), with_module=True)
 
 
-def _refuse(names: frozenset[str], shapes: Mapping[str, tuple[int, ...]],
+def _refuse(names: tuple[str, ...], network: nn.Module,
             state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Raise a ValueError if a state dict is of another network."""
-    if state and not any(prefix + name in state for name in names):
+    wanted = network.state_dict()
+    if state and not any(prefix + key in state for key in wanted):
         raise ValueError(
             'checkpoint: expected weights of the model in the config, but got '
-            f'none of its {len(names)}, and others ({next(iter(state))} '
+            f'none of its {len(wanted)}, and others ({next(iter(state))} '
             'first); pass the checkpoint and the config of the same training')
-    for name, shape in shapes.items():
-        came = state.get(prefix + name)
-        if came is not None and came.shape != shape:
+    inside = tuple(f'{name}.' for name in names)
+    for key, value in wanted.items():
+        came = state.get(prefix + key)
+        if (came is not None and came.shape != value.shape
+                and (key in names or key.startswith(inside))):
             raise ValueError(
-                f'checkpoint: expected {name} of the shape in the config, '
-                f'{list(shape)}, but got {list(came.shape)}; pass the '
+                f'checkpoint: expected {key} of the shape in the config, '
+                f'{list(value.shape)}, but got {list(came.shape)}; pass the '
                 'checkpoint and the config of the same training or export')
 
 

@@ -28,7 +28,8 @@ from .checkpoint import (closed_gates, other_versions, read_checkpoint,
 from .diary import RECORD, path_figure
 from .files import check_out_dir, new_folder, writing
 from .groups import Groups
-from .model import build_base_model, default_base, find_pruner, model_config
+from .model import (build_base_model, default_base, find_pruner, model_config,
+                    split_config)
 from .proof import largest_difference
 from .pruner import COSTS
 from .stages import dead_parts, kept_by_stage
@@ -146,11 +147,8 @@ def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
 
 def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
     """The same model without gates, in eval mode."""
-    model = without_pretrained(cfg)
-    for key in ('type', 'gdp'):
-        del model[key]
-    dense = revert_sync_batchnorm(
-        build_base_model(model.pop('base', None), model))
+    base, _, model = split_config(without_pretrained(cfg))
+    dense = revert_sync_batchnorm(build_base_model(base, model))
     _load(dense, {
         key: value
         for key, value in state.items() if not key.startswith('gdp.')

@@ -139,16 +139,37 @@ def model_config(cfg: Config) -> ConfigDict:
     return model
 
 
+def split_config(
+        model: Mapping[str,
+                       Any]) -> tuple[str | None, Settings, dict[str, Any]]:
+    """Take a model config apart, with ``GDPModel`` or without.
+
+    Args:
+        model (Mapping[str, Any]): ``cfg.model``.
+
+    Returns:
+        tuple[str | None, Settings, dict[str, Any]]: What to build the model
+        without gates of (see :func:`build_base_model`): its class and the
+        rest of the config; between them the gates' settings, those of half
+        the FLOPs if it has none. An exported model is one without gates.
+
+    Raises:
+        ValueError: If a setting is wrong.
+    """
+    plain = dict(model)
+    base, gdp = plain.pop('type'), None
+    if base == 'gdp_mmseg.GDPModel':
+        base, gdp = plain.pop('base', None), plain.pop('gdp', None)
+    return base, Settings.from_config(gdp or dict(target=0.5)), plain
+
+
 def analyse_config(model: Mapping[str, Any]) -> Groups:
     """Analyse the model of a config, with ``GDPModel`` or without.
 
     Args:
         model (Mapping[str, Any]): ``cfg.model``.
     """
-    plain = dict(model)
-    kind, gdp = plain.pop('type'), plain.pop('gdp', None)
-    base = plain.pop('base', None) if kind == 'gdp_mmseg.GDPModel' else kind
-    settings = Settings.from_config(gdp or dict(target=0.5))
+    base, settings, plain = split_config(model)
     shape = input_shape_of(settings, plain)
     network = build_base_model(base, plain)
     return analyse_model(network, shape, settings.ignore, settings.prune)[0]

@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gdp_mmseg.export as exporting
+from gdp_mmseg.cost import FlopCost
 from gdp_mmseg.export import export, pruned_config, read_checkpoint
 from gdp_mmseg.groups import Groups
+from gdp_mmseg.model import analyse_config
 from gdp_mmseg.report import count_macs
 from gdp_mmseg.surgery import Constant
 
@@ -302,6 +304,19 @@ def test_exported_config_moves_no_gates(exported: Exported) -> None:
         'timer', 'logger', 'param_scheduler', 'checkpoint', 'sampler_seed',
         'visualization'
     }
+
+
+def test_exported_config_is_analysed_as_the_model_that_it_is(
+        exported: Exported) -> None:
+    groups = analyse_config(Config.fromfile(exported.config).model)
+    cost = FlopCost(groups)
+    assert cost.dense == exported.report['macs_pruned']
+    for group in groups.groups:
+        kept, = [
+            one['kept'] for one in exported.report['groups']
+            if group.writers[0] in one['writers']
+        ]
+        assert len(group.gates) == kept
 
 
 def test_hook_among_the_custom_hooks_goes_and_the_others_stay(

@@ -159,8 +159,7 @@ def _build(cfg: Config) -> tuple[Any, list[int], Any]:
     from mmengine.registry import init_default_scope
 
     from gdp_mmseg.export import without_pretrained
-    from gdp_mmseg.model import build_base_model
-    from gdp_mmseg.pruner import Settings
+    from gdp_mmseg.model import build_base_model, split_config
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = without_pretrained(cfg)
     size = (
@@ -170,12 +169,9 @@ def _build(cfg: Config) -> tuple[Any, list[int], Any]:
         # Of what takes one size only: the positions that it knows.
         if isinstance(part, dict) and 'img_size' in part:
             part['img_size'] = (SIDE, SIDE)
-    base, gdp = model.pop('type'), dict(target=0.5)
-    if base == 'gdp_mmseg.GDPModel':
-        gdp, base = model.pop('gdp'), model.pop('base', None)
-    network = build_base_model(base, model)
-    return (revert_sync_batchnorm(network).eval(), [SIDE, max(size)],
-            Settings.from_config(gdp))
+    base, settings, plain = split_config(model)
+    network = revert_sync_batchnorm(build_base_model(base, plain)).eval()
+    return network, [SIDE, max(size)], settings
 
 
 def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
