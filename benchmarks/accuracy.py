@@ -55,7 +55,6 @@ GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_floor=dict(floor=0.1),
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
-    gdp_travel=dict(travel=16.),
     gdp_plain={})  # gains do not rise as a group shrinks
 ITERATIONS = 1600
 # Of the dense training that all runs start from.

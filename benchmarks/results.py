@@ -250,7 +250,6 @@ LABELS = dict(
     slimming_global='Network Slimming, one threshold for all',
     gdp_floor='GDP, floor 0.1',
     gdp_slow='GDP, pruning for 0.6, settling for 0.3',
-    gdp_travel='GDP, travel 16',
     gdp_plain='GDP, without scarcity')
 # Dark ones first, then their light neighbours.
 COLOURS = [
