@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -261,10 +260,11 @@ NOTES = (
     (('narrow', ),
      'The narrower network does not start from the dense one, but from the '
      'backbone; it loses channels at random, and trains for {total} '
-     'iterations.'),
+     'iterations from the learning rates of the start.'),
     (('slimming', 'slimming_global'),
-     'Network Slimming adds 1e-4 |gamma| to the loss until it prunes; its '
-     'authors train so from the first iteration.'),
+     'Network Slimming adds 1e-4 |gamma| to the loss until it prunes, here '
+     'for {begin} iterations, in which a scale hardly moves: a ranking by '
+     '|gamma|. Its authors train so from the first iteration.'),
     (('slimming_global', ),
      'With one threshold for all, a layer that would lose all its channels '
      'stays whole, by a rule of Torch-Pruning.'))
@@ -287,15 +287,13 @@ def accuracy(report: Report) -> list[str]:
         row for row in rows if row['method'] in LABELS and row not in ours
     ]
     apart = max(abs(row['miou'] - row['miou_gated']) for row in ours)
-    starts = Counter(row['start_miou'] for row in rows if row['start_miou'])
     total = report['start'] + report['iterations']
+    begin = round(report['phases'][0] * report['iterations'])
     return [
         f'Dense: {mean_and_spread(of(report, "dense", 1.))}. It and all rows '
         f'start from a dense network, trained for {report["start"]} '
-        'iterations from a '
-        f'pretrained backbone ({report["weights"]}): ' +
-        ' and '.join(f'{miou:.2f} ({number} rows)'
-                     for miou, number in starts.most_common()) + '.', '',
+        f'iterations from a pretrained backbone ({report["weights"]}): '
+        f'{starts(rows)}.', '',
         table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
         '- Mean and standard deviation over seeds, in brackets their number. '
         f'All rows: {report["iterations"]} iterations of batch '
@@ -308,10 +306,12 @@ def accuracy(report: Report) -> list[str]:
         'unless they say otherwise, at the iteration at which the gates begin '
         f'to close ({report["phases"][0]:.0%}), and train on. Out of '
         'reach is what takes more than 95% of the channels.' +
-        ''.join(f' {note.format(total=total)}'
+        ''.join(f' {note.format(total=total, begin=begin)}'
                 for methods, note in NOTES if ran.intersection(methods)),
-        '- The phases of GDP and the learning rate of all rows were chosen on '
-        'these images; nothing of the alternatives was.',
+        '- The phases of GDP, the first of which is also when the '
+        'alternatives prune, and the learning rate of all rows were chosen on '
+        'these images; nothing else of the alternatives was. Their optimizer '
+        'begins anew when they prune.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
         f'- FLOPs got, of what was asked: GDP {off(ours)} points'
         f'{f", the alternatives {off(others)}" if others else ""}.',
@@ -326,6 +326,18 @@ def accuracy(report: Report) -> list[str]:
         f'--report REPORT`; SHA-256 of BACKBONE: '
         f'{report["weights_sha256"][:16]}.'
     ]
+
+
+def starts(rows: list[Report]) -> str:
+    """How good the networks are that rows start from; the usual one first."""
+    names: dict[float, list[str]] = {}
+    for row in filter(lambda row: row['start_miou'], rows):
+        name = f'`{row["method"]}-{row["target"]}-{row["seed"]}`'
+        names.setdefault(row['start_miou'], []).append(name)
+    usual, *others = sorted(names, key=lambda miou: -len(names[miou]))
+    return f'{usual:.2f}' + ''.join(
+        f'; that of {", ".join(names[miou])} was trained another time: '
+        f'{miou:.2f}' for miou in others)
 
 
 def cell(report: Report, method: str, target: float) -> str:

@@ -92,7 +92,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
             _row('dense', 60., 0, 1.),
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
-            _row('l1', 55., 0, 0.25),
+            dict(_row('l1', 55., 0, 0.25), start_miou=51.),
             dict(method='l1', target=0.4, seed=0, miou=None, start_miou=50.),
         ])
     text = '\n'.join(results.accuracy(report))
@@ -102,7 +102,8 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
                          ['L1 norm', '55.00 (1)', 'out of reach']]
     assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
-    assert '50.00 (4 rows)' in text
+    assert ('(none): 50.00; that of `l1-0.25-0` was trained another time: '
+            '51.00.') in text
     assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
     results.plot_accuracy(report)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
