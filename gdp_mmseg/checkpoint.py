@@ -15,7 +15,7 @@ import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, ClassVar, Iterable, Mapping
+from typing import Any, Callable, ClassVar, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -41,12 +41,16 @@ CLOSED = 'gdp.gates.closed'
 def read_checkpoint(path: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State dict and meta of a checkpoint that mmengine or an export saved.
 
+    A file may also hold nothing but the state dict, and has no meta then.
     Only tensors, plain types and a few of mmengine's own are unpickled.
 
     Raises:
         ValueError: If it is no whole checkpoint, or another than was written.
     """
     content = _read(path)
+    if isinstance(content, dict) and content and all(
+            isinstance(value, Tensor) for value in content.values()):
+        content = dict(state_dict=content)
     state = content.get('state_dict') if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
             isinstance(value, Tensor) for value in state.values()):
@@ -75,9 +79,9 @@ def _read(path: str) -> Any:
     """Unpickle what is safe to, from a file that is whole."""
     buffers: list[Any] = [
         HistoryBuffer, OneCycleParamScheduler, getattr, np.ndarray, np.dtype,
-        np.zeros(1).__reduce__()[0],
-        np.float64(0).__reduce__()[0],
-        *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b'))
+        *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b')),
+        *_numpys(np.zeros(1).__reduce__()[0]),
+        *_numpys(np.float64(0).__reduce__()[0])
     ]
     try:
         if zipfile.is_zipfile(path):
@@ -100,6 +104,18 @@ def _read(path: str) -> Any:
             f'checkpoint: expected a file that mmengine saved, but {path} '
             f'cannot be read ({str(error).partition(chr(10))[0]:.80}); it '
             'may be truncated, damaged or of another kind') from error
+
+
+def _numpys(function: Any) -> Iterator[Callable[..., Any]]:
+    """One of NumPy's under the names that its versions 1 and 2 save it by."""
+    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+
+        def named(*args: Any) -> Any:
+            return function(*args)
+
+        named.__module__ = module
+        named.__qualname__ = function.__name__
+        yield named
 
 
 def _raise_if_damaged(path: str | Path) -> None:
@@ -187,7 +203,8 @@ def closed_gates(groups: Groups, state: Mapping[str, Any],
     return int((state[CLOSED] > 0).sum())
 
 
-def refuse_others_(network: nn.Module, names: Iterable[str]) -> None:
+def refuse_others_(network: nn.Module, fitting: Mapping[str, tuple[int, ...]
+                                                        | None]) -> None:
     """Let a network refuse state dicts of another one, in place.
 
     mmengine loads what fits and logs the rest, which leaves random weights
@@ -195,14 +212,15 @@ def refuse_others_(network: nn.Module, names: Iterable[str]) -> None:
 
     Args:
         network (nn.Module): With gates, or pruned.
-        names (Iterable[str]): What must fit, or be absent: names of modules
-            or parameters.
+        fitting (Mapping[str, tuple[int, ...] | None]): What must fit, or be
+            absent: names of tensors, or of modules of them, and along which
+            axes; None are all.
     """
     network._register_load_state_dict_pre_hook(
-        functools.partial(_refuse, tuple(names)), with_module=True)
+        functools.partial(_refuse, fitting), with_module=True)
 
 
-def _refuse(names: tuple[str, ...], network: nn.Module,
+def _refuse(fitting: Mapping[str, tuple[int, ...] | None], network: nn.Module,
             state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     """Raise a ValueError if a state dict is of another network."""
     wanted = network.state_dict()
@@ -211,15 +229,25 @@ def _refuse(names: tuple[str, ...], network: nn.Module,
             'checkpoint: expected weights of the model in the config, but got '
             f'none of its {len(wanted)}, and others ({next(iter(state))} '
             'first); pass the checkpoint and the config of the same training')
-    inside = tuple(f'{name}.' for name in names)
-    for key, value in wanted.items():
-        came = state.get(prefix + key)
-        if (came is not None and came.shape != value.shape
-                and (key in names or key.startswith(inside))):
-            raise ValueError(
-                f'checkpoint: expected {key} of the shape in the config, '
-                f'{list(value.shape)}, but got {list(came.shape)}; pass the '
-                'checkpoint and the config of the same training or export')
+    for name, axes in fitting.items():
+        for key, value in wanted.items():
+            came = state.get(prefix + key)
+            if (came is not None
+                    and (key == name or key.startswith(f'{name}.'))
+                    and not _fits(came.shape, value.shape, axes)):
+                raise ValueError(
+                    f'checkpoint: expected {key} of the shape in the config, '
+                    f'{list(value.shape)}, but got {list(came.shape)}; pass '
+                    'the checkpoint and the config of the same training or '
+                    'export')
+
+
+def _fits(came: torch.Size, wanted: torch.Size,
+          axes: tuple[int, ...] | None) -> bool:
+    """Whether two shapes are equal along some axes; None are all."""
+    if axes is None or len(came) != len(wanted):
+        return came == wanted
+    return all(came[axis] == wanted[axis] for axis in axes)
 
 
 def versions() -> dict[str, str]:
@@ -264,17 +292,17 @@ def save_exported(path: Path, state: Mapping[str, Tensor],
                 versions=versions(),
                 sha256=checksum(state),
                 widths=widths,
-                dataset_meta=_plain(meta.get('dataset_meta') or {})),
+                dataset_meta=plain(meta.get('dataset_meta') or {})),
             state_dict=state), content)
     write_whole(path, content.getvalue())
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Plain types only, which ``weights_only=True`` loads."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_plain(item) for item in value)
+        return type(value)(plain(item) for item in value)
     if isinstance(value, (np.ndarray, np.generic)):
         return value.tolist()
     return value

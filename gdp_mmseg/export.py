@@ -70,6 +70,11 @@ def export(cfg: Config,
     """
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
+    if evaluate and not cfg.get('test_dataloader'):
+        raise ValueError(
+            'config: expected test_dataloader, test_evaluator and test_cfg to '
+            'evaluate with, but got no test_dataloader; add them, e.g. '
+            'test_dataloader = val_dataloader, or pass --no-eval')
     _enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
     gated = build_gated(cfg, state)
@@ -245,6 +250,11 @@ def _preprocessed(loader: Any, model: nn.Module) -> list[Tensor]:
     images: list[Tensor] = []
     for data in itertools.islice(loader, 2):
         images += [image[None] for image in preprocess(data, False)['inputs']]
+    settings = getattr(model, 'test_cfg', None) or {}
+    if settings.get('mode') == 'slide':
+        # Such a model may take windows only.
+        height, width = settings['crop_size']
+        images = [image[..., :height, :width] for image in images]
     return images
 
 

@@ -67,6 +67,10 @@ def check_out_dir(out_dir: Path) -> None:
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f'--out-dir: expected an empty or new folder, but '
                          f'{out_dir} holds files; choose another')
+    if out_dir.is_mount() or out_dir.resolve() == Path.cwd():
+        raise ValueError(f'--out-dir: expected a folder that can be replaced '
+                         f'as a whole, but {out_dir} is in use; choose a new '
+                         'one in it')
 
 
 @contextlib.contextmanager
@@ -83,8 +87,9 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     Raises:
         ValueError: If the folder cannot be made, or another came first.
     """
-    anchor = next(folder for folder in out_dir.resolve().parents
-                  if folder.is_dir())
+    # What a link names is replaced, not the link.
+    out_dir = out_dir.resolve()
+    anchor = next(folder for folder in out_dir.parents if folder.is_dir())
     prefix = f'.{out_dir.name}.partial-'
     with contextlib.ExitStack() as held:
         # Or another process could take what is not locked yet for abandoned.

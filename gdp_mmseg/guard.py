@@ -13,8 +13,8 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from .checkpoint import (WHOLE, mend_last_checkpoint, pointed_checkpoint,
-                         unwrapped)
+from .checkpoint import (WHOLE, mend_last_checkpoint, plain,
+                         pointed_checkpoint, unwrapped)
 from .registry import HOOKS
 
 RandomState = dict[str, Any]
@@ -130,7 +130,7 @@ class GuardHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random numbers.
+        """Add the state of the random numbers, and the widths of an export.
 
         Raises:
             FloatingPointError: If a weight is not finite.
@@ -144,6 +144,10 @@ class GuardHook(Hook):
                     f'{name} after iteration {runner.iter + 1}; nothing was '
                     f'saved; {self._advice(runner)}')
         checkpoint['meta']['random_state'] = self._paused or random_state()
+        widths = ((runner.cfg.get('model') or {}).get('gdp')
+                  or {}).get('widths')
+        if widths:
+            checkpoint['meta']['widths'] = plain(widths)
 
     def before_val(self, runner: Runner) -> None:
         """Remember the random numbers of the training."""

@@ -10,7 +10,7 @@ import copy
 from typing import Any, Mapping, Sequence
 
 from mmengine.config import Config, ConfigDict
-from mmengine.model import is_model_wrapper
+from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from .kernel import gate_layer_
 from .proof import prove
 from .pruner import Pruner, Settings
 from .registry import MODELS
-from .surgery import apply_widths_
+from .surgery import Fitting, apply_widths_
 
 
 def find_pruner(model: nn.Module) -> Pruner:
@@ -29,7 +29,9 @@ def find_pruner(model: nn.Module) -> Pruner:
     Raises:
         ValueError: If the model has no gates.
     """
-    network = model.module if is_model_wrapper(model) else model
+    network: Any = model
+    while is_model_wrapper(network) or isinstance(network, BaseTTAModel):
+        network = network.module
     pruner = getattr(network, 'gdp', None)
     if not isinstance(pruner, Pruner):
         raise ValueError('GDPHook: expected a model with gates, but got '
@@ -66,8 +68,20 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     for layer in groups.readers():
         gate_layer_(
             network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
-    refuse_others_(network, ['gdp'])
+    refuse_others_(network, dict(_gated_axes(groups), gdp=None))
     return network
+
+
+def _gated_axes(groups: Groups) -> Fitting:
+    """Of the backbone: no other weights of it are meant to be taken in part.
+
+    Those of a head may be, from a network of another kind.
+    """
+    axes: Fitting = {}
+    for name, axis in groups.axes:
+        if name.startswith('backbone.'):
+            axes[name] = (*(axes.get(name) or ()), axis)
+    return axes
 
 
 @MODELS.register_module(name='PrunedModel')
@@ -91,8 +105,7 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
         raise ValueError("gdp: expected dict(widths=...) as an export wrote "
                          f'it, but got {gdp if gdp is None else list(gdp)}')
     network = build_base_model(base, model)
-    apply_widths_(network, gdp['widths'])
-    refuse_others_(network, gdp['widths'])
+    refuse_others_(network, apply_widths_(network, gdp['widths']))
     return network
 
 

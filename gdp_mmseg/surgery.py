@@ -3,8 +3,10 @@
 A pruned network computes exactly what the gated one does. It is described by
 its *widths*: module name to ``[C_out, C_in]`` (convolution, linear layer),
 ``[C_out, C_in, groups]`` (grouped convolution), ``[C]`` (batch norm, group
-norm) or, for a parameter of another module, parameter name to shape. A module
-without channels is replaced: a batch norm by the identity, a layer by
+norm) or, for a parameter of another module, parameter name to shape. Axes that
+have no gate are ``None``, but for grouped convolutions: as wide as the config
+makes them, so that a pruned network can get another number of classes. A
+module without channels is replaced: a batch norm by the identity, a layer by
 :class:`Constant`.
 """
 from __future__ import annotations
@@ -21,7 +23,11 @@ from .groups import Group, Groups
 from .kernel import along, slot_values
 from .trace import copy_model
 
-Widths = dict[str, list[int]]
+Width = Sequence[int | None]
+Widths = dict[str, Width]
+# Of a tensor that only the weights of a network of the same widths fit into,
+# or a module of such tensors; None are all axes.
+Fitting = dict[str, tuple[int, ...] | None]
 
 
 class Constant(nn.Module):
@@ -214,8 +220,7 @@ def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
             state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 
 
-def apply_widths_(model: nn.Module, widths: Mapping[str,
-                                                    Sequence[int]]) -> None:
+def apply_widths_(model: nn.Module, widths: Mapping[str, Width]) -> Fitting:
     """Give the modules of a dense model the widths of a pruned one, in place.
 
     The parameters become the first channels of what they were; what they hold
@@ -223,12 +228,16 @@ def apply_widths_(model: nn.Module, widths: Mapping[str,
 
     Args:
         model (nn.Module): Dense.
-        widths (Mapping[str, Sequence[int]]): See the top of this file.
+        widths (Mapping[str, Width]): See the top of this file.
+
+    Returns:
+        Fitting: The tensors that were cut, and where.
 
     Raises:
         ValueError: If the model has no such module, or it is narrower.
     """
-    for name, width in widths.items():
+    fitting: Fitting = {}
+    for name, given in widths.items():
         owner, _, leaf = name.rpartition('.')
         try:
             parent = model.get_submodule(owner)
@@ -237,7 +246,8 @@ def apply_widths_(model: nn.Module, widths: Mapping[str,
             raise ValueError(
                 f'widths: expected names of the model, but got {name!r}; the '
                 'widths belong to another config') from None
-        _check_width(name, part, width)
+        width = _whole_width(name, part, given)
+        fitting.update(_fitting(name, part, given))
         if isinstance(part, nn.Parameter):
             setattr(parent, leaf, _narrowed(part, *width))
         elif isinstance(part, (_BatchNorm, nn.GroupNorm)):
@@ -249,31 +259,54 @@ def apply_widths_(model: nn.Module, widths: Mapping[str,
             setattr(parent, leaf, Constant(part, width[0]))
         else:
             _set_layer_widths_(part, *width)
+    return fitting
 
 
-def _check_width(name: str, part: nn.Module | nn.Parameter,
-                 width: Sequence[int]) -> None:
-    """An error if this cannot be the width of this part."""
-    if isinstance(part, nn.Parameter):
-        dense: Sequence[int] = part.shape
-    elif isinstance(part, _BatchNorm):
-        dense = [part.num_features]
-    elif isinstance(part, nn.GroupNorm):
-        dense = [part.num_channels]
-    elif isinstance(part, _ConvNd):
-        dense = [part.out_channels, part.in_channels]
-        dense += [part.groups] if part.groups > 1 else []
-    elif isinstance(part, nn.Linear):
-        dense = [part.out_features, part.in_features]
-    else:
-        raise ValueError(f'widths: expected {name} to be a convolution, '
-                         'linear layer, norm or parameter, but got '
-                         f'{type(part).__name__}')
-    if len(width) != len(dense) or any(not 0 <= new <= old
-                                       for new, old in zip(width, dense)):
+def _whole_width(name: str, part: nn.Module | nn.Parameter,
+                 width: Width) -> list[int]:
+    """A width without None; an error if it cannot be that of this part."""
+    dense = _dense_width(name, part)
+    whole = [
+        old if new is None else new for new, old in zip(width, dense)
+        if new is None or 0 <= new <= old
+    ]
+    if len(width) != len(dense) or len(whole) != len(dense):
         raise ValueError(f'widths: expected {name} to be at most '
-                         f'{list(dense)}, but got {list(width)}; the widths '
+                         f'{dense}, but got {list(width)}; the widths '
                          'belong to another config')
+    return whole
+
+
+def _dense_width(name: str, part: nn.Module | nn.Parameter) -> list[int]:
+    """The width of a part that nothing was cut of; an error if it has none."""
+    if isinstance(part, nn.Parameter):
+        return list(part.shape)
+    if isinstance(part, _BatchNorm):
+        return [part.num_features]
+    if isinstance(part, nn.GroupNorm):
+        return [part.num_channels]
+    if isinstance(part, nn.Linear):
+        return [part.out_features, part.in_features]
+    if isinstance(part, _ConvNd):
+        sizes = [part.out_channels, part.in_channels]
+        return sizes + ([part.groups] if part.groups > 1 else [])
+    raise ValueError(f'widths: expected {name} to be a convolution, '
+                     'linear layer, norm or parameter, but got '
+                     f'{type(part).__name__}')
+
+
+def _fitting(name: str, part: nn.Module | nn.Parameter,
+             width: Width) -> Fitting:
+    """Where the tensors of a part were cut."""
+    axes = tuple(axis for axis, size in enumerate(width) if size is not None)
+    if isinstance(part, nn.Parameter):
+        return {name: axes}
+    if None not in width:
+        return {name: None}
+    if isinstance(part, _ConvNd) and part.transposed:
+        axes = tuple(1 - axis for axis in axes)
+    outputs = () if width[0] is None else (0, )
+    return {f'{name}.weight': axes, f'{name}.bias': outputs}
 
 
 def _set_layer_widths_(layer: nn.Linear | _ConvNd,
@@ -337,27 +370,34 @@ def _widths(model: nn.Module, groups: Groups,
         module = model.get_submodule(owner)
         if isinstance(module, (_ConvNd, nn.Linear)):
             if leaf == 'weight':
-                widths[owner] = _layer_widths(module, shape, owner in blocks)
+                gated = [(name, axis) in groups.axes for axis in (0, 1)]
+                widths[owner] = _layer_widths(module, shape, gated, owner
+                                              in blocks)
         elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
             widths[owner] = [shape[0]]
         else:
-            widths[name] = list(shape)
+            widths[name] = [
+                size if (name, axis) in groups.axes else None
+                for axis, size in enumerate(shape)
+            ]
     return widths
 
 
 def _layer_widths(layer: nn.Linear | _ConvNd, kernel: torch.Size,
-                  blocks: bool) -> list[int]:
+                  gated: Sequence[bool], blocks: bool) -> Width:
     """Widths of a layer whose kernel has got this shape.
 
     Args:
         layer (nn.Linear | _ConvNd): The dense one.
         kernel (torch.Size): ``(C_out, C_in / groups, ...)``, or ``(C_in,
             C_out / groups, ...)`` if transposed.
+        gated (Sequence[bool]): Whether its first two axes have gates.
         blocks (bool): Whether whole groups went, or channels of each.
     """
     if isinstance(layer, nn.Linear) or layer.groups == 1:
+        sizes = [size if one else None for size, one in zip(kernel, gated)]
         turned = isinstance(layer, _ConvNd) and layer.transposed
-        return [kernel[1], kernel[0]] if turned else [kernel[0], kernel[1]]
+        return sizes[::-1] if turned else sizes
     if blocks:
         groups = kernel[0] * layer.groups // layer.weight.shape[0]
         return [
@@ -378,9 +418,10 @@ def _fold_constants_(model: nn.Module, groups: Groups,
         if 0 not in width or len(width) < 2 or f'{layer}.weight' not in state:
             continue
         kernel = state[f'{layer}.weight']
-        bias = state.get(f'{layer}.bias', kernel.new_zeros(width[0]))
+        outputs = _whole_width(layer, model.get_submodule(layer), width)[0]
+        bias = state.get(f'{layer}.bias', kernel.new_zeros(outputs))
         norm = groups.norms.get(layer, '')
-        if width[0] and f'{norm}.running_mean' in state:
+        if outputs and f'{norm}.running_mean' in state:
             module: Any = model.get_submodule(norm)
             mean, var, scale, shift = (
                 state[f'{norm}.{name}'].double()

@@ -3,12 +3,14 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 
 from gdp_mmseg.checkpoint import (WholeFileBackend, checksum,
                                   mend_last_checkpoint, other_versions,
@@ -189,3 +191,32 @@ def test_foreign_files_are_named(tmp_path: Path) -> None:
     path.write_bytes(b'Dear diary,')
     with pytest.raises(ValueError, match=re.escape(str(path))):
         read_checkpoint(str(path))
+
+
+@pytest.mark.parametrize('there, here', [(b'numpy.core', b'numpy._core'),
+                                         (b'numpy._core', b'numpy.core')])
+def test_log_buffers_of_other_versions_of_numpy_are_read(
+        there: bytes, here: bytes, tmp_path: Path) -> None:
+    buffer = HistoryBuffer([1., 2.], [1, 1])
+    state = dict(weight=torch.ones(2))
+    torch.save(
+        dict(
+            state_dict=state,
+            message_hub=dict(loss=buffer, last=np.float64(1))),
+        tmp_path / 'saved.pth')
+    with zipfile.ZipFile(tmp_path / 'saved.pth') as saved, zipfile.ZipFile(
+            tmp_path / 'other.pth', 'w') as other:
+        for name in saved.namelist():
+            content = saved.read(name)
+            if name.endswith('data.pkl'):
+                assert b'numpy._core' in content or b'numpy.core' in content
+                content = content.replace(here, there)
+            other.writestr(name, content)
+    read, _ = read_checkpoint(str(tmp_path / 'other.pth'))
+    assert torch.equal(read['weight'], state['weight'])
+
+
+def test_state_dict_alone_is_a_checkpoint(tmp_path: Path) -> None:
+    torch.save({'module.weight': torch.ones(2)}, tmp_path / 'saved.pth')
+    state, meta = read_checkpoint(str(tmp_path / 'saved.pth'))
+    assert list(state) == ['weight'] and meta == {}

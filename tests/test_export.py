@@ -21,8 +21,8 @@ from gdp_mmseg.model import analyse_config
 from gdp_mmseg.report import count_macs
 from gdp_mmseg.surgery import Constant
 
-from project import (NAME, TARGET, Exported, Project, Trained, run_tool, train,
-                     tree)
+from project import (NAME, TARGET, Exported, Project, Trained, build, run_tool,
+                     train, tree, unet)
 
 pytest_plugins = ['project']
 
@@ -292,6 +292,32 @@ def test_all_gates_closed_is_still_a_network(trained: Trained, changed: Change,
     assert exported.report['max_rel_diff'] <= 1e-4
     assert _load(exported)(
         torch.randn(1, 3, 64, 64), mode='tensor').isfinite().all()
+
+
+def test_network_of_windows_is_compared_in_them(project: Project,
+                                                tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    cfg.model = unet(cfg.model)
+    cfg.model.test_cfg = dict(
+        mode='slide', crop_size=(32, 32), stride=(24, 24))
+    # Which the network cannot take as a whole.
+    pipeline = cfg.test_dataloader.dataset.pipeline
+    pipeline.insert(1, dict(type='Resize', scale=(60, 60)))
+    model: Any = build(cfg.model)
+    with torch.no_grad():
+        model.gdp.gates.theta[::2] = 0
+    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'gated.pth')
+    report = export(cfg, str(tmp_path / 'gated.pth'), tmp_path / 'pair', 'x')
+    assert report['compared_on'] == '2 inputs of the test set'
+    assert report['miou_gated'] == report['miou_pruned']
+
+
+def test_nothing_to_evaluate_on_is_said_first(trained: Trained,
+                                              tmp_path: Path) -> None:
+    cfg = Config.fromfile(trained.config)
+    cfg.test_dataloader = None
+    with pytest.raises(ValueError, match='test_dataloader = val_dataloader'):
+        export(cfg, str(trained.checkpoint), tmp_path / 'pair', 'x')
 
 
 def test_exported_config_moves_no_gates(exported: Exported) -> None:

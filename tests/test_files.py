@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gdp_mmseg.files import drop_rows_after, new_folder, write_whole, writing
+from gdp_mmseg.files import (check_out_dir, drop_rows_after, new_folder,
+                             write_whole, writing)
 
 # Fills a folder until it is killed.
 SLOW = """
@@ -151,3 +152,29 @@ def test_rows_after_an_iteration_and_torn_ones_go(tmp_path: Path,
 def test_no_record_is_no_error(tmp_path: Path) -> None:
     drop_rows_after(tmp_path / 'gates.jsonl', 3)
     assert os.listdir(tmp_path) == []
+
+
+def test_folder_that_a_link_names_is_filled(tmp_path: Path) -> None:
+    (tmp_path / 'real').mkdir()
+    link = tmp_path / 'link'
+    link.symlink_to(tmp_path / 'real')
+    check_out_dir(link)
+    with new_folder(link) as partial:
+        (partial / 'a').write_text('1')
+    assert link.is_symlink() and names(tmp_path / 'real') == ['a']
+
+
+def test_folder_that_one_is_in_is_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in (Path('.'), tmp_path):
+        with pytest.raises(ValueError, match='is in use'):
+            check_out_dir(path)
+
+
+def test_folder_that_is_a_disk_is_refused(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_out_dir(tmp_path)
+    monkeypatch.setattr(Path, 'is_mount', lambda _: True)
+    with pytest.raises(ValueError, match='is in use'):
+        check_out_dir(tmp_path)

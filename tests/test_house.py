@@ -275,6 +275,21 @@ def test_check_paths_names_what_is_missing(
     assert f'--cfg-options {key}' in capsys.readouterr().err
 
 
+def test_labels_that_nothing_reads_need_not_be_there(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ('train.txt', 'images'):
+        (tmp_path / name).mkdir()
+    unread = dataset(tmp_path)
+    unread['pipeline'] = [dict(type='LoadImageFromFile')]
+    cfg = mmengine.Config(dict(test_dataloader=dict(dataset=unread)))
+    cli = load(ROOT / 'tools' / '_cli.py', monkeypatch)
+    assert cli.check_paths(cfg) is None
+    unread['pipeline'].append(dict(type='LoadAnnotations'))
+    with pytest.raises(SystemExit):
+        cli.check_paths(
+            mmengine.Config(dict(test_dataloader=dict(dataset=unread))))
+
+
 def raise_wrapped(cli: ModuleType) -> None:
     """Raise our error as a registry passes it on."""
     try:

@@ -118,12 +118,14 @@ def test_our_test_gives_the_reports_miou(exported: Exported, trained: Trained,
             exported.report[f'miou_{which}'], abs=0.005)
 
 
-def test_time_augmentation_runs_on_the_exported_pair(exported: Exported,
-                                                     tmp_path: Path) -> None:
+@pytest.mark.parametrize('of', ['exported', 'trained'])
+def test_time_augmentation_runs(of: str, request: pytest.FixtureRequest,
+                                tmp_path: Path) -> None:
+    pair: Exported | Trained = request.getfixturevalue(of)
     outcome = run_tool(
         'test.py',
-        exported.config,
-        exported.checkpoint,
+        pair.config,
+        pair.checkpoint,
         '--tta',
         '--work-dir',
         tmp_path / 'out',

@@ -60,9 +60,9 @@ def _line(error: Exception) -> str | None:
         # str() of a KeyError is the repr of its message.
         return str(cause.args[0] if isinstance(cause, KeyError) else cause)
     last = (str(error).splitlines() or [''])[-1]
-    if (isinstance(error, (AssertionError, UnidentifiedImageError))
-            and 'image' in str(error)):
-        # mmcv's and Pillow's errors for an image that they cannot read.
+    if isinstance(error, UnidentifiedImageError) or (isinstance(
+            error, AssertionError) and 'failed to load image' in str(error)):
+        # Pillow's and mmcv's errors for an image that they cannot read.
         return (f'expected readable images, but got: {last}; replace the '
                 'file, or take it from the list')
     if isinstance(error, OSError) and error.errno in NO_WRITING:
@@ -127,10 +127,30 @@ def verify_checkpoint(path: str, cfg: Config) -> None:
         print(f'note: {path} was made with other versions: {changed}')
 
 
-def verify_start(cfg: Config, resume: bool) -> None:
+def go_on(cfg: Config, chosen: bool) -> None:
+    """Let ``--resume`` go on with this training; changes ``cfg``.
+
+    mmengine resumes from ``load_from``, if a config has one. That is where the
+    training began, unless the command line names it.
+
+    Args:
+        cfg (Config): Gets no ``load_from`` if there is something to go on
+            from in its ``work_dir``, and no ``resume`` if not.
+        chosen (bool): Whether the command line names ``load_from``.
+    """
+    if cfg.resume and cfg.get('load_from') and not chosen:
+        if osp.isfile(osp.join(cfg.work_dir, 'last_checkpoint')):
+            cfg.load_from = None
+        else:
+            cfg.resume = False
+            print(f'note: nothing to resume in {cfg.work_dir}; starting from '
+                  f'{cfg.load_from}')
+
+
+def verify_start(cfg: Config) -> None:
     """Verify what a training starts from: ``load_from``, or an export."""
     start = cfg.get('load_from')
-    if (not start and not resume
+    if (not start and not cfg.resume
             and cfg.model.get('type') == 'gdp_mmseg.PrunedModel'):
         start = (cfg.model.get('init_cfg') or {}).get('checkpoint')
     if start:
@@ -225,7 +245,7 @@ def _check_dataset(key: str, dataset: dict) -> None:
     if dataset.get('ann_file'):
         paths['ann_file'] = osp.join(root, dataset['ann_file'])
     for name, prefix in (dataset.get('data_prefix') or {}).items():
-        if prefix:
+        if prefix and (name != 'seg_map_path' or _reads_labels(dataset)):
             paths[f'data_prefix.{name}'] = osp.join(root, prefix)
     for name, path in paths.items():
         if path and not _is_remote(path) and not osp.exists(path):
@@ -248,7 +268,10 @@ def _check_listed(key: str, dataset: dict) -> None:
         fail(f'expected images in {key}, but got none; change its ann_file, '
              'data_prefix or img_suffix')
     folders: dict[str, set[str]] = {}
-    for field, what in (('img_path', 'image'), ('seg_map_path', 'label map')):
+    read = {'img_path': 'image'}
+    if _reads_labels(dataset):
+        read['seg_map_path'] = 'label map'
+    for field, what in read.items():
         paths = [
             path for path in (built.get_data_info(index).get(field)
                               for index in range(len(built)))
@@ -260,6 +283,14 @@ def _check_listed(key: str, dataset: dict) -> None:
                  f'{len(gone)} of {len(paths)} ({gone[0]} first); add the '
                  'files, or take the names from the list (ann_file), or '
                  'change the suffix')
+
+
+def _reads_labels(dataset: dict) -> bool:
+    """Whether a pipeline loads what mmseg calls annotations."""
+    from gdp_mmseg.support import name_of
+    return 'pipeline' not in dataset or any(
+        'Annotation' in name_of(node.get('type'))
+        for _, node in _nodes('pipeline', dataset['pipeline']))
 
 
 def _is_listed(path: str, folders: dict[str, set[str]]) -> bool:

@@ -14,8 +14,8 @@ from mmseg.registry import RUNNERS
 
 from gdp_mmseg.support import check_config
 
-from _cli import (check_paths, fail, guard, join_processes_, load_config,
-                  one_line_errors, verify_start)
+from _cli import (check_paths, fail, go_on, guard, join_processes_,
+                  load_config, one_line_errors, verify_start)
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,8 +67,6 @@ def main() -> None:
     # load config
     cfg = load_config(args.config, args.cfg_options)
     cfg.launcher = args.launcher
-    verify_start(cfg, args.resume)
-    check_paths(cfg, splits=('train', 'val'))
 
     # work_dir is determined in this priority: CLI > segment in file > filename
     if args.work_dir is not None:
@@ -97,6 +95,9 @@ def main() -> None:
 
     # resume training
     cfg.resume = args.resume
+    go_on(cfg, 'load_from' in (args.cfg_options or {}))
+    verify_start(cfg)
+    check_paths(cfg, splits=('train', 'val'))
     check_config(cfg)
     guard(cfg)
     join_processes_(cfg, args.launcher)
