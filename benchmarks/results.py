@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -301,6 +303,8 @@ def accuracy(report: Report) -> list[str]:
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
         'the same data order and evaluation. Seeds vary what comes after the '
         'start.',
+        *(f'- {gap}'
+          for gap in map(partial(below_dense, report), targets) if gap),
         '- The alternatives remove the same share of channels of every '
         f'layer, by rank in it (Torch-Pruning {report["torch_pruning"]}), '
         'unless they say otherwise, at the iteration at which the gates begin '
@@ -326,6 +330,17 @@ def accuracy(report: Report) -> list[str]:
         f'--report REPORT`; SHA-256 of BACKBONE: '
         f'{report["weights_sha256"][:16]}.'
     ]
+
+
+def below_dense(report: Report, target: float) -> str:
+    """How far GDP is below dense, and how far seeds spread; '' if unknown."""
+    dense, ours = of(report, 'dense', 1.), of(report, 'gdp', target)
+    if len(dense) < 2 or len(ours) < 2:
+        return ''
+    below = statistics.mean(dense) - statistics.mean(ours)
+    spread = math.hypot(statistics.stdev(dense), statistics.stdev(ours))
+    return (f'GDP at {target:g} is {below:.2f} below dense; the standard '
+            f'deviation of such a difference of two runs is {spread:.2f}.')
 
 
 def starts(rows: list[Report]) -> str:

@@ -56,7 +56,7 @@ def _iteration(line: str) -> float:
 
 
 def check_out_dir(out_dir: Path) -> None:
-    """Fail unless a folder can be made, or is there and empty.
+    """Fail unless a folder can be made, or is there, empty and replaceable.
 
     Raises:
         ValueError: If so.
@@ -67,6 +67,11 @@ def check_out_dir(out_dir: Path) -> None:
     if out_dir.is_dir() and any(out_dir.iterdir()):
         raise ValueError(f'--out-dir: expected an empty or new folder, but '
                          f'{out_dir} holds files; choose another')
+    if "'" in str(out_dir.resolve()):
+        raise ValueError('--out-dir: expected a path without an apostrophe, '
+                         'because mmengine cannot read a config that names '
+                         f'its folder otherwise, but got {out_dir}; choose '
+                         'another')
     if out_dir.is_mount() or out_dir.resolve() == Path.cwd():
         raise ValueError(f'--out-dir: expected a folder that can be replaced '
                          f'as a whole, but {out_dir} is in use; choose a new '

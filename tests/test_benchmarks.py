@@ -90,6 +90,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
         rows=[
             _row('start', 50., 0, 1.),
             _row('dense', 60., 0, 1.),
+            _row('dense', 64., 1, 1.),
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
             dict(_row('l1', 55., 0, 0.25), start_miou=51.),
@@ -101,7 +102,9 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
                          ['L1 norm', '55.00 (1)', 'out of reach']]
-    assert 'Dense: 60.00 (1)' in text and '0.10% at most' in text
+    assert 'Dense: 62.00 ± 2.83 (2)' in text
+    assert 'GDP at 0.4 is 2.00 below dense; the' in text
+    assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
     assert ('(none): 50.00; that of `l1-0.25-0` was trained another time: '
             '51.00.') in text
     assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text

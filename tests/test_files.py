@@ -172,6 +172,11 @@ def test_folder_that_one_is_in_is_refused(
             check_out_dir(path)
 
 
+def test_folder_that_a_config_cannot_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='without an apostrophe'):
+        check_out_dir(tmp_path / "user's")
+
+
 def test_folder_that_is_a_disk_is_refused(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_out_dir(tmp_path)
