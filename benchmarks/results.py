@@ -8,7 +8,6 @@ import json
 import math
 import statistics
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Iterable, Sequence
 
@@ -302,9 +301,7 @@ def accuracy(report: Report) -> list[str]:
         f'{report["batch_size"]}, crop {report["crop"][0]} x '
         f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
         'the same data order and evaluation. Seeds vary what comes after the '
-        'start.',
-        *(f'- {gap}'
-          for gap in map(partial(below_dense, report), targets) if gap),
+        'start.', *below_dense(report, targets),
         '- The alternatives remove the same share of channels of every '
         f'layer, by rank in it (Torch-Pruning {report["torch_pruning"]}), '
         'unless they say otherwise, at the iteration at which the gates begin '
@@ -332,23 +329,30 @@ def accuracy(report: Report) -> list[str]:
     ]
 
 
-def below_dense(report: Report, target: float) -> str:
-    """How far GDP is below dense, and how far seeds spread; '' if unknown."""
-    dense, ours = of(report, 'dense', 1.), of(report, 'gdp', target)
-    if len(dense) < 2 or len(ours) < 2:
-        return ''
-    below = statistics.mean(dense) - statistics.mean(ours)
-    spread = math.hypot(statistics.stdev(dense), statistics.stdev(ours))
-    return (f'GDP at {target:g} is {below:.2f} below dense; the standard '
-            f'deviation of such a difference of two runs is {spread:.2f}.')
+def below_dense(report: Report, targets: Iterable[float]) -> list[str]:
+    """How far GDP is below dense, and how far seeds spread, where known."""
+    dense = of(report, 'dense', 1.)
+    lines = []
+    for target in targets:
+        ours = of(report, 'gdp', target)
+        if min(len(dense), len(ours)) > 1:
+            below = statistics.mean(dense) - statistics.mean(ours)
+            spread = math.hypot(
+                statistics.stdev(dense), statistics.stdev(ours))
+            lines.append(
+                f'- GDP at {target:g} is {below:.2f} below dense; the '
+                'standard deviation of such a difference of two runs is '
+                f'{spread:.2f}.')
+    return lines
 
 
 def starts(rows: list[Report]) -> str:
     """How good the networks are that rows start from; the usual one first."""
     names: dict[float, list[str]] = {}
-    for row in filter(lambda row: row['start_miou'], rows):
+    for row in rows:
         name = f'`{row["method"]}-{row["target"]}-{row["seed"]}`'
-        names.setdefault(row['start_miou'], []).append(name)
+        if row['start_miou']:
+            names.setdefault(row['start_miou'], []).append(name)
     usual, *others = sorted(names, key=lambda miou: -len(names[miou]))
     return f'{usual:.2f}' + ''.join(
         f'; that of {", ".join(names[miou])} was trained another time: '

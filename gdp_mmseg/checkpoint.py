@@ -109,10 +109,7 @@ def _read(path: str) -> Any:
 def _numpys(function: Any) -> Iterator[Callable[..., Any]]:
     """One of NumPy's under the names that its versions 1 and 2 save it by."""
     for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-
-        def named(*args: Any) -> Any:
-            return function(*args)
-
+        named: Any = functools.partial(function)
         named.__module__ = module
         named.__qualname__ = function.__name__
         yield named
@@ -216,8 +213,14 @@ def refuse_others_(network: nn.Module, fitting: Mapping[str, tuple[int, ...]
             absent: names of tensors, or of modules of them, and along which
             axes; None are all.
     """
+    inside = {
+        key: axes
+        for name, axes in fitting.items()
+        for key in network.state_dict()
+        if key == name or key.startswith(f'{name}.')
+    }
     network._register_load_state_dict_pre_hook(
-        functools.partial(_refuse, fitting), with_module=True)
+        functools.partial(_refuse, inside), with_module=True)
 
 
 def _refuse(fitting: Mapping[str, tuple[int, ...] | None], network: nn.Module,
@@ -229,17 +232,14 @@ def _refuse(fitting: Mapping[str, tuple[int, ...] | None], network: nn.Module,
             'checkpoint: expected weights of the model in the config, but got '
             f'none of its {len(wanted)}, and others ({next(iter(state))} '
             'first); pass the checkpoint and the config of the same training')
-    for name, axes in fitting.items():
-        for key, value in wanted.items():
-            came = state.get(prefix + key)
-            if (came is not None
-                    and (key == name or key.startswith(f'{name}.'))
-                    and not _fits(came.shape, value.shape, axes)):
-                raise ValueError(
-                    f'checkpoint: expected {key} of the shape in the config, '
-                    f'{list(value.shape)}, but got {list(came.shape)}; pass '
-                    'the checkpoint and the config of the same training or '
-                    'export')
+    for key in filter(wanted.__contains__, fitting):
+        came = state.get(prefix + key)
+        if came is not None and not _fits(came.shape, wanted[key].shape,
+                                          fitting[key]):
+            raise ValueError(
+                f'checkpoint: expected {key} of the shape in the config, '
+                f'{list(wanted[key].shape)}, but got {list(came.shape)}; pass '
+                'the checkpoint and the config of the same training or export')
 
 
 def _fits(came: torch.Size, wanted: torch.Size,

@@ -266,11 +266,9 @@ def _whole_width(name: str, part: nn.Module | nn.Parameter,
                  width: Width) -> list[int]:
     """A width without None; an error if it cannot be that of this part."""
     dense = _dense_width(name, part)
-    whole = [
-        old if new is None else new for new, old in zip(width, dense)
-        if new is None or 0 <= new <= old
-    ]
-    if len(width) != len(dense) or len(whole) != len(dense):
+    whole = [old if new is None else new for new, old in zip(width, dense)]
+    if len(width) != len(dense) or any(not 0 <= new <= old
+                                       for new, old in zip(whole, dense)):
         raise ValueError(f'widths: expected {name} to be at most '
                          f'{dense}, but got {list(width)}; the widths '
                          'belong to another config')

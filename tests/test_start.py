@@ -84,26 +84,17 @@ def test_resume_is_from_the_work_folder_unless_the_command_line_says(
     assert (cfg.load_from, cfg.resume) == expected
 
 
-def _fine_tuned(exported: Exported, folder: Path, **model: Any) -> Runner:
-    cfg = Config.fromfile(exported.config)
-    cfg.merge_from_dict(dict(model=model))
-    cfg.work_dir = str(folder)
-    cfg.train_cfg.max_iters = 1
-    cfg.default_hooks.guard = dict(type='gdp_mmseg.GuardHook')
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    return runner
-
-
 def test_weights_of_a_fine_tuned_export_are_not_those_of_the_dense(
         project: Project, exported: Exported, cli: ModuleType, tmp_path: Path,
         capsys: pytest.CaptureFixture[str]) -> None:
-    _fine_tuned(exported, tmp_path)
+    cfg = project.load(tmp_path, exported.config)
+    cfg.train_cfg.max_iters = 1
+    cfg.default_hooks.guard = dict(type='gdp_mmseg.GuardHook')
+    Runner.from_cfg(cfg).train()
     checkpoint = tmp_path / 'iter_1.pth'
     _, meta = read_checkpoint(str(checkpoint))
-    assert meta['widths'] == Config.fromfile(
-        exported.config).model.gdp.widths.to_dict()
-    cli.verify_checkpoint(str(checkpoint), Config.fromfile(exported.config))
+    assert meta['widths'] == cfg.model.gdp.widths.to_dict()
+    cli.verify_checkpoint(str(checkpoint), cfg)
     with pytest.raises(SystemExit):
         cli.verify_checkpoint(str(checkpoint), Config.fromfile(project.dense))
     assert 'exported' in capsys.readouterr().err
