@@ -27,11 +27,11 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.cost import FlopCost
 from gdp_mmseg.model import analyse_config, find_pruner
 from gdp_mmseg.pruner import Settings
 from gdp_mmseg.report import write_json
-from gdp_mmseg.surgery import kept_channels
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -24,8 +24,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor, nn
 
+from .analysis.structure import Groups
 from .files import write_whole
-from .groups import Groups
 from .version import __version__
 
 # What a checkpoint remembers of the packages that made it, by distribution;

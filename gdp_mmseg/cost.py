@@ -21,7 +21,7 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from .groups import Groups, Layer
+from .analysis.structure import Groups, Layer
 
 # In a product, the place of a number of channels that is 1.
 _ONE = torch.tensor([-1])

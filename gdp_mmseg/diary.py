@@ -8,7 +8,7 @@ from typing import Sequence
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
 
-from .groups import Group
+from .analysis.structure import Group
 from .pictures import draw_path, draw_widths, pixels
 from .pruner import COSTS, Pruner
 from .report import read_budget, read_gates

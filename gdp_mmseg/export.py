@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import report as reporting
+from .analysis.structure import Groups
 from .checkpoint import (closed_gates, other_versions, read_checkpoint,
                          save_exported)
 from .diary import RECORD, path_figure
 from .files import check_out_dir, new_folder, writing
-from .groups import Groups
 from .model import (build_base_model, default_base, find_pruner, model_config,
                     split_config)
 from .proof import largest_difference

@@ -25,8 +25,7 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
-from .groups import Layer
-from .labels import Run
+from .analysis.structure import Layer, Run
 
 # Shares of the channels at which a layer with gates is timed, on each side:
 # a round over all layers takes as long as three dense forward passes.

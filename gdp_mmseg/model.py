@@ -14,8 +14,9 @@ from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
+from .analysis.analyse import analyse
+from .analysis.structure import Groups
 from .checkpoint import refuse_others_
-from .groups import Groups, analyse
 from .kernel import gate_layer_
 from .proof import prove
 from .pruner import Pruner, Settings

@@ -9,12 +9,12 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor, nn
 
+from .analysis.liveness import constant_channels, kept_channels
+from .analysis.structure import Groups
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
 from .gate import Gates, held_cost
-from .groups import Groups
 from .latency import Stopwatch, measure, stopwatch
 from .schedule import Schedule
-from .surgery import constant_channels, kept_channels
 
 # Of the share that a target is about; never above it by more.
 _NEARLY_A_POINT = 0.009

@@ -7,7 +7,7 @@ from typing import Sequence
 
 from torch import Tensor
 
-from .groups import Group, Groups, Layer
+from .analysis.structure import Group, Groups, Layer
 from .kernel import slot_values
 
 # Numbered stages of a backbone; else a stage is a part of a part.

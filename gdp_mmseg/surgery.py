@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from .groups import Group, Groups
+from .analysis.liveness import kept_channels, kept_slots
+from .analysis.structure import Groups
+from .analysis.tracer import copy_model
 from .kernel import along, slot_values
-from .trace import copy_model
 
 Width = Sequence[int | None]
 Widths = dict[str, Width]
@@ -92,57 +93,6 @@ def _total_padding(layer: _ConvNd) -> list[int]:
     return [2 * int(side) for side in layer.padding]
 
 
-def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
-    """Which gates' channels a pruned network has.
-
-    Besides the open ones: the first of a group that is closed as a whole but
-    cannot vanish as a whole. Without those, open or not, that only feed
-    layers whose own outputs are all gone.
-
-    Args:
-        groups (Groups): What the analysis found.
-        openness (Tensor): ``(G,)``.
-
-    Returns:
-        Tensor: ``(G,)`` bool.
-    """
-    keep = openness.detach().cpu() > 0
-    for group in groups.groups:
-        if not group.vanishes and not keep[group.gates].any():
-            keep[group.gates[0]] = True
-    outputs = {layer.name: layer.outputs for layer in groups.layers}
-
-    def dead(group: Group) -> bool:
-        return (group.vanishes and bool(keep[group.gates].any()) and not any(
-            bool(_kept_slots(outputs[name], keep).any())
-            for name in group.readers))
-
-    while unread := [group for group in groups.groups if dead(group)]:
-        for group in unread:
-            keep[group.gates] = False
-    return keep
-
-
-def constant_channels(groups: Groups, keep: Tensor) -> Tensor:
-    """Gates of channels that hold a constant: all that writes them is dead.
-
-    Args:
-        groups (Groups): What the analysis found.
-        keep (Tensor): ``(G,)`` bool, which gates' channels are there.
-
-    Returns:
-        Tensor: ``(G,)`` bool, a part of ``keep``.
-    """
-    inputs = {layer.name: layer.inputs for layer in groups.layers}
-    constant = torch.zeros_like(keep)
-    for group in groups.groups:
-        if group.vanishes and not any(
-                bool(_kept_slots(inputs[name], keep).any())
-                for name in group.writers):
-            constant[group.gates] = keep[group.gates]
-    return constant
-
-
 def prune(model: nn.Module, groups: Groups,
           openness: Tensor) -> tuple[nn.Module, Widths]:
     """A small copy of a model that computes what the gated model computes.
@@ -174,7 +124,7 @@ def cut(model: nn.Module, groups: Groups,
     dense = model.state_dict()
     state = dict(dense)
     for (name, axis), gates in groups.axes.items():
-        kept = _kept_slots(gates, keep)
+        kept = kept_slots(gates, keep)
         if not kept.all():
             slots = kept.nonzero().flatten().to(state[name].device)
             state[name] = state[name].index_select(axis, slots)
@@ -213,7 +163,7 @@ def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
     """
     for layer in groups.readers():
         kernel = state[layer.kernel]
-        slots = layer.inputs[_kept_slots(layer.inputs, keep)]
+        slots = layer.inputs[kept_slots(layer.inputs, keep)]
         scale = slot_values(openness.detach().to(kernel),
                             slots.to(kernel.device))
         if bool((scale != 1).any()):
@@ -347,11 +297,6 @@ def _narrowed(parameter: nn.Parameter, *sizes: int) -> nn.Parameter:
 def _first(tensor: Tensor, *sizes: int) -> Tensor:
     """A copy of the first entries of a tensor along its first axes."""
     return tensor.detach()[tuple(slice(size) for size in sizes)].clone()
-
-
-def _kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the slots that stay: no gate, or a kept one."""
-    return slot_values(keep.float(), gates) > 0
 
 
 def _widths(model: nn.Module, groups: Groups,

@@ -5,9 +5,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.liveness import kept_channels
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.cost import Cost, FlopCost, LatencyCost, ParameterCost
-from gdp_mmseg.groups import Groups, analyse
-from gdp_mmseg.surgery import Constant, kept_channels, prune
+from gdp_mmseg.surgery import Constant, prune
 
 from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
                   last, run)

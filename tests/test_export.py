@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import gdp_mmseg.export as exporting
+from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.cost import FlopCost
-from gdp_mmseg.export import export, pruned_config, read_checkpoint
-from gdp_mmseg.groups import Groups
+from gdp_mmseg.export import export, pruned_config
 from gdp_mmseg.model import analyse_config
 from gdp_mmseg.report import count_macs
 from gdp_mmseg.surgery import Constant

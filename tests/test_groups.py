@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.structure import Groups
 
 from toys import BACKBONES, SHAPE, TOYS, Net, block, conv, deeplab, resnet, run
 

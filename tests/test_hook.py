@@ -15,7 +15,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.export import export
-from gdp_mmseg.hook import averages, find_pruner
+from gdp_mmseg.hook import averages
+from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner import Pruner
 from gdp_mmseg.report import read_gates
 

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdp_mmseg.analysis.structure import Layer, Run
 from gdp_mmseg.cost import LatencyCost, counted_layers
-from gdp_mmseg.groups import Layer
-from gdp_mmseg.labels import Run
 from gdp_mmseg.latency import ROUNDS, Workload, fit, measure, stopwatch
 from gdp_mmseg.pruner import Pruner, Settings
 

@@ -15,7 +15,8 @@ pytest_plugins = ('project', )
 import mmseg
 from mmengine.config import Config
 
-from gdp_mmseg.export import build_gated, export, read_checkpoint
+from gdp_mmseg.checkpoint import read_checkpoint
+from gdp_mmseg.export import build_gated, export
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.proof import largest_difference
 

@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.liveness import kept_channels
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.pictures import draw_path, draw_widths, pixels
 from gdp_mmseg.stages import dead_parts, kept_by_stage, stage_of
-from gdp_mmseg.surgery import kept_channels
 
 from project import Exported, Project, Trained, train
 from toys import SHAPE, Net, block, branch, last, run

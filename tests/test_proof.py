@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdp_mmseg import proof
-from gdp_mmseg.groups import Groups, analyse
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.liveness import kept_channels
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.lively import lively_copy
 from gdp_mmseg.proof import TOLERANCE, largest_difference, prove
-from gdp_mmseg.surgery import kept_channels
 
 from toys import SHAPE, TOYS, Net, block, conv, last, run
 

@@ -10,10 +10,11 @@ import torch
 from random_networks import SHAPE, STEPS, RandomNetwork
 from torch import Tensor, nn
 
-from gdp_mmseg import operators
+from gdp_mmseg.analysis import operators
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.labels import Labels
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.gate import Gates
-from gdp_mmseg.groups import Groups, analyse
-from gdp_mmseg.labels import Labels
 from gdp_mmseg.lively import randomise_
 from gdp_mmseg.proof import largest_difference
 from gdp_mmseg.surgery import prune

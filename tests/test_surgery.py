@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from gdp_mmseg.analysis.liveness import constant_channels, kept_channels
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.cost import FlopCost
-from gdp_mmseg.groups import Groups
-from gdp_mmseg.surgery import (Constant, Widths, absorb_, apply_widths_,
-                               constant_channels, kept_channels, prune)
+from gdp_mmseg.surgery import Constant, Widths, absorb_, apply_widths_, prune
 
 from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,
                   open_gates, randomise_)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdp_mmseg import pruner as pruner_module
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.export import export
 from gdp_mmseg.gate import Gates
-from gdp_mmseg.groups import Layer, analyse
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner import Pruner, Settings
 from gdp_mmseg.surgery import prune

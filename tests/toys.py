@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.gate import Gates
-from gdp_mmseg.groups import Groups, analyse
 from gdp_mmseg.kernel import gate_layer_
 
 SHAPE = (3, 8, 8)

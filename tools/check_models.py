@@ -178,10 +178,10 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
     """What an analysis finds, and what pruning at random changes."""
     import torch
 
+    from gdp_mmseg.analysis.liveness import kept_channels
     from gdp_mmseg.cost import FlopCost
     from gdp_mmseg.model import analyse_model
     from gdp_mmseg.proof import TOLERANCE as EXACT
-    from gdp_mmseg.surgery import kept_channels
     start = time.process_time()
     groups, _ = analyse_model(network, (CHANNELS, side, side), settings.ignore,
                               settings.prune)
@@ -229,13 +229,13 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
     """
     import torch
 
+    from gdp_mmseg.analysis.tracer import copy_model
     from gdp_mmseg.gate import Gates
     from gdp_mmseg.kernel import gate_layer_
     from gdp_mmseg.lively import lively_copy
     from gdp_mmseg.model import infer
     from gdp_mmseg.proof import largest_difference
     from gdp_mmseg.surgery import cut
-    from gdp_mmseg.trace import copy_model
     generator = torch.Generator().manual_seed(7)
     gates = Gates(groups.number)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)

@@ -18,8 +18,9 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .labels import (Call, Labels, Product, Run, blocks, spread, thinned,
-                     varies, vector)
+from .labels import (Call, Labels, Product, blocks, spread, thinned, varies,
+                     vector)
+from .structure import Run
 
 # Element by element too, but without the tag that says so.
 _POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
@@ -69,7 +70,6 @@ Rule = Callable[[Labels, Operation], bool]
 # A rule of an operator that only rearranges or reduces one labelled tensor
 # gets its labels.
 SourceRule = Callable[[Labels, Operation, Tensor], bool]
-
 _RULES: dict[str, Rule] = {}
 _SOURCE_RULES: dict[str, SourceRule] = {}
 

@@ -19,23 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One call of a layer, to be repeated at other widths.
-
-    Args:
-        size (tuple[int, ...]): Of one image's input, without the channels:
-            ``(N, H, W)``, of a product of matrices ``(rows, )``.
-        kernel (tuple[int, ...]): Shape of the dense kernel; none of a product
-            of matrices.
-        options (tuple[Any, ...]): What ATen's convolution takes after the
-            bias: stride, padding, dilation, transposed, output padding,
-            groups; none of a product of matrices.
-    """
-    size: tuple[int, ...]
-    kernel: tuple[int, ...] = ()
-    options: tuple[Any, ...] = ()
+from .structure import Run
 
 
 @dataclasses.dataclass

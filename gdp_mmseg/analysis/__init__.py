@@ -1,0 +1,1 @@
+"""Analysis: which channels live and die together."""
