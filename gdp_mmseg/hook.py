@@ -14,7 +14,7 @@ from mmengine.runner import Runner
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
 from .diary import RECORD, show_gates, tell_end
 from .files import drop_rows_after
-from .gate import Gates
+from .gates.gdp import Gates
 from .guard import GuardHook
 from .latency import SECONDS
 from .model import find_pruner

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .analysis.analyse import analyse
 from .analysis.structure import Groups
 from .checkpoint import refuse_others_
-from .kernel import gate_layer_
+from .gates.layers import gate_layer_
 from .proof import prove
 from .pruner import Pruner, Settings
 from .registry import MODELS

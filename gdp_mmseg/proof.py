@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from .analysis.analyse import nothing_left
 from .analysis.structure import Groups
 from .analysis.tracer import Forward, copy_model, set_mode_
-from .gate import Gates, theta_of
-from .kernel import gate_layer_
+from .gates.gdp import Gates, theta_of
+from .gates.layers import gate_layer_
 from .lively import lively_copy
 from .surgery import cut
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .analysis.liveness import constant_channels, kept_channels
 from .analysis.structure import Groups
 from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
-from .gate import Gates, held_cost
+from .gates.base import held_cost
+from .gates.gdp import Gates
 from .latency import Stopwatch, measure, stopwatch
 from .schedule import Schedule
 

@@ -22,7 +22,7 @@ from torch.nn.modules.conv import _ConvNd
 from .analysis.liveness import kept_channels, kept_slots
 from .analysis.structure import Groups
 from .analysis.tracer import copy_model
-from .kernel import along, slot_values
+from .gates.layers import along, slot_values
 
 Width = Sequence[int | None]
 Widths = dict[str, Width]

@@ -20,7 +20,7 @@ from mmseg.models import SegDataPreProcessor
 from torch import Tensor, nn
 
 from gdp_mmseg.export import export
-from gdp_mmseg.gate import Gates
+from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.hook import GDPHook
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner import Pruner

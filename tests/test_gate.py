@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdp_mmseg.gate import (Gates, held_cost, openness, openness_slope,
-                            solve_multiplier)
-from gdp_mmseg.kernel import gate_layer_, slot_values
+from gdp_mmseg.gates.base import held_cost, solve_multiplier
+from gdp_mmseg.gates.gdp import Gates, openness, openness_slope
+from gdp_mmseg.gates.layers import gate_layer_, slot_values
 from gdp_mmseg.schedule import Schedule
 
 THETAS = torch.tensor([-2., -0.3, 0., 1e-3, 0.1, 1., 3.]).double()

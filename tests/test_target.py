@@ -17,7 +17,7 @@ from gdp_mmseg import pruner as pruner_module
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.export import export
-from gdp_mmseg.gate import Gates
+from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner import Pruner, Settings
 from gdp_mmseg.surgery import prune

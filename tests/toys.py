@@ -16,8 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Groups
-from gdp_mmseg.gate import Gates
-from gdp_mmseg.kernel import gate_layer_
+from gdp_mmseg.gates.gdp import Gates
+from gdp_mmseg.gates.layers import gate_layer_
 
 SHAPE = (3, 8, 8)
 

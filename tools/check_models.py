@@ -230,8 +230,8 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
     import torch
 
     from gdp_mmseg.analysis.tracer import copy_model
-    from gdp_mmseg.gate import Gates
-    from gdp_mmseg.kernel import gate_layer_
+    from gdp_mmseg.gates.gdp import Gates
+    from gdp_mmseg.gates.layers import gate_layer_
     from gdp_mmseg.lively import lively_copy
     from gdp_mmseg.model import infer
     from gdp_mmseg.proof import largest_difference

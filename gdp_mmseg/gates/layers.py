@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .gate import Gates
+from .gdp import Gates
 
 
 def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:

@@ -7,10 +7,10 @@ because the paper's is not public.
 """
 from __future__ import annotations
 
-from typing import Callable, Protocol
-
 import torch
 from torch import Tensor, nn
+
+from .base import CostFunction, held_cost, solve_multiplier
 
 # Part of the root mean square of dL/dg that counts as gain of an open gate.
 _RMS_SHARE = 0.3
@@ -56,29 +56,6 @@ def openness_slope(theta: Tensor, epsilon: Tensor | float) -> Tensor:
         zero: a closed gate feels no force and stays closed.
     """
     return 2 * (1 + epsilon) * theta * epsilon / (theta * theta + epsilon)**2
-
-
-class CostFunction(Protocol):
-    """What the gate step must know of the cost (see ``cost.py``)."""
-
-    def __call__(self, openness: Tensor) -> Tensor:
-        """Share of the dense cost at openness ``(G,)``, a scalar."""
-
-    def price(self, openness: Tensor) -> Tensor:
-        """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
-
-
-def held_cost(cost: CostFunction, openness: Tensor, whole: float) -> Tensor:
-    """What is held against the budget, a scalar.
-
-    Args:
-        cost (CostFunction): Of an openness.
-        openness (Tensor): ``(G,)``.
-        whole (float): Share of a gate that counts as a whole channel; the
-            rest counts as its openness.
-    """
-    channels = (openness > 0).to(openness)
-    return (1 - whole) * cost(openness) + whole * cost(channels)
 
 
 class Gates(nn.Module):
@@ -317,32 +294,3 @@ class Gates(nn.Module):
         """Close ``gates`` (mask ``(G,)``) for good, in place."""
         self.closed.masked_fill_(gates, 1)
         self.theta.masked_fill_(gates, 0)
-
-
-def solve_multiplier(spent: Callable[[float], float], budget: float,
-                     scale: float) -> float:
-    """Least multiplier at which ``spent`` is within ``budget``.
-
-    Args:
-        spent (Callable[[float], float]): Cost after a step at a multiplier;
-            falling in it.
-        budget (float): In the unit of ``spent``.
-        scale (float): A multiplier of the order that is looked for.
-
-    Returns:
-        float: Zero if the budget holds of itself. If no multiplier can hold
-        it in one step, the one at which every gate goes as far as it can.
-    """
-    if spent(0.) <= budget:
-        return 0.
-    # Without any gain to compare with, every multiplier is as good.
-    scale = scale or 1.
-    low, high = 0., scale * 1e-3
-    while spent(high) > budget:
-        low, high = high, high * 4
-        if high > scale * 1e4:
-            return high
-    for _ in range(12):
-        middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
-    return high

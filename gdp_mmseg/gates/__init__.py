@@ -1,0 +1,1 @@
+"""Gates: how open each channel is, and the methods that move them."""
