@@ -28,7 +28,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.analysis.liveness import kept_channels
-from gdp_mmseg.cost import FlopCost
+from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.model import analyse_config, find_pruner
 from gdp_mmseg.pruner import Settings
 from gdp_mmseg.report import write_json

@@ -12,11 +12,11 @@ from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
+from .cost.latency import SECONDS
 from .diary import RECORD, show_gates, tell_end
 from .files import drop_rows_after
 from .gates.gdp import Gates
 from .guard import GuardHook
-from .latency import SECONDS
 from .model import find_pruner
 from .pruner import COSTS, Pruner
 from .registry import HOOKS

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .analysis.liveness import constant_channels, kept_channels
 from .analysis.structure import Groups
-from .cost import Cost, FlopCost, LatencyCost, ParameterCost, counted_layers
+from .cost.counts import Cost, FlopCost, ParameterCost, counted_layers
+from .cost.latency import LatencyCost, Stopwatch, measure, stopwatch
 from .gates.base import held_cost
 from .gates.gdp import Gates
-from .latency import Stopwatch, measure, stopwatch
 from .schedule import Schedule
 
 # Of the share that a target is about; never above it by more.

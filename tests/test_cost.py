@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Groups
-from gdp_mmseg.cost import Cost, FlopCost, LatencyCost, ParameterCost
+from gdp_mmseg.cost.counts import Cost, FlopCost, ParameterCost
+from gdp_mmseg.cost.latency import LatencyCost
 from gdp_mmseg.surgery import Constant, prune
 
 from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gdp_mmseg.export as exporting
 from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.checkpoint import read_checkpoint
-from gdp_mmseg.cost import FlopCost
+from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.export import export, pruned_config
 from gdp_mmseg.model import analyse_config
 from gdp_mmseg.report import count_macs

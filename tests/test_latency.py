@@ -9,8 +9,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdp_mmseg.analysis.structure import Layer, Run
-from gdp_mmseg.cost import LatencyCost, counted_layers
-from gdp_mmseg.latency import ROUNDS, Workload, fit, measure, stopwatch
+from gdp_mmseg.cost.counts import counted_layers
+from gdp_mmseg.cost.latency import (ROUNDS, LatencyCost, Workload, fit,
+                                    measure, stopwatch)
 from gdp_mmseg.pruner import Pruner, Settings
 
 from toys import TOYS

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from gdp_mmseg.analysis.liveness import constant_channels, kept_channels
 from gdp_mmseg.analysis.structure import Groups
-from gdp_mmseg.cost import FlopCost
+from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.surgery import Constant, Widths, absorb_, apply_widths_, prune
 
 from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,

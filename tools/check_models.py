@@ -179,7 +179,7 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
     import torch
 
     from gdp_mmseg.analysis.liveness import kept_channels
-    from gdp_mmseg.cost import FlopCost
+    from gdp_mmseg.cost.counts import FlopCost
     from gdp_mmseg.model import analyse_model
     from gdp_mmseg.proof import TOLERANCE as EXACT
     start = time.process_time()

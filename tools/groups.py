@@ -24,7 +24,7 @@ def parse_args() -> argparse.Namespace:
 
 def describe(model: Mapping[str, Any]) -> dict[str, Any]:
     """Groups of a model config, as plain types."""
-    from gdp_mmseg.cost import FlopCost
+    from gdp_mmseg.cost.counts import FlopCost
     from gdp_mmseg.model import analyse_config
     groups = analyse_config(model)
     cost = FlopCost(groups)

@@ -21,10 +21,10 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from .analysis.structure import Groups, Layer
+from ..analysis.structure import Groups, Layer
 
 # In a product, the place of a number of channels that is 1.
-_ONE = torch.tensor([-1])
+ONE = torch.tensor([-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +197,7 @@ class FlopCost(CountCost):
 
     def __init__(self, groups: Groups) -> None:
         layers = counted_layers(groups)
-        super().__init__(groups, [_product(layer) for layer in layers],
+        super().__init__(groups, [product_of(layer) for layer in layers],
                          [layer.positions for layer in layers])
 
 
@@ -233,39 +233,10 @@ class ParameterCost(CountCost):
                 groups.axes[name, axis] for axis in range(len(shape))
                 if (name, axis) in groups.axes
             ]
-            first, second = (*gated, _ONE, _ONE)[:2]
+            first, second = (*gated, ONE, ONE)[:2]
             products.append(Product(first, second))
             amounts.append(math.prod(shape) / (len(first) * len(second)))
         super().__init__(groups, products, amounts)
-
-
-class LatencyCost(Cost):
-    """Time of the counted layers, one after the other, as it was measured.
-
-    A layer costs a + b s_in + c s_out + d s_in s_out. The four numbers of
-    each are measured once, when a training begins (see ``latency.py``), and
-    live in the state dict: whoever loads the checkpoint has the same cost.
-    The constant a stays, whatever is closed.
-
-    Args:
-        groups (Groups): What the analysis found.
-    """
-
-    def __init__(self, groups: Groups) -> None:
-        products = []
-        for layer in counted_layers(groups):
-            both = _product(layer)
-            products += [
-                Product(_ONE, _ONE),
-                Product(both.inputs, _ONE),
-                Product(_ONE, both.outputs), both
-            ]
-        super().__init__(groups, products, persistent=True)
-
-    @property
-    def measured(self) -> bool:
-        """Whether :meth:`weigh_` was called, or a state dict loaded."""
-        return bool(self.shares.any())
 
 
 def counted_layers(groups: Groups) -> list[Layer]:
@@ -273,6 +244,6 @@ def counted_layers(groups: Groups) -> list[Layer]:
     return [layer for layer in groups.layers if layer.counted]
 
 
-def _product(layer: Layer) -> Product:
+def product_of(layer: Layer) -> Product:
     """The channels of a layer that multiply."""
-    return Product(_ONE if layer.blocks else layer.inputs, layer.outputs)
+    return Product(ONE if layer.blocks else layer.inputs, layer.outputs)

@@ -25,7 +25,38 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
-from .analysis.structure import Layer, Run
+from ..analysis.structure import Groups, Layer, Run
+from .counts import ONE, Cost, Product, counted_layers, product_of
+
+
+class LatencyCost(Cost):
+    """Time of the counted layers, one after the other, as it was measured.
+
+    A layer costs a + b s_in + c s_out + d s_in s_out. The four numbers of
+    each are measured once, when a training begins (see ``latency.py``), and
+    live in the state dict: whoever loads the checkpoint has the same cost.
+    The constant a stays, whatever is closed.
+
+    Args:
+        groups (Groups): What the analysis found.
+    """
+
+    def __init__(self, groups: Groups) -> None:
+        products = []
+        for layer in counted_layers(groups):
+            both = product_of(layer)
+            products += [
+                Product(ONE, ONE),
+                Product(both.inputs, ONE),
+                Product(ONE, both.outputs), both
+            ]
+        super().__init__(groups, products, persistent=True)
+
+    @property
+    def measured(self) -> bool:
+        """Whether :meth:`weigh_` was called, or a state dict loaded."""
+        return bool(self.shares.any())
+
 
 # Shares of the channels at which a layer with gates is timed, on each side:
 # a round over all layers takes as long as three dense forward passes.

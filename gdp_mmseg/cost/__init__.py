@@ -1,0 +1,1 @@
+"""Cost of a network as a function of the openness of its gates."""
