@@ -30,11 +30,12 @@ from .diary import RECORD, path_figure
 from .files import check_out_dir, new_folder, writing
 from .model import (build_base_model, default_base, find_pruner, model_config,
                     split_config)
-from .proof import largest_difference
 from .pruner import COSTS
 from .stages import dead_parts, kept_by_stage
 from .support import moves_gates, name_of
-from .surgery import Widths, prune
+from .surgery.prune import prune
+from .surgery.verify import largest_difference
+from .surgery.widths import Widths
 from .version import __version__
 
 TOLERANCE = 1e-4

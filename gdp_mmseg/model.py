@@ -18,10 +18,10 @@ from .analysis.analyse import analyse
 from .analysis.structure import Groups
 from .checkpoint import refuse_others_
 from .gates.layers import gate_layer_
-from .proof import prove
 from .pruner import Pruner, Settings
 from .registry import MODELS
-from .surgery import Fitting, apply_widths_
+from .surgery.verify import prove
+from .surgery.widths import Fitting, apply_widths_
 
 
 def find_pruner(model: nn.Module) -> Pruner:

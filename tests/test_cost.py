@@ -10,7 +10,8 @@ from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.cost.counts import Cost, FlopCost, ParameterCost
 from gdp_mmseg.cost.latency import LatencyCost
-from gdp_mmseg.surgery import Constant, prune
+from gdp_mmseg.surgery.constant import Constant
+from gdp_mmseg.surgery.prune import prune
 
 from toys import (BACKBONES, TOYS, Net, block, conv, counted_macs, deeplab,
                   last, run)

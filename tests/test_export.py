@@ -20,7 +20,7 @@ from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.export import export, pruned_config
 from gdp_mmseg.model import analyse_config
 from gdp_mmseg.report import count_macs
-from gdp_mmseg.surgery import Constant
+from gdp_mmseg.surgery.constant import Constant
 
 from project import (NAME, TARGET, Exported, Project, Trained, build, run_tool,
                      train, tree, unet)

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.export import build_gated, export
 from gdp_mmseg.model import find_pruner
-from gdp_mmseg.proof import largest_difference
+from gdp_mmseg.surgery.verify import largest_difference
 
 from project import DENSE, Project, make_demo_data, run_program, train
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gdp_mmseg import proof
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Groups
-from gdp_mmseg.lively import lively_copy
-from gdp_mmseg.proof import TOLERANCE, largest_difference, prove
+from gdp_mmseg.surgery import verify as proof
+from gdp_mmseg.surgery.random_weights import lively_copy
+from gdp_mmseg.surgery.verify import TOLERANCE, largest_difference, prove
 
 from toys import SHAPE, TOYS, Net, block, conv, last, run
 

@@ -15,9 +15,9 @@ from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.labels import Labels
 from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.gates.gdp import Gates
-from gdp_mmseg.lively import randomise_
-from gdp_mmseg.proof import largest_difference
-from gdp_mmseg.surgery import prune
+from gdp_mmseg.surgery.prune import prune
+from gdp_mmseg.surgery.random_weights import randomise_
+from gdp_mmseg.surgery.verify import largest_difference
 
 from toys import gated, run
 

@@ -13,7 +13,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor
 
 from gdp_mmseg.checkpoint import read_checkpoint
-from gdp_mmseg.surgery import prune
+from gdp_mmseg.surgery.prune import prune
 
 from project import (ITERATIONS, TOOLS, Exported, Project, Trained, build,
                      run_tool)

@@ -12,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 from gdp_mmseg.analysis.liveness import constant_channels, kept_channels
 from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.cost.counts import FlopCost
-from gdp_mmseg.surgery import Constant, Widths, absorb_, apply_widths_, prune
+from gdp_mmseg.surgery.constant import Constant
+from gdp_mmseg.surgery.prune import absorb_, prune
+from gdp_mmseg.surgery.widths import Widths, apply_widths_
 
 from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,
                   open_gates, randomise_)

@@ -20,7 +20,7 @@ from gdp_mmseg.export import export
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner import Pruner, Settings
-from gdp_mmseg.surgery import prune
+from gdp_mmseg.surgery.prune import prune
 
 from project import NAME, Project, Trained, train
 from toys import block, gated, last, run

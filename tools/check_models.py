@@ -181,7 +181,7 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
     from gdp_mmseg.analysis.liveness import kept_channels
     from gdp_mmseg.cost.counts import FlopCost
     from gdp_mmseg.model import analyse_model
-    from gdp_mmseg.proof import TOLERANCE as EXACT
+    from gdp_mmseg.surgery.verify import TOLERANCE as EXACT
     start = time.process_time()
     groups, _ = analyse_model(network, (CHANNELS, side, side), settings.ignore,
                               settings.prune)
@@ -232,10 +232,10 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
     from gdp_mmseg.analysis.tracer import copy_model
     from gdp_mmseg.gates.gdp import Gates
     from gdp_mmseg.gates.layers import gate_layer_
-    from gdp_mmseg.lively import lively_copy
     from gdp_mmseg.model import infer
-    from gdp_mmseg.proof import largest_difference
-    from gdp_mmseg.surgery import cut
+    from gdp_mmseg.surgery.prune import cut
+    from gdp_mmseg.surgery.random_weights import lively_copy
+    from gdp_mmseg.surgery.verify import largest_difference
     generator = torch.Generator().manual_seed(7)
     gates = Gates(groups.number)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)

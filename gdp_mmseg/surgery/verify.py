@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .analysis.analyse import nothing_left
-from .analysis.structure import Groups
-from .analysis.tracer import Forward, copy_model, set_mode_
-from .gates.gdp import Gates, theta_of
-from .gates.layers import gate_layer_
-from .lively import lively_copy
-from .surgery import cut
+from ..analysis.analyse import nothing_left
+from ..analysis.structure import Groups
+from ..analysis.tracer import Forward, copy_model, set_mode_
+from ..gates.gdp import Gates, theta_of
+from ..gates.layers import gate_layer_
+from .prune import cut
+from .random_weights import lively_copy
 
 # Of numbers in double precision, in which a small error is not lost in noise.
 TOLERANCE = 1e-8

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
-from .analysis.tracer import copy_model
+from ..analysis.tracer import copy_model
 
 _GAINS = (1., 0.5, 0.25, 0.1)
 # Numbers between the starts of two kernels in the same memory; a prime, so

@@ -1,0 +1,1 @@
+"""Surgery: cut closed channels, absorb open gates, verify the result."""

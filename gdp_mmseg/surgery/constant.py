@@ -1,0 +1,67 @@
+"""The layer that replaces one without inputs or outputs."""
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+
+class Constant(nn.Module):
+    """What is left of a layer that reads, or writes, no channel.
+
+    Source: GDP (ICCV 2021), section 3: of a residual branch whose gates are
+    all zero, the constant of its last batch norm stays as a bias.
+
+    Args:
+        layer (nn.Module): The layer that it stands for.
+        channels (int): ``C_out``, may be 0.
+
+    Examples:
+        >>> left = Constant(nn.Conv2d(4, 2, 3, stride=2, padding=1), 2)
+        >>> left(torch.ones(1, 0, 8, 8)).shape
+        torch.Size([1, 2, 4, 4])
+    """
+
+    def __init__(self, layer: nn.Linear | _ConvNd, channels: int) -> None:
+        super().__init__()
+        # Kernel size, stride, padding of both sides with what is added to the
+        # output, along each spatial axis; none for a linear layer.
+        self.windows: list[tuple[int, int, int]] | None = None
+        self.transposed = isinstance(layer, _ConvNd) and layer.transposed
+        if isinstance(layer, _ConvNd):
+            self.windows = [
+                (dilation * (size - 1) + 1, step, around - added)
+                for size, step, dilation, around, added in zip(
+                    layer.kernel_size, layer.stride, layer.dilation,
+                    _total_padding(layer), layer.output_padding)
+            ]
+        self.bias: nn.Parameter | None = None
+        if channels:
+            self.bias = nn.Parameter(layer.weight.new_zeros(channels))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """The bias at every position: ``(N, C_in, ...) -> (N, C_out, ...)``.
+        """
+        channels = (
+            inputs.new_empty(0)
+            if self.bias is None else self.bias.to(inputs.dtype))
+        # Cloned, because what follows may work in place.
+        if self.windows is None:
+            return channels.expand(*inputs.shape[:-1], -1).clone()
+        size = [(length - 1) * step - around + window if self.transposed else
+                (length + around - window) // step + 1
+                for length, (window, step,
+                             around) in zip(inputs.shape[2:], self.windows)]
+        return channels.reshape(-1, *(1 for _ in size)).expand(
+            len(inputs), -1, *size).clone()
+
+
+def _total_padding(layer: _ConvNd) -> list[int]:
+    """Padding of each spatial axis, both sides together."""
+    if layer.padding == 'same':
+        return [
+            dilation * (size - 1)
+            for dilation, size in zip(layer.dilation, layer.kernel_size)
+        ]
+    if layer.padding == 'valid':
+        return [0 for _ in layer.kernel_size]
+    return [2 * int(side) for side in layer.padding]
