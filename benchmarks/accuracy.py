@@ -38,7 +38,7 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.export import export
-from gdp_mmseg.pruner import Pruner
+from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report import (count_macs, count_parameters, last_miou,
                               write_json)
 

@@ -10,7 +10,8 @@ from mmengine.runner import Runner
 
 from .analysis.structure import Group
 from .pictures import draw_path, draw_widths, pixels
-from .pruner import COSTS, Pruner
+from .pruner.pruner import Pruner
+from .pruner.settings import COSTS
 from .report import read_budget, read_gates
 from .stages import dead_parts, kept_by_stage, stage_of
 

@@ -30,7 +30,7 @@ from .diary import RECORD, path_figure
 from .files import check_out_dir, new_folder, writing
 from .model import (build_base_model, default_base, find_pruner, model_config,
                     split_config)
-from .pruner import COSTS
+from .pruner.settings import COSTS
 from .stages import dead_parts, kept_by_stage
 from .support import moves_gates, name_of
 from .surgery.prune import prune

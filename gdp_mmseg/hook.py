@@ -18,7 +18,8 @@ from .files import drop_rows_after
 from .gates.gdp import Gates
 from .guard import GuardHook
 from .model import find_pruner
-from .pruner import COSTS, Pruner
+from .pruner.pruner import Pruner
+from .pruner.settings import COSTS
 from .registry import HOOKS
 from .support import accumulated_gradients, check_runner
 

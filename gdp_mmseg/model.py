@@ -18,7 +18,8 @@ from .analysis.analyse import analyse
 from .analysis.structure import Groups
 from .checkpoint import refuse_others_
 from .gates.layers import gate_layer_
-from .pruner import Pruner, Settings
+from .pruner.pruner import Pruner
+from .pruner.settings import Settings
 from .registry import MODELS
 from .surgery.verify import prove
 from .surgery.widths import Fitting, apply_widths_

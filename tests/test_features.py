@@ -23,7 +23,7 @@ from gdp_mmseg.export import export
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.hook import GDPHook
 from gdp_mmseg.model import find_pruner
-from gdp_mmseg.pruner import Pruner
+from gdp_mmseg.pruner.pruner import Pruner
 
 from project import PHASES, TARGET, WITHOUT_SYNC, Project, Recorder, train
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from gdp_mmseg.gates.base import held_cost, solve_multiplier
 from gdp_mmseg.gates.gdp import Gates, openness, openness_slope
 from gdp_mmseg.gates.layers import gate_layer_, slot_values
-from gdp_mmseg.schedule import Schedule
+from gdp_mmseg.pruner.schedule import Schedule
 
 THETAS = torch.tensor([-2., -0.3, 0., 1e-3, 0.1, 1., 3.]).double()
 EPSILONS = [1., 0.1, 1e-4]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gdp_mmseg.export import export
 from gdp_mmseg.hook import averages
 from gdp_mmseg.model import find_pruner
-from gdp_mmseg.pruner import Pruner
+from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report import read_gates
 
 from project import (ITERATIONS, PHASES, TARGET, Project, Recorder, Trained,

@@ -12,7 +12,8 @@ from gdp_mmseg.analysis.structure import Layer, Run
 from gdp_mmseg.cost.counts import counted_layers
 from gdp_mmseg.cost.latency import (ROUNDS, LatencyCost, Workload, fit,
                                     measure, stopwatch)
-from gdp_mmseg.pruner import Pruner, Settings
+from gdp_mmseg.pruner.pruner import Pruner
+from gdp_mmseg.pruner.settings import Settings
 
 from toys import TOYS
 

@@ -12,7 +12,8 @@ from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
 from gdp_mmseg.model import (analyse_config, build_base_model,
                              build_gated_model, default_base, find_pruner)
-from gdp_mmseg.pruner import Pruner, Settings, Target
+from gdp_mmseg.pruner.pruner import Pruner
+from gdp_mmseg.pruner.settings import Settings, Target
 
 from project import Project, build, nothing_to_prune, unet
 from toys import BACKBONES, deeplab

@@ -1,0 +1,1 @@
+"""Pruner: gates, cost and schedule, held to a budget."""
