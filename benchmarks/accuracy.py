@@ -38,9 +38,10 @@ from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
 from gdp_mmseg.export import export
+from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.report import (count_macs, count_parameters, last_miou,
-                              write_json)
+from gdp_mmseg.report.measure import count_macs, count_parameters
+from gdp_mmseg.report.record import last_miou
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from gdp_mmseg.report import write_json
+from gdp_mmseg.files import write_json
 
 from small_models import MODELS, Run, conditions, floor_of, train_once
 

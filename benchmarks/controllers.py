@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Callable
 from unittest import mock
 
+from gdp_mmseg.files import write_json
 from gdp_mmseg.gates import gdp as gate
-from gdp_mmseg.report import write_json
 
 from small_models import Run, conditions, train_once
 

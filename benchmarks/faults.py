@@ -39,8 +39,9 @@ import gdp_mmseg.files
 import gdp_mmseg.hook  # noqa: F401
 from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.export import export, load_exported
+from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
-from gdp_mmseg.report import table, write_json
+from gdp_mmseg.report.tables import table
 
 from results import put_between
 from small_models import PHASES, Run, config_of

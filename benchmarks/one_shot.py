@@ -21,7 +21,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.model import train as training_forward
-from gdp_mmseg.report import count_macs
+from gdp_mmseg.report.measure import count_macs
 
 
 @dataclass(frozen=True)

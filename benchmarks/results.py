@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterable, Sequence
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from gdp_mmseg.report import comparison, table
+from gdp_mmseg.report.tables import comparison, table
 
 Report = dict[str, Any]
 

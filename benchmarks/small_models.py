@@ -29,9 +29,9 @@ from mmengine.runner import Runner
 
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.cost.counts import FlopCost
+from gdp_mmseg.files import write_json
 from gdp_mmseg.model import analyse_config, find_pruner
 from gdp_mmseg.pruner.settings import Settings
-from gdp_mmseg.report import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / 'tools'))

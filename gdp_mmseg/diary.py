@@ -9,11 +9,11 @@ from matplotlib.figure import Figure
 from mmengine.runner import Runner
 
 from .analysis.structure import Group
-from .pictures import draw_path, draw_widths, pixels
 from .pruner.pruner import Pruner
 from .pruner.settings import COSTS
-from .report import read_budget, read_gates
-from .stages import dead_parts, kept_by_stage, stage_of
+from .report.plots import draw_path, draw_widths, pixels
+from .report.record import read_budget, read_gates
+from .report.summary import dead_parts, kept_by_stage, stage_of
 
 RECORD = 'gates.jsonl'
 

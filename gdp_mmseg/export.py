@@ -22,16 +22,17 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import report as reporting
 from .analysis.structure import Groups
 from .checkpoint import (closed_gates, other_versions, read_checkpoint,
                          save_exported)
 from .diary import RECORD, path_figure
-from .files import check_out_dir, new_folder, writing
+from .files import check_out_dir, new_folder, write_json, writing
 from .model import (build_base_model, default_base, find_pruner, model_config,
                     split_config)
 from .pruner.settings import COSTS
-from .stages import dead_parts, kept_by_stage
+from .report.measure import count_macs, count_parameters, paired_latency_ms
+from .report.summary import dead_parts, kept_by_stage
+from .report.tables import Progress, markdown
 from .support import moves_gates, name_of
 from .surgery.prune import prune
 from .surgery.verify import largest_difference
@@ -48,7 +49,7 @@ def export(cfg: Config,
            out_dir: str | Path,
            name: str,
            evaluate: bool = True,
-           progress: reporting.Progress = print) -> dict[str, Any]:
+           progress: Progress = print) -> dict[str, Any]:
     """Prune a gated checkpoint, prove it, evaluate it, write it.
 
     Args:
@@ -111,13 +112,13 @@ def export(cfg: Config,
                 partial,
                 Path(checkpoint).with_name(RECORD), pruner.groups,
                 meta.get('iter', math.inf), progress)
-            reporting.write_json(partial / 'report.json', report)
-            (partial / 'report.md').write_text(reporting.markdown(report))
+            write_json(partial / 'report.json', report)
+            (partial / 'report.md').write_text(markdown(report))
     return report
 
 
 def draw_record(folder: Path, record: Path, groups: Groups, until: float,
-                progress: reporting.Progress) -> str | None:
+                progress: Progress) -> str | None:
     """Name of the picture of a training's record, if there is one."""
     try:
         figure = path_figure(record, groups.groups, until)
@@ -276,7 +277,7 @@ def _measure(gated: nn.Module, dense: nn.Module,
     pruner = find_pruner(gated)
     shape = pruner.groups.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    latencies = reporting.paired_latency_ms(
+    latencies = paired_latency_ms(
         [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
         shape)
     channels = pruner.channels()
@@ -287,10 +288,10 @@ def _measure(gated: nn.Module, dense: nn.Module,
         cost_pruned=float(pruner.cost(channels)),
         phases=list(pruner.settings.phases),
         input_shape=list(shape),
-        macs_dense=reporting.count_macs(dense, shape),
-        macs_pruned=reporting.count_macs(pruned, shape),
-        params_dense=reporting.count_parameters(dense),
-        params_pruned=reporting.count_parameters(pruned),
+        macs_dense=count_macs(dense, shape),
+        macs_pruned=count_macs(pruned, shape),
+        params_dense=count_parameters(dense),
+        params_pruned=count_parameters(pruned),
         latency_ms_dense=latencies[0],
         latency_ms_gated=latencies[1],
         latency_ms_pruned=latencies[2],

@@ -4,12 +4,16 @@ from __future__ import annotations
 import contextlib
 import glob
 import json
-import math
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write to a temporary name, then rename: never half a file."""
+    write_whole(path, (json.dumps(content, indent=1) + '\n').encode())
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
@@ -28,31 +32,6 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-
-
-def drop_rows_after(path: Path, iteration: int) -> None:
-    """Keep the rows of a record up to an iteration, each whole, in place.
-
-    Args:
-        path (Path): Holds a JSON object with ``iter`` in each line; may be
-            absent.
-        iteration (int): The last that is kept.
-    """
-    if not path.is_file():
-        return
-    kept = [
-        line for line in path.read_text().splitlines()
-        if _iteration(line) <= iteration
-    ]
-    write_whole(path, ''.join(f'{line}\n' for line in kept).encode())
-
-
-def _iteration(line: str) -> float:
-    """Of a row; infinite if it was cut short."""
-    try:
-        return float(json.loads(line)['iter'])
-    except ValueError:
-        return math.inf
 
 
 def check_out_dir(out_dir: Path) -> None:

@@ -14,13 +14,13 @@ from mmengine.runner import Runner
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
 from .cost.latency import SECONDS
 from .diary import RECORD, show_gates, tell_end
-from .files import drop_rows_after
 from .gates.gdp import Gates
 from .guard import GuardHook
 from .model import find_pruner
 from .pruner.pruner import Pruner
 from .pruner.settings import COSTS
 from .registry import HOOKS
+from .report.record import drop_rows_after
 from .support import accumulated_gradients, check_runner
 
 

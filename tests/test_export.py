@@ -19,7 +19,7 @@ from gdp_mmseg.checkpoint import read_checkpoint
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.export import export, pruned_config
 from gdp_mmseg.model import analyse_config
-from gdp_mmseg.report import count_macs
+from gdp_mmseg.report.measure import count_macs
 from gdp_mmseg.surgery.constant import Constant
 
 from project import (NAME, TARGET, Exported, Project, Trained, build, run_tool,

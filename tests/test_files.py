@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gdp_mmseg.files import (check_out_dir, drop_rows_after, new_folder,
-                             write_whole, writing)
+from gdp_mmseg.files import check_out_dir, new_folder, write_whole, writing
+from gdp_mmseg.report.record import drop_rows_after
 
 # Fills a folder until it is killed.
 SLOW = """

@@ -18,7 +18,7 @@ from gdp_mmseg.export import export
 from gdp_mmseg.hook import averages
 from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.report import read_gates
+from gdp_mmseg.report.record import read_gates
 
 from project import (ITERATIONS, PHASES, TARGET, Project, Recorder, Trained,
                      build, train)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Groups
-from gdp_mmseg.pictures import draw_path, draw_widths, pixels
-from gdp_mmseg.stages import dead_parts, kept_by_stage, stage_of
+from gdp_mmseg.report.plots import draw_path, draw_widths, pixels
+from gdp_mmseg.report.summary import dead_parts, kept_by_stage, stage_of
 
 from project import Exported, Project, Trained, train
 from toys import SHAPE, Net, block, branch, last, run

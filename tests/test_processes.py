@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from gdp_mmseg.export import export
-from gdp_mmseg.report import read_gates
+from gdp_mmseg.report.record import read_gates
 
 from project import TOOLS, WITHOUT_SYNC, Exported, Project, Trained, run_tool
 

@@ -302,7 +302,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The page: a summary, a table for each library, what the reasons are."""
     import torch
 
-    from gdp_mmseg.report import table
+    from gdp_mmseg.report.tables import table
     text = [HEAD]
     for library in ('mmseg', 'mmpretrain'):
         ours = [row for row in rows if row['config'].startswith(library)]
@@ -426,7 +426,7 @@ def main() -> None:
             '; '.join(f'{column}: {cell}'
                       for column, cell in zip(COLUMNS, cells_of(rows[-1]))
                       if cell))
-    from gdp_mmseg.report import write_json
+    from gdp_mmseg.files import write_json
     if args.json or not configs:
         write_json(args.json or ROOT / 'docs/reports/models.json', rows)
     if not configs:

@@ -128,8 +128,8 @@ def draw(folder: Path, report: dict[str, Any], data_root: Path) -> None:
     import torch
     from PIL import Image
 
-    from gdp_mmseg.pictures import plot_gates
-    from gdp_mmseg.report import read_gates
+    from gdp_mmseg.report.plots import plot_gates
+    from gdp_mmseg.report.record import read_gates
     exported = folder / 'export' / f'{GATED.stem}_pruned'
     names = (data_root / 'ImageSets/Segmentation/val.txt').read_text().split()
     names = names[::len(names) // 4][:4]
@@ -185,7 +185,9 @@ def parse_args() -> argparse.Namespace:
 @one_line_errors()
 def main() -> None:
     args = parse_args()
-    from gdp_mmseg.report import comparison, last_miou, write_json
+    from gdp_mmseg.files import write_json
+    from gdp_mmseg.report.record import last_miou
+    from gdp_mmseg.report.tables import comparison
     folder = args.work_dir.resolve()
     cfg = load_config(str(GATED))
     iterations = cfg.train_cfg.max_iters

@@ -51,7 +51,7 @@ def describe(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """Print the groups, then what is frozen, as tables."""
-    from gdp_mmseg.report import table
+    from gdp_mmseg.report.tables import table
     shape = ' x '.join(map(str, found['input_shape']))
     print(f'{found["gates"]} gates in {len(found["groups"])} groups; '
           f'{found["macs"] / 1e9:.2f} G multiply-adds at {shape}\n')
@@ -85,8 +85,8 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     from mmengine.registry import init_default_scope
 
+    from gdp_mmseg.files import write_json
     from gdp_mmseg.model import model_config
-    from gdp_mmseg.report import write_json
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     found = describe(model_config(cfg))
     show(found)

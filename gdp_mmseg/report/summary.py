@@ -7,8 +7,8 @@ from typing import Sequence
 
 from torch import Tensor
 
-from .analysis.structure import Group, Groups, Layer
-from .gates.layers import slot_values
+from ..analysis.structure import Group, Groups, Layer
+from ..gates.layers import slot_values
 
 # Numbered stages of a backbone; else a stage is a part of a part.
 _STAGE = re.compile(r'[^.]+\.(?:layers|stages|blocks)\.\d+|[^.]+\.[^.]+')

@@ -1,0 +1,1 @@
+"""Reports: counts, timings, records, tables and plots."""
