@@ -34,10 +34,10 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-import gdp_mmseg.files
 # Imported once, before the forks; the config names it.
-import gdp_mmseg.hook  # noqa: F401
-from gdp_mmseg.checkpoint import read_checkpoint
+import gdp_mmseg.engine.hook  # noqa: F401
+import gdp_mmseg.files
+from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.export import export, load_exported
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule

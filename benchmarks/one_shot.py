@@ -20,7 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from gdp_mmseg.model import train as training_forward
+from gdp_mmseg.engine.model import train as training_forward
 from gdp_mmseg.report.measure import count_macs
 
 

@@ -26,9 +26,9 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import export
 from gdp_mmseg.files import write_json
-from gdp_mmseg.model import find_pruner
 
 from results import put_between
 from small_models import ROOT, Run, config_of

@@ -29,8 +29,8 @@ from mmengine.runner import Runner
 
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.cost.counts import FlopCost
+from gdp_mmseg.engine.model import analyse_config, find_pruner
 from gdp_mmseg.files import write_json
-from gdp_mmseg.model import analyse_config, find_pruner
 from gdp_mmseg.pruner.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,11 +11,11 @@ import itertools
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Mapping
 
 import numpy as np
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
@@ -23,25 +23,23 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .analysis.structure import Groups
-from .checkpoint import (closed_gates, other_versions, read_checkpoint,
-                         save_exported)
-from .diary import RECORD, path_figure
+from .engine.checkpoint import (closed_gates, other_versions, read_checkpoint,
+                                save_exported)
+from .engine.compat import moves_gates
+from .engine.config import default_base, split_config, without_pretrained
+from .engine.model import build_base_model, find_pruner
+from .engine.monitor import RECORD, path_figure
 from .files import check_out_dir, new_folder, write_json, writing
-from .model import (build_base_model, default_base, find_pruner, model_config,
-                    split_config)
 from .pruner.settings import COSTS
 from .report.measure import count_macs, count_parameters, paired_latency_ms
 from .report.summary import dead_parts, kept_by_stage
 from .report.tables import Progress, markdown
-from .support import moves_gates, name_of
 from .surgery.prune import prune
 from .surgery.verify import largest_difference
 from .surgery.widths import Widths
 from .version import __version__
 
 TOLERANCE = 1e-4
-# An init_cfg by the registry's name, or by its class.
-PRETRAINED = ('Pretrained', 'PretrainedInit')
 
 
 def export(cfg: Config,
@@ -161,28 +159,6 @@ def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
         for key, value in state.items() if not key.startswith('gdp.')
     })
     return dense.eval()
-
-
-def without_pretrained(cfg: Config) -> ConfigDict:
-    """A model config that looks for no pretrained weights, in no part."""
-    model = model_config(cfg)
-    _drop_pretrained_(model)
-    return model
-
-
-def _drop_pretrained_(part: Any) -> None:
-    """Of a part of a config and all that is in it, in place."""
-    if isinstance(part, dict):
-        init = part.get('init_cfg')
-        for one in init if isinstance(init, Sequence) else [init]:
-            if one and name_of(one.get('type')) in PRETRAINED:
-                part['init_cfg'] = None
-        if part.get('pretrained'):
-            part['pretrained'] = None
-        part = list(part.values())
-    if isinstance(part, (list, tuple)):
-        for one in part:
-            _drop_pretrained_(one)
 
 
 def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -12,14 +12,14 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='gdp_mmseg',
-    locations=['gdp_mmseg.model'])
+    locations=['gdp_mmseg.engine.model'])
 HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,
     scope='gdp_mmseg',
-    locations=['gdp_mmseg.guard', 'gdp_mmseg.hook'])
+    locations=['gdp_mmseg.engine.hook', 'gdp_mmseg.engine.resume'])
 OPTIM_WRAPPERS = Registry(
     'optim_wrapper',
     parent=MMENGINE_OPTIM_WRAPPERS,
     scope='gdp_mmseg',
-    locations=['gdp_mmseg.amp'])
+    locations=['gdp_mmseg.engine.amp'])

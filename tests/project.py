@@ -24,8 +24,8 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import load_exported
-from gdp_mmseg.model import find_pruner
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'

@@ -9,7 +9,7 @@ from mmengine.dist import get_rank
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from gdp_mmseg.model import find_pruner
+from gdp_mmseg.engine.model import find_pruner
 
 from project import Recorder
 

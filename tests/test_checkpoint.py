@@ -12,9 +12,10 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer
 
-from gdp_mmseg.checkpoint import (WholeFileBackend, checksum,
-                                  mend_last_checkpoint, other_versions,
-                                  read_checkpoint, save_exported, versions)
+from gdp_mmseg.engine.checkpoint import (WholeFileBackend, checksum,
+                                         mend_last_checkpoint, other_versions,
+                                         read_checkpoint, save_exported,
+                                         versions)
 
 STATE = dict(
     weight=torch.arange(5000.),

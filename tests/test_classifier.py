@@ -12,8 +12,8 @@ from PIL import Image
 pytest.importorskip('mmpretrain')
 pytest_plugins = ('project', )
 
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import export, load_exported
-from gdp_mmseg.model import find_pruner
 
 from project import train
 

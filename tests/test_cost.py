@@ -210,7 +210,7 @@ def test_cost_moves_with_its_module_and_adds_nothing_to_a_checkpoint() -> None:
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.parametrize('name', BACKBONES)
 def test_dense_deeplab_is_what_torch_counts(name: str) -> None:
-    from gdp_mmseg.model import analyse_model, build_base_model
+    from gdp_mmseg.engine.model import analyse_model, build_base_model
     net = build_base_model(None, deeplab(BACKBONES[name])).eval()
     groups, _ = analyse_model(net, (3, 49, 41))
     cost = FlopCost(groups)
@@ -295,7 +295,7 @@ def test_parameters_that_only_training_uses_are_not_counted() -> None:
 @pytest.mark.parametrize('name', BACKBONES)
 def test_parameters_of_a_pruned_deeplab_but_for_the_auxiliary_head(
         name: str) -> None:
-    from gdp_mmseg.model import analyse_model, build_base_model
+    from gdp_mmseg.engine.model import analyse_model, build_base_model
     net = build_base_model(None, deeplab(BACKBONES[name])).eval()
     groups, _ = analyse_model(net, (3, 49, 41))
     openness = halves(groups, 0)

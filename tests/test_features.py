@@ -19,10 +19,10 @@ from mmengine.runner import Runner
 from mmseg.models import SegDataPreProcessor
 from torch import Tensor, nn
 
+from gdp_mmseg.engine.hook import GDPHook
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import export
 from gdp_mmseg.gates.gdp import Gates
-from gdp_mmseg.hook import GDPHook
-from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner.pruner import Pruner
 
 from project import PHASES, TARGET, WITHOUT_SYNC, Project, Recorder, train

@@ -174,7 +174,7 @@ def test_what_only_training_runs_is_gated_at_its_input_alone() -> None:
 
 
 def segmentor(backbone: str | None, **heads: int) -> nn.Module:
-    from gdp_mmseg.model import build_base_model
+    from gdp_mmseg.engine.model import build_base_model
     torch.manual_seed(0)
     return build_base_model(
         None,
@@ -184,7 +184,7 @@ def segmentor(backbone: str | None, **heads: int) -> nn.Module:
 
 
 def analysed(net: nn.Module, size: int) -> Groups:
-    from gdp_mmseg.model import analyse_model
+    from gdp_mmseg.engine.model import analyse_model
     return analyse_model(net, (3, size, size))[0]
 
 
@@ -301,7 +301,7 @@ def test_analysis_leaves_a_segmentor_as_it_is() -> None:
 
 @pytest.mark.usefixtures('mmseg_scope')
 def test_segmentor_refuses_an_impossible_shape_by_name() -> None:
-    from gdp_mmseg.model import analyse_model
+    from gdp_mmseg.engine.model import analyse_model
     with pytest.raises(ValueError, match='input_shape'):
         analyse_model(segmentor('ResNet-18'), (4, 64, 64))
 

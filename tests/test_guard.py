@@ -21,8 +21,8 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from gdp_mmseg.guard import (GuardHook, check_labels, random_state,
-                             set_random_state)
+from gdp_mmseg.engine.resume import (GuardHook, check_labels, random_state,
+                                     set_random_state)
 
 from project import (ITERATIONS, PHASES, Project, Recorder, Trained, run_tool,
                      train)

@@ -14,9 +14,9 @@ from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from gdp_mmseg.engine.hook import averages
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import export
-from gdp_mmseg.hook import averages
-from gdp_mmseg.model import find_pruner
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.record import read_gates
 

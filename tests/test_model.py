@@ -10,8 +10,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
-from gdp_mmseg.model import (analyse_config, build_base_model,
-                             build_gated_model, default_base, find_pruner)
+from gdp_mmseg.engine.config import default_base
+from gdp_mmseg.engine.model import (analyse_config, build_base_model,
+                                    build_gated_model, find_pruner)
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings, Target
 

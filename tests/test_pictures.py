@@ -174,7 +174,7 @@ def test_tensorboard_gets_pictures_at_the_interval(project: Project,
 
 def test_only_the_main_process_draws(trained: Trained,
                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    from gdp_mmseg import hook
+    from gdp_mmseg.engine import hook
     calls: list[str] = []
     for name in ('show_gates', 'tell_end'):
         monkeypatch.setattr(
@@ -247,7 +247,7 @@ def test_export_needs_no_record_of_the_gates(record: str | None, said: str,
 
 def test_path_until_the_checkpoint_is_drawn_also_without_a_budget(
         tmp_path: Path) -> None:
-    from gdp_mmseg.diary import path_figure
+    from gdp_mmseg.engine.monitor import path_figure
     groups, _ = network()
     rows = [
         dict(iter=number, flops=1., openness=[0.5] * len(groups.groups))

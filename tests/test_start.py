@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from torch import Tensor
 
-from gdp_mmseg.checkpoint import read_checkpoint
+from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.surgery.prune import prune
 
 from project import (ITERATIONS, TOOLS, Exported, Project, Trained, build,

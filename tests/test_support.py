@@ -12,10 +12,10 @@ from mmengine.model import MMFullyShardedDataParallel
 from mmengine.runner import Runner
 from torch import nn
 
-from gdp_mmseg.guard import GuardHook
-from gdp_mmseg.hook import GDPHook
-from gdp_mmseg.support import (SPLITTING, check_config, check_runner,
-                               guards_training, moves_gates)
+from gdp_mmseg.engine.compat import (SPLITTING, check_config, check_runner,
+                                     guards_training, moves_gates)
+from gdp_mmseg.engine.hook import GDPHook
+from gdp_mmseg.engine.resume import GuardHook
 
 from project import Project, run_tool
 

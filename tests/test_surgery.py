@@ -323,7 +323,7 @@ def test_constant_is_a_linear_layer_of_nothing(shape: tuple[int, ...]) -> None:
 
 
 def segmentor(name: str) -> nn.Module:
-    from gdp_mmseg.model import build_base_model
+    from gdp_mmseg.engine.model import build_base_model
     torch.manual_seed(0)
     return randomise_(build_base_model(None, deeplab(BACKBONES[name]))).eval()
 
@@ -331,7 +331,7 @@ def segmentor(name: str) -> nn.Module:
 @pytest.fixture(scope='module', params=BACKBONES)
 def dense(request: pytest.FixtureRequest,
           mmseg_scope: None) -> tuple[str, nn.Module, Groups]:
-    from gdp_mmseg.model import analyse_model
+    from gdp_mmseg.engine.model import analyse_model
     net = segmentor(request.param)
     return request.param, net, analyse_model(net, (3, 49, 41))[0]
 

@@ -114,7 +114,8 @@ def verify_checkpoint(path: str, cfg: Config) -> None:
     check_checkpoint(path)
     if _is_remote(path):
         return
-    from gdp_mmseg.checkpoint import THETA, other_versions, read_checkpoint
+    from gdp_mmseg.engine.checkpoint import (THETA, other_versions,
+                                             read_checkpoint)
     state, meta = read_checkpoint(path)
     if 'gdp' not in cfg.model and (THETA in state or 'widths' in meta):
         came, config = (('an exported one',
@@ -159,7 +160,7 @@ def verify_start(cfg: Config) -> None:
 
 def guard(cfg: Config) -> None:
     """Give a training the hook that GDPHook is one of, if it has none."""
-    from gdp_mmseg.support import guards_training, hooks_of
+    from gdp_mmseg.engine.compat import guards_training, hooks_of
     if not any(map(guards_training, hooks_of(cfg))):
         cfg.merge_from_dict(
             {'default_hooks.gdp_guard': dict(type='gdp_mmseg.GuardHook')})
@@ -287,7 +288,7 @@ def _check_listed(key: str, dataset: dict) -> None:
 
 def _reads_labels(dataset: dict) -> bool:
     """Whether a pipeline loads what mmseg calls annotations."""
-    from gdp_mmseg.support import name_of
+    from gdp_mmseg.engine.compat import name_of
     return 'pipeline' not in dataset or any(
         'Annotation' in name_of(node.get('type'))
         for _, node in _nodes('pipeline', dataset['pipeline']))

@@ -158,8 +158,8 @@ def _build(cfg: Config) -> tuple[Any, list[int], Any]:
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import init_default_scope
 
-    from gdp_mmseg.export import without_pretrained
-    from gdp_mmseg.model import build_base_model, split_config
+    from gdp_mmseg.engine.config import split_config, without_pretrained
+    from gdp_mmseg.engine.model import build_base_model
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     model = without_pretrained(cfg)
     size = (
@@ -180,7 +180,7 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
 
     from gdp_mmseg.analysis.liveness import kept_channels
     from gdp_mmseg.cost.counts import FlopCost
-    from gdp_mmseg.model import analyse_model
+    from gdp_mmseg.engine.model import analyse_model
     from gdp_mmseg.surgery.verify import TOLERANCE as EXACT
     start = time.process_time()
     groups, _ = analyse_model(network, (CHANNELS, side, side), settings.ignore,
@@ -230,9 +230,9 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
     import torch
 
     from gdp_mmseg.analysis.tracer import copy_model
+    from gdp_mmseg.engine.model import infer
     from gdp_mmseg.gates.gdp import Gates
     from gdp_mmseg.gates.layers import gate_layer_
-    from gdp_mmseg.model import infer
     from gdp_mmseg.surgery.prune import cut
     from gdp_mmseg.surgery.random_weights import lively_copy
     from gdp_mmseg.surgery.verify import largest_difference

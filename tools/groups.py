@@ -25,7 +25,7 @@ def parse_args() -> argparse.Namespace:
 def describe(model: Mapping[str, Any]) -> dict[str, Any]:
     """Groups of a model config, as plain types."""
     from gdp_mmseg.cost.counts import FlopCost
-    from gdp_mmseg.model import analyse_config
+    from gdp_mmseg.engine.model import analyse_config
     groups = analyse_config(model)
     cost = FlopCost(groups)
     return dict(
@@ -85,8 +85,8 @@ def main() -> None:
     cfg = load_config(args.config, args.cfg_options)
     from mmengine.registry import init_default_scope
 
+    from gdp_mmseg.engine.config import model_config
     from gdp_mmseg.files import write_json
-    from gdp_mmseg.model import model_config
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     found = describe(model_config(cfg))
     show(found)

@@ -12,7 +12,7 @@ from mmengine.logging import print_log
 from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
-from gdp_mmseg.support import check_config
+from gdp_mmseg.engine.compat import check_config
 
 from _cli import (check_paths, fail, go_on, guard, join_processes_,
                   load_config, one_line_errors, verify_start)

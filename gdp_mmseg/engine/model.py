@@ -6,23 +6,22 @@ that object: its class, attributes and state-dict keys stay what they were.
 """
 from __future__ import annotations
 
-import copy
 from typing import Any, Mapping, Sequence
 
-from mmengine.config import Config, ConfigDict
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
-from .analysis.analyse import analyse
-from .analysis.structure import Groups
+from ..analysis.analyse import analyse
+from ..analysis.structure import Groups
+from ..gates.layers import gate_layer_
+from ..pruner.pruner import Pruner
+from ..pruner.settings import Settings
+from ..registry import MODELS
+from ..surgery.verify import prove
+from ..surgery.widths import Fitting, apply_widths_
 from .checkpoint import refuse_others_
-from .gates.layers import gate_layer_
-from .pruner.pruner import Pruner
-from .pruner.settings import Settings
-from .registry import MODELS
-from .surgery.verify import prove
-from .surgery.widths import Fitting, apply_widths_
+from .config import default_base, input_shape_of, split_config
 
 
 def find_pruner(model: nn.Module) -> Pruner:
@@ -114,68 +113,6 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
 def build_base_model(base: str | None, model: Mapping[str, Any]) -> nn.Module:
     """Build the user's model without gates, in the current default scope."""
     return MMENGINE_MODELS.build(dict(model, type=base or default_base(model)))
-
-
-def default_base(model: Mapping[str, Any]) -> str:
-    """The usual class for a model config."""
-    if 'decode_head' not in model and 'head' in model:
-        return 'mmpretrain.ImageClassifier'
-    return ('CascadeEncoderDecoder' if isinstance(
-        model.get('decode_head'), Sequence) else 'EncoderDecoder')
-
-
-def input_shape_of(settings: Settings, model: Mapping[str,
-                                                      Any]) -> tuple[int, ...]:
-    """``(C, H, W)`` at which a model's multiply-adds are counted.
-
-    Raises:
-        ValueError: If neither the settings nor the data preprocessor say it.
-    """
-    preprocessor = model.get('data_preprocessor') or {}
-    size = settings.input_shape
-    if size is None and isinstance(preprocessor, Mapping):
-        size = preprocessor.get('size')
-    if (not isinstance(size, Sequence) or len(size) not in (2, 3)
-            or not all(isinstance(side, int) and side > 0 for side in size)):
-        raise ValueError(
-            'gdp.input_shape: expected (H, W) or (C, H, W), or size=(H, W) in '
-            f'the data_preprocessor, but got {size}; set '
-            'model.gdp.input_shape')
-    channels = (model.get('backbone') or {}).get('in_channels', 3)
-    return tuple(size) if len(size) == 3 else (channels, *size)
-
-
-def model_config(cfg: Config) -> ConfigDict:
-    """A copy of a config's model, with the preprocessor that a runner adds."""
-    model = copy.deepcopy(cfg.model)
-    if cfg.get('data_preprocessor') is not None:
-        model.setdefault('data_preprocessor',
-                         copy.deepcopy(cfg.data_preprocessor))
-    return model
-
-
-def split_config(
-        model: Mapping[str,
-                       Any]) -> tuple[str | None, Settings, dict[str, Any]]:
-    """Take a model config apart, with ``GDPModel`` or without.
-
-    Args:
-        model (Mapping[str, Any]): ``cfg.model``.
-
-    Returns:
-        tuple[str | None, Settings, dict[str, Any]]: What to build the model
-        without gates of (see :func:`build_base_model`): its class and the
-        rest of the config; between them the gates' settings, those of half
-        the FLOPs if it has none. An exported model is one without gates.
-
-    Raises:
-        ValueError: If a setting is wrong.
-    """
-    plain = dict(model)
-    base, gdp = plain.pop('type'), None
-    if base == 'gdp_mmseg.GDPModel':
-        base, gdp = plain.pop('base', None), plain.pop('gdp', None)
-    return base, Settings.from_config(gdp or dict(target=0.5)), plain
 
 
 def analyse_config(model: Mapping[str, Any]) -> Groups:

@@ -8,12 +8,12 @@ from typing import Sequence
 from matplotlib.figure import Figure
 from mmengine.runner import Runner
 
-from .analysis.structure import Group
-from .pruner.pruner import Pruner
-from .pruner.settings import COSTS
-from .report.plots import draw_path, draw_widths, pixels
-from .report.record import read_budget, read_gates
-from .report.summary import dead_parts, kept_by_stage, stage_of
+from ..analysis.structure import Group
+from ..pruner.pruner import Pruner
+from ..pruner.settings import COSTS
+from ..report.plots import draw_path, draw_widths, pixels
+from ..report.record import read_budget, read_gates
+from ..report.summary import dead_parts, kept_by_stage, stage_of
 
 RECORD = 'gates.jsonl'
 

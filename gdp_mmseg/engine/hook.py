@@ -11,17 +11,17 @@ from mmengine.dist import broadcast, is_main_process
 from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
+from ..cost.latency import SECONDS
+from ..gates.gdp import Gates
+from ..pruner.pruner import Pruner
+from ..pruner.settings import COSTS
+from ..registry import HOOKS
+from ..report.record import drop_rows_after
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
-from .cost.latency import SECONDS
-from .diary import RECORD, show_gates, tell_end
-from .gates.gdp import Gates
-from .guard import GuardHook
+from .compat import accumulated_gradients, check_runner
 from .model import find_pruner
-from .pruner.pruner import Pruner
-from .pruner.settings import COSTS
-from .registry import HOOKS
-from .report.record import drop_rows_after
-from .support import accumulated_gradients, check_runner
+from .monitor import RECORD, show_gates, tell_end
+from .resume import GuardHook
 
 
 @HOOKS.register_module()

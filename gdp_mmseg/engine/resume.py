@@ -13,9 +13,9 @@ from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from ..registry import HOOKS
 from .checkpoint import (WHOLE, mend_last_checkpoint, plain,
                          pointed_checkpoint, unwrapped)
-from .registry import HOOKS
 
 RandomState = dict[str, Any]
 

@@ -24,9 +24,9 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor, nn
 
-from .analysis.structure import Groups
-from .files import write_whole
-from .version import __version__
+from ..analysis.structure import Groups
+from ..files import write_whole
+from ..version import __version__
 
 # What a checkpoint remembers of the packages that made it, by distribution;
 # of two with the same import name, the one that is installed.

@@ -1,0 +1,1 @@
+"""Everything that knows mmengine: model, hook, checkpoints, configs."""
