@@ -38,7 +38,8 @@ from mmengine.runner import Runner
 import gdp_mmseg.engine.hook  # noqa: F401
 import gdp_mmseg.files
 from gdp_mmseg.engine.checkpoint import read_checkpoint
-from gdp_mmseg.export import export, load_exported
+from gdp_mmseg.export.export import export
+from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
 from gdp_mmseg.report.tables import table

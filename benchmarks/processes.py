@@ -27,7 +27,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 
 from results import put_between

@@ -28,7 +28,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from gdp_mmseg.engine.model import analyse_config, build_base_model
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 from gdp_mmseg.report.tables import table
 

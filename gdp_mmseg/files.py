@@ -1,14 +1,10 @@
 """Files and folders that are there as a whole or not at all."""
 from __future__ import annotations
 
-import contextlib
-import glob
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -32,98 +28,3 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
-
-
-def check_out_dir(out_dir: Path) -> None:
-    """Fail unless a folder can be made, or is there, empty and replaceable.
-
-    Raises:
-        ValueError: If so.
-    """
-    if out_dir.exists() and not out_dir.is_dir():
-        raise ValueError(f'--out-dir: expected a folder, but got the file '
-                         f'{out_dir}; choose another')
-    if out_dir.is_dir() and any(out_dir.iterdir()):
-        raise ValueError(f'--out-dir: expected an empty or new folder, but '
-                         f'{out_dir} holds files; choose another')
-    if "'" in str(out_dir.resolve()):
-        raise ValueError('--out-dir: expected a path without an apostrophe, '
-                         'because mmengine cannot read a config that names '
-                         f'its folder otherwise, but got {out_dir}; choose '
-                         'another')
-    if out_dir.is_mount() or out_dir.resolve() == Path.cwd():
-        raise ValueError(f'--out-dir: expected a folder that can be replaced '
-                         f'as a whole, but {out_dir} is in use; choose a new '
-                         'one in it')
-
-
-@contextlib.contextmanager
-def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out_dir`` when that is done.
-
-    Until then it is ``.<name>.partial-*`` beside it. A process that is killed
-    leaves that behind; the next one that wants the same folder removes it. A
-    lock, which ends with the process, tells whose it is.
-
-    Args:
-        out_dir (Path): New or empty; nothing that it holds is overwritten.
-
-    Raises:
-        ValueError: If the folder cannot be made, or another came first.
-    """
-    # What a link names is replaced, not the link.
-    out_dir = out_dir.resolve()
-    anchor = next(folder for folder in out_dir.parents if folder.is_dir())
-    prefix = f'.{out_dir.name}.partial-'
-    with contextlib.ExitStack() as held:
-        # Or another process could take what is not locked yet for abandoned.
-        with writing(out_dir), _locked(anchor, wait=True):
-            for left in anchor.glob(f'{glob.escape(prefix)}*'):
-                with _locked(left) as abandoned:
-                    if abandoned:
-                        shutil.rmtree(left, ignore_errors=True)
-            partial = Path(tempfile.mkdtemp(prefix=prefix, dir=anchor))
-            held.callback(shutil.rmtree, partial, ignore_errors=True)
-            held.enter_context(_locked(partial))
-        yield partial
-        with writing(out_dir):
-            partial.chmod(0o755)
-            out_dir.parent.mkdir(parents=True, exist_ok=True)
-            # Onto an empty folder, or none; anything else fails.
-            partial.replace(out_dir)
-
-
-@contextlib.contextmanager
-def writing(out_dir: Path) -> Iterator[None]:
-    """Turn errors of writing into one that names the folder.
-
-    Raises:
-        ValueError: If something cannot be written.
-    """
-    try:
-        yield
-    except OSError as error:
-        # Another process may have been faster.
-        check_out_dir(out_dir)
-        raise ValueError(
-            f'--out-dir: expected to write {out_dir}, but got: '
-            f'{error.strerror or error}; make room there, or choose another'
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a folder, as long as it does."""
-    # Not on Windows, where exported networks can still be used.
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        free = True
-    # Another process has it, or the file system has no locks.
-    except OSError:
-        free = False
-    try:
-        yield free
-    finally:
-        os.close(handle)

@@ -25,7 +25,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import load_exported
+from gdp_mmseg.export.networks import load_exported
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = ROOT / 'tools'

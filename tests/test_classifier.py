@@ -13,7 +13,8 @@ pytest.importorskip('mmpretrain')
 pytest_plugins = ('project', )
 
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import export, load_exported
+from gdp_mmseg.export.export import export
+from gdp_mmseg.export.networks import load_exported
 
 from project import train
 

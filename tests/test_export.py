@@ -13,12 +13,12 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-import gdp_mmseg.export as exporting
 from gdp_mmseg.analysis.structure import Groups
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.model import analyse_config
-from gdp_mmseg.export import export, pruned_config
+from gdp_mmseg.export import export as exporting
+from gdp_mmseg.export.export import export, pruned_config
 from gdp_mmseg.report.measure import count_macs
 from gdp_mmseg.surgery.constant import Constant
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from gdp_mmseg.engine.hook import GDPHook
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.pruner.pruner import Pruner
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from gdp_mmseg.files import check_out_dir, new_folder, write_whole, writing
+from gdp_mmseg.export.folder import check_out_dir, new_folder, writing
+from gdp_mmseg.files import write_whole
 from gdp_mmseg.report.record import drop_rows_after
 
 # Fills a folder until it is killed.

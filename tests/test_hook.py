@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gdp_mmseg.engine.hook import averages
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.record import read_gates
 

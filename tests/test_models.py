@@ -17,7 +17,8 @@ from mmengine.config import Config
 
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import build_gated, export
+from gdp_mmseg.export.export import export
+from gdp_mmseg.export.networks import build_gated
 from gdp_mmseg.surgery.verify import largest_difference
 
 from project import DENSE, Project, make_demo_data, run_program, train

@@ -234,7 +234,7 @@ def test_report_shows_stages_and_deaths_and_the_path(exported: Exported,
 ])
 def test_export_needs_no_record_of_the_gates(record: str | None, said: str,
                                              tmp_path: Path) -> None:
-    from gdp_mmseg.export import draw_record
+    from gdp_mmseg.export.export import draw_record
     groups, _ = network()
     path = tmp_path / 'gates.jsonl'
     if record is not None:

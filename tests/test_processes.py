@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor
 
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.report.record import read_gates
 
 from project import TOOLS, WITHOUT_SYNC, Exported, Project, Trained, run_tool

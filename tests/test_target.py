@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.export import export
+from gdp_mmseg.export.export import export
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.pruner import pruner as pruner_module
 from gdp_mmseg.pruner.pruner import Pruner

@@ -38,7 +38,7 @@ def main() -> None:
     if not args.no_eval:
         check_paths(cfg, ['test'])
     # Slow to import, and not needed for the errors above.
-    from gdp_mmseg.export import export
+    from gdp_mmseg.export.export import export
     from gdp_mmseg.report.tables import comparison
     report = export(cfg, args.checkpoint, args.out_dir,
                     Path(args.config).stem, not args.no_eval)

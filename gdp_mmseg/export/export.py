@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import itertools
 import math
 import tempfile
 from pathlib import Path
@@ -16,30 +15,27 @@ from typing import Any, Mapping
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from .analysis.structure import Groups
-from .engine.checkpoint import (closed_gates, other_versions, read_checkpoint,
-                                save_exported)
-from .engine.compat import moves_gates
-from .engine.config import default_base, split_config, without_pretrained
-from .engine.model import build_base_model, find_pruner
-from .engine.monitor import RECORD, path_figure
-from .files import check_out_dir, new_folder, write_json, writing
-from .pruner.settings import COSTS
-from .report.measure import count_macs, count_parameters, paired_latency_ms
-from .report.summary import dead_parts, kept_by_stage
-from .report.tables import Progress, markdown
-from .surgery.prune import prune
-from .surgery.verify import largest_difference
-from .surgery.widths import Widths
-from .version import __version__
-
-TOLERANCE = 1e-4
+from ..analysis.structure import Groups
+from ..engine.checkpoint import (closed_gates, other_versions, read_checkpoint,
+                                 save_exported)
+from ..engine.compat import moves_gates
+from ..engine.config import default_base, without_pretrained
+from ..engine.model import find_pruner
+from ..engine.monitor import RECORD, path_figure
+from ..files import write_json
+from ..pruner.settings import COSTS
+from ..report.measure import count_macs, count_parameters, paired_latency_ms
+from ..report.summary import dead_parts, kept_by_stage
+from ..report.tables import Progress, markdown
+from ..surgery.prune import prune
+from ..surgery.widths import Widths
+from ..version import __version__
+from .compare import compare
+from .folder import check_out_dir, new_folder, writing
+from .networks import build_dense, build_gated, enter_scope, load_exported
 
 
 def export(cfg: Config,
@@ -75,7 +71,7 @@ def export(cfg: Config,
             'config: expected test_dataloader, test_evaluator and test_cfg to '
             'evaluate with, but got no test_dataloader; add them, e.g. '
             'test_dataloader = val_dataloader, or pass --no-eval')
-    _enter_scope(cfg)
+    enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
     gated = build_gated(cfg, state)
     dense = build_dense(cfg, state)
@@ -96,7 +92,7 @@ def export(cfg: Config,
             _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
-        report.update(_compare(cfg, gated, exported, needs_data=evaluate))
+        report.update(compare(cfg, gated, exported, needs_data=evaluate))
         if evaluate:
             progress('evaluating the gated network')
             report.update(_metrics(run_test(cfg, gated), 'gated'))
@@ -127,124 +123,6 @@ def draw_record(folder: Path, record: Path, groups: Groups, until: float,
         return None
     figure.savefig(folder / 'gates.png')
     return 'gates.png'
-
-
-def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
-    """The gated model of a config, with a checkpoint in it, in eval mode.
-
-    Raises:
-        ValueError: If the config has no gates, or the checkpoint is of
-            another model.
-    """
-    if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
-        raise ValueError(
-            "config: expected model.type='gdp_mmseg.GDPModel', but got "
-            f"{cfg.model.get('type')!r}; pass the config of the gated "
-            'training')
-    if not any(key.startswith('gdp.') for key in state):
-        raise ValueError('checkpoint: expected one with gates, but it has '
-                         'none; pass one that was trained with GDPModel and '
-                         'GDPHook')
-    gated = revert_sync_batchnorm(MODELS.build(without_pretrained(cfg)))
-    _load(gated, state)
-    return gated.eval()
-
-
-def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
-    """The same model without gates, in eval mode."""
-    base, _, model = split_config(without_pretrained(cfg))
-    dense = revert_sync_batchnorm(build_base_model(base, model))
-    _load(dense, {
-        key: value
-        for key, value in state.items() if not key.startswith('gdp.')
-    })
-    return dense.eval()
-
-
-def _load(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load strictly, with one line for an error."""
-    wanted = model.state_dict()
-    other = [
-        key for key in wanted
-        if key not in state or state[key].shape != wanted[key].shape
-    ]
-    extra = [key for key in state if key not in wanted]
-    if other or extra:
-        raise ValueError(
-            'checkpoint: expected the weights of the config\'s model, but '
-            f'{len(other)} are missing or of another shape and {len(extra)} '
-            f'have no place ({(other + extra)[0]} first); pass the checkpoint '
-            'and the config of the same training')
-    model.load_state_dict(state)
-
-
-def _compare(cfg: Config, gated: nn.Module, exported: nn.Module,
-             needs_data: bool) -> dict[str, Any]:
-    """Largest difference of outputs on a few inputs, and what these are.
-
-    Args:
-        cfg (Config): Its test set is where the inputs are from.
-        gated (nn.Module): In eval mode.
-        exported (nn.Module): In eval mode.
-        needs_data (bool): Whether a missing test set is an error; if not,
-            the inputs are random then.
-
-    Raises:
-        RuntimeError: If the outputs are not equal.
-    """
-    settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-    try:
-        loader = Runner.build_dataloader(_in_this_process(settings))
-    except (FileNotFoundError, AssertionError, TypeError):
-        if needs_data:
-            raise
-        shape = find_pruner(gated).groups.input_shape
-        inputs = [torch.randn(shape) for _ in range(2)]
-        source = '2 random inputs (no data set found)'
-    else:
-        inputs = _preprocessed(loader, gated)
-        source = f'{len(inputs)} inputs of the test set'
-    difference = max_rel_diff(gated, exported, inputs)
-    # Also false for nan.
-    if not difference <= TOLERANCE:
-        raise RuntimeError(
-            f'expected equal outputs of the gated and the pruned network, '
-            f'but got a relative difference of {difference:.1e} on {source}; '
-            'nothing was written. Please report this with the config')
-    return dict(max_rel_diff=difference, compared_on=source)
-
-
-def _in_this_process(settings: Any) -> dict[str, Any]:
-    """A loader's config, without what only goes with other processes."""
-    plain = dict(settings, num_workers=0, persistent_workers=False)
-    for key in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
-        plain.pop(key, None)
-    return plain
-
-
-def _preprocessed(loader: Any, model: nn.Module) -> list[Tensor]:
-    """Inputs ``(1, C, H, W)`` of the first two batches of a loader."""
-    preprocess: Any = model.data_preprocessor
-    images: list[Tensor] = []
-    for data in itertools.islice(loader, 2):
-        images += [image[None] for image in preprocess(data, False)['inputs']]
-    settings = getattr(model, 'test_cfg', None) or {}
-    if settings.get('mode') == 'slide':
-        # Such a model may take windows only.
-        height, width = settings['crop_size']
-        images = [image[..., :height, :width] for image in images]
-    return images
-
-
-@torch.no_grad()
-def max_rel_diff(gated: nn.Module, pruned: nn.Module,
-                 inputs: list[Tensor]) -> float:
-    """Largest difference of outputs, over the largest output."""
-    return max(
-        largest_difference(*([
-            leaf for leaf in tree_leaves(model(image, mode='tensor'))
-            if isinstance(leaf, Tensor)
-        ] for model in (pruned, gated))) for image in inputs)
 
 
 def _measure(gated: nn.Module, dense: nn.Module,
@@ -348,22 +226,3 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
     for key in ('work_dir', 'load_from', 'resume'):
         content.pop(key, None)
     return Config(content)
-
-
-def load_exported(folder: Path, name: str) -> nn.Module:
-    """Build the pruned model from its two files, in eval mode.
-
-    Raises:
-        ValueError: If they do not fit together.
-    """
-    cfg = Config.fromfile(folder / f'{name}_pruned.py')
-    _enter_scope(cfg)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
-    state, _ = read_checkpoint(str(folder / f'{name}_pruned.pth'))
-    _load(model, state)
-    return model.eval()
-
-
-def _enter_scope(cfg: Config) -> None:
-    """Let type names in a config mean what they mean to its tools."""
-    init_default_scope(cfg.get('default_scope') or 'mmseg')

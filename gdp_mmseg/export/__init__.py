@@ -1,0 +1,1 @@
+"""Export: from a gated checkpoint to a pruned config and checkpoint."""
