@@ -54,7 +54,7 @@ PHASES = (0.1, 0.2, 0.7)
 # And with one more setting each.
 GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
-    gdp_floor=dict(floor=0.1),
+    gdp_floor=dict(min_keep_ratio=0.1),
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
     gdp_plain={})  # gains do not rise as a group shrinks
 ITERATIONS = 1600

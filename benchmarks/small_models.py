@@ -158,7 +158,8 @@ class Watch(Hook):
             openness = pruner.gates.openness()
             self.flops.append(float(pruner.cost(pruner.channels())))
             if pruner.schedule.phase_at(progress) == 'pruning':
-                self.over.append(pruner.got(progress) - pruner.asked(progress))
+                self.over.append(
+                    pruner.held_cost(progress) - pruner.budget(progress))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             undecided=float(
@@ -200,9 +201,9 @@ def conditions() -> dict[str, Any]:
 
 def floor_of(name: str) -> float:
     """Share of the multiply-adds of a model that no gate can save."""
-    groups = analyse_config(_model(name))
-    none = kept_channels(groups, torch.zeros(groups.number)).float()
-    return float(FlopCost(groups)(none))
+    analysis = analyse_config(_model(name))
+    none = kept_channels(analysis, torch.zeros(analysis.num_gates)).float()
+    return float(FlopCost(analysis)(none))
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.model import analyse_config
@@ -75,10 +75,10 @@ def _is_plain(value: Any) -> bool:
     return type(value) in (*PLAIN, Tensor)
 
 
-def _group_gates(groups: Groups, written_by: str) -> list[Tensor]:
+def _group_gates(analysis: Analysis, written_by: str) -> list[Tensor]:
     """Gates of the groups that a module of this name writes first."""
     return [
-        group.gates for group in groups.groups
+        group.gates for group in analysis.groups
         if written_by in group.writers[0]
     ]
 
@@ -168,14 +168,14 @@ def test_flops_are_at_the_target(exported: Exported) -> None:
 def test_groups_of_the_report_are_those_of_the_gates(exported: Exported,
                                                      trained: Trained) -> None:
     pruner = trained.runner.model.gdp
-    groups = exported.report['groups']
-    assert len(groups) == len(pruner.groups.groups)
-    for row, group in zip(groups, pruner.groups.groups):
+    analysis = exported.report['groups']
+    assert len(analysis) == len(pruner.analysis.groups)
+    for row, group in zip(analysis, pruner.analysis.groups):
         assert row['writers'] == list(group.writers)
         assert row['readers'] == list(group.readers)
         assert row['channels'] == len(group.gates)
         assert 0 <= row['kept'] <= row['channels']
-    assert sum(row['kept'] for row in groups) == int(pruner.channels().sum())
+    assert sum(row['kept'] for row in analysis) == int(pruner.channels().sum())
 
 
 def test_checkpoint_holds_tensors_and_plain_types_only(
@@ -248,8 +248,8 @@ def test_files_compute_what_the_gated_network_computes(
 def test_dead_blocks_leave_and_nothing_changes(
         trained: Trained, changed: Change, tmp_path: Path,
         writers: tuple[str, ...]) -> None:
-    groups = trained.runner.model.gdp.groups
-    gates = [one for name in writers for one in _group_gates(groups, name)]
+    analysis = trained.runner.model.gdp.analysis
+    gates = [one for name in writers for one in _group_gates(analysis, name)]
     assert gates
 
     def kill(content: dict[str, Any]) -> None:
@@ -269,9 +269,9 @@ def test_dead_blocks_leave_and_nothing_changes(
     assert report['max_rel_diff'] <= 1e-4
     assert _macs(model, tuple(report['input_shape'])) == report['macs_pruned']
     dead = torch.cat(gates)
-    for row, group in zip(report['groups'], groups.groups):
+    for row, group in zip(report['groups'], analysis.groups):
         if bool(torch.isin(group.gates, dead).all()):
-            assert row['kept'] <= (0 if group.vanishes else 1)
+            assert row['kept'] <= (0 if group.can_be_empty else 1)
 
 
 def test_all_gates_closed_is_still_a_network(trained: Trained, changed: Change,
@@ -335,10 +335,10 @@ def test_exported_config_moves_no_gates(exported: Exported) -> None:
 
 def test_exported_config_is_analysed_as_the_model_that_it_is(
         exported: Exported) -> None:
-    groups = analyse_config(Config.fromfile(exported.config).model)
-    cost = FlopCost(groups)
+    analysis = analyse_config(Config.fromfile(exported.config).model)
+    cost = FlopCost(analysis)
     assert cost.dense == exported.report['macs_pruned']
-    for group in groups.groups:
+    for group in analysis.groups:
         kept, = [
             one['kept'] for one in exported.report['groups']
             if group.writers[0] in one['writers']

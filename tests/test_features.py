@@ -270,7 +270,7 @@ def test_gates_travel_as_far_with_fewer_steps(
     options = {
         'train_cfg.max_iters': 24,
         'optim_wrapper.accumulative_counts': 4,
-        'model.gdp.travel': 3.
+        'model.gdp.gate_travel': 3.
     }
     train(project.load(tmp_path, **options))
     # The last of the six steps is in the settling phase.

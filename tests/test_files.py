@@ -16,7 +16,7 @@ from gdp_mmseg.report.record import drop_rows_after
 SLOW = """
 import sys, time
 from pathlib import Path
-from gdp_mmseg.files import new_folder
+from gdp_mmseg.export.folder import new_folder
 with new_folder(Path(sys.argv[1])) as partial:
     (partial / 'half').write_text('')
     print('half', flush=True)

@@ -72,13 +72,14 @@ def test_whole_channels_are_all_that_counts_when_the_pruning_ends(
         phases: tuple[float, float, float], ramp: float) -> None:
     schedule = Schedule(phases, ramp=ramp)
     warmup, pruning, _ = phases
-    values = [schedule.whole_at(progress) for progress in GRID]
+    values = [schedule.channel_weight_at(progress) for progress in GRID]
     standing = pruning * (1 - ramp)
-    assert schedule.whole_at(warmup + pruning * ramp) == pytest.approx(0.5)
-    assert schedule.whole_at(warmup + pruning * ramp +
-                             standing / 4) == pytest.approx(0.75)
-    assert schedule.whole_at(warmup + pruning * ramp +
-                             standing / 2) == pytest.approx(1)
+    assert schedule.channel_weight_at(warmup +
+                                      pruning * ramp) == pytest.approx(0.5)
+    assert schedule.channel_weight_at(warmup + pruning * ramp +
+                                      standing / 4) == pytest.approx(0.75)
+    assert schedule.channel_weight_at(warmup + pruning * ramp +
+                                      standing / 2) == pytest.approx(1)
     assert values[0] == 0.5 and values[-1] == pytest.approx(1)
     assert all(one <= other for one, other in zip(values, values[1:]))
 
@@ -96,13 +97,13 @@ def test_last_step_of_the_pruning_is_for_the_target(steps: int) -> None:
     assert moved == 1
 
 
-def test_groups_are_spared_in_the_last_third_of_the_pruning() -> None:
+def test_groups_are_protected_in_the_last_third_of_the_pruning() -> None:
     schedule = Schedule((0.1, 0.6, 0.3))
-    spared = [
-        schedule.spares_groups(progress)
+    protected = [
+        schedule.protects_groups(progress)
         for progress in (0., 0.1, 0.49, 0.51, 0.7)
     ]
-    assert spared == [False, False, False, True, True]
+    assert protected == [False, False, False, True, True]
 
 
 @pytest.mark.parametrize('whole, expected', [(0., 0.35), (0.5, 0.675),
@@ -280,16 +281,19 @@ def test_strongest_are_the_open_gates_of_most_gain_in_each_group() -> None:
     assert chosen.tolist() == [True, True, False, False, True, True]
 
 
-def test_spared_gates_do_not_close_whatever_they_cost() -> None:
+def test_protected_gates_do_not_close_whatever_they_cost() -> None:
     gates = Gates(4)
-    spared = torch.tensor([True, False, False, False])
+    protected = torch.tensor([True, False, False, False])
     for _ in range(60):
         loss = -gates.openness()[1]
         gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
         gates.observe_()
         gates.step_(
-            Linear(torch.tensor([5., 1., 1., 1.])), 0., 0.05, spared=spared)
-    assert (gates.theta > 0).tolist() == spared.tolist()
+            Linear(torch.tensor([5., 1., 1., 1.])),
+            0.,
+            0.05,
+            protected=protected)
+    assert (gates.theta > 0).tolist() == protected.tolist()
 
 
 @pytest.mark.parametrize('budget', [1., 0.5, 0.])

@@ -9,50 +9,50 @@ import torch
 from torch import nn
 
 from gdp_mmseg.analysis.analyse import analyse
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 
 from toys import BACKBONES, SHAPE, TOYS, Net, block, conv, deeplab, resnet, run
 
 HEAD = (48, 512, 256)  # channels of c1, of the decode head, of the auxiliary
 
 
-def touched(groups: Groups) -> Counter[tuple[int, frozenset[str]]]:
+def touched(analysis: Analysis) -> Counter[tuple[int, frozenset[str]]]:
     """Size and modules of every group."""
     return Counter(
         (len(group.gates), frozenset(group.writers) | frozenset(group.readers))
-        for group in groups.groups)
+        for group in analysis.groups)
 
 
 @pytest.mark.parametrize('name', TOYS)
 def test_toy_shares_channels_as_drawn(name: str) -> None:
     toy = TOYS[name]
-    groups = toy.analyse()[1]
-    assert touched(groups) == Counter(
+    analysis = toy.analyse()[1]
+    assert touched(analysis) == Counter(
         (size, frozenset(modules.split())) for size, modules in toy.groups)
-    assert groups.number == sum(size for size, _ in toy.groups)
+    assert analysis.num_gates == sum(size for size, _ in toy.groups)
 
 
 @pytest.mark.parametrize('name', TOYS)
 def test_every_gate_is_in_one_group_and_on_an_axis(name: str) -> None:
-    groups = TOYS[name].analyse()[1]
-    everyone = torch.arange(groups.number)
-    members = torch.cat([group.gates for group in groups.groups])
+    analysis = TOYS[name].analyse()[1]
+    everyone = torch.arange(analysis.num_gates)
+    members = torch.cat([group.gates for group in analysis.groups])
     assert torch.equal(members.sort().values, everyone)
-    for gates in groups.axes.values():
-        assert gates.min() >= -1 and gates.max() < groups.number
+    for gates in analysis.gate_of_slot.values():
+        assert gates.min() >= -1 and gates.max() < analysis.num_gates
     assert torch.equal(
-        torch.cat([*groups.axes.values()
-                   ]).unique(sorted=True)[-groups.number:], everyone)
+        torch.cat([*analysis.gate_of_slot.values()
+                   ]).unique(sorted=True)[-analysis.num_gates:], everyone)
 
 
 @pytest.mark.parametrize('name',
                          [name for name, toy in TOYS.items() if toy.frozen])
 def test_frozen_channels_name_their_operator(name: str) -> None:
     toy = TOYS[name]
-    groups = toy.analyse()[1]
+    analysis = toy.analyse()[1]
     for module, reason in toy.frozen.items():
         said = [
-            frozen.reason for frozen in groups.frozen
+            frozen.reason for frozen in analysis.frozen
             if module in frozen.writers
         ]
         assert any(reason in one for one in said), (module, said)
@@ -68,12 +68,12 @@ def test_operator_outside_of_all_modules_is_placed_in_the_model() -> None:
 
 @pytest.mark.parametrize('name', TOYS)
 def test_outputs_of_the_model_are_frozen(name: str) -> None:
-    net, groups = TOYS[name].analyse()
+    net, analysis = TOYS[name].analyse()
     last = [
         part for part, module in net.named_modules()
         if isinstance(module, (nn.Conv2d, nn.Linear))
     ][-1]
-    layer, = (layer for layer in groups.layers if layer.name == last)
+    layer, = (layer for layer in analysis.layers if layer.name == last)
     assert bool((layer.outputs < 0).all())
 
 
@@ -134,8 +134,8 @@ def test_forward_that_asks_for_values_is_analysed() -> None:
 
 
 def test_norm_of_a_layer_is_the_one_that_alone_reads_it() -> None:
-    net, groups = TOYS['residual'].analyse()
-    assert groups.norms == {
+    net, analysis = TOYS['residual'].analyse()
+    assert analysis.norms == {
         'stem.0': 'stem.1',
         'branch.0': 'branch.1',
         'branch.3': 'branch.4'
@@ -152,14 +152,14 @@ def training_net() -> nn.Module:
 
 
 def test_what_only_training_runs_is_gated_at_its_input_alone() -> None:
-    groups = analyse(training_net(), SHAPE, run,
-                     lambda net, x: net.extra(net.stem(x)))
-    assert touched(groups) == {
+    analysis = analyse(training_net(), SHAPE, run,
+                       lambda net, x: net.extra(net.stem(x)))
+    assert touched(analysis) == {
         (4, frozenset({'stem.0', 'head', 'extra.0'})): 1
     }
     assert {
-        layer.name: layer.counted
-        for layer in groups.layers
+        layer.name: layer.in_inference
+        for layer in analysis.layers
     } == {
         'stem.0': True,
         'head': True,
@@ -167,7 +167,7 @@ def test_what_only_training_runs_is_gated_at_its_input_alone() -> None:
         'extra.3': False
     }
     assert any('extra.0 is for training only' in frozen.reason
-               for frozen in groups.frozen)
+               for frozen in analysis.frozen)
 
 
 # -- DeepLabV3Plus ---------------------------------------------------------
@@ -183,7 +183,7 @@ def segmentor(backbone: str | None, **heads: int) -> nn.Module:
             **heads))
 
 
-def analysed(net: nn.Module, size: int) -> Groups:
+def analysed(net: nn.Module, size: int) -> Analysis:
     from gdp_mmseg.engine.model import analyse_model
     return analyse_model(net, (3, size, size))[0]
 
@@ -208,21 +208,21 @@ def resnet_channels(depth: int, width: int, deep_stem: bool) -> list[int]:
     return sizes
 
 
-def sizes(groups: Groups) -> Counter[int]:
-    return Counter(len(group.gates) for group in groups.groups)
+def sizes(analysis: Analysis) -> Counter[int]:
+    return Counter(len(group.gates) for group in analysis.groups)
 
 
 @pytest.mark.usefixtures('mmseg_scope')
 def test_deeplab_resnet50_at_full_width_has_15664_gates_in_48_groups() -> None:
     low, channels, auxiliary = HEAD
-    groups = analysed(
+    analysis = analysed(
         segmentor(
             None, low=low, channels=channels, auxiliary=auxiliary, classes=21),
         512)
     expected = resnet_channels(50, 64, True) + head_channels(low, channels)
-    assert sizes(groups) == Counter(expected)
-    assert (groups.number, len(groups.groups)) == (15664, 48)
-    assert groups.number == sum(expected)
+    assert sizes(analysis) == Counter(expected)
+    assert (analysis.num_gates, len(analysis.groups)) == (15664, 48)
+    assert analysis.num_gates == sum(expected)
 
 
 @pytest.mark.usefixtures('mmseg_scope')
@@ -233,10 +233,10 @@ def test_deeplab_resnet50_at_full_width_has_15664_gates_in_48_groups() -> None:
 ])
 def test_deeplab_resnet_groups_follow_the_architecture(
         name: str, expected: list[int]) -> None:
-    groups = analysed(segmentor(name), 64)
-    assert sizes(groups) == Counter(expected + head_channels(6, 16))
+    analysis = analysed(segmentor(name), 64)
+    assert sizes(analysis) == Counter(expected + head_channels(6, 16))
     streams = [
-        group for group in groups.groups
+        group for group in analysis.groups
         if 'auxiliary_head.convs.0.conv' in group.readers
     ]
     assert len(streams) == 1
@@ -247,7 +247,7 @@ def test_deeplab_resnet_groups_follow_the_architecture(
 @pytest.mark.usefixtures('mmseg_scope')
 def test_deeplab_mobilenet_groups_follow_the_architecture() -> None:
     net = segmentor('MobileNetV2')
-    groups = analysed(net, 64)
+    analysis = analysed(net, 64)
     stream, inside = [net.backbone.conv1.out_channels], []
     for stage in net.backbone.layers:
         for index, layer in enumerate(getattr(net.backbone, stage)):
@@ -256,30 +256,30 @@ def test_deeplab_mobilenet_groups_follow_the_architecture() -> None:
                 inside.append(layer.conv[0].out_channels)
             if not layer.use_res_connect:
                 stream.append(layer.conv[-1].out_channels)
-    assert sizes(groups) == Counter(stream + inside + head_channels(6, 16))
+    assert sizes(analysis) == Counter(stream + inside + head_channels(6, 16))
 
 
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.parametrize('name', BACKBONES)
 def test_auxiliary_head_keeps_its_own_channels_and_costs_nothing(
         name: str) -> None:
-    groups = analysed(segmentor(name), 64)
-    frozen = {writer: row for row in groups.frozen for writer in row.writers}
+    analysis = analysed(segmentor(name), 64)
+    frozen = {writer: row for row in analysis.frozen for writer in row.writers}
     assert frozen['auxiliary_head.convs.0.conv'].channels == 10
     assert 'training only' in frozen['auxiliary_head.convs.0.conv'].reason
     assert {layer.name
-            for layer in groups.layers if not layer.counted
+            for layer in analysis.layers if not layer.in_inference
             } == {'auxiliary_head.convs.0.conv', 'auxiliary_head.conv_seg'}
     assert all(not writer.startswith('auxiliary_head')
-               for group in groups.groups for writer in group.writers)
+               for group in analysis.groups for writer in group.writers)
 
 
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.parametrize('name', BACKBONES)
 def test_only_outputs_and_the_auxiliary_head_are_frozen(name: str) -> None:
-    groups = analysed(segmentor(name), 64)
+    analysis = analysed(segmentor(name), 64)
     assert {writer
-            for row in groups.frozen
+            for row in analysis.frozen
             for writer in row.writers} == {
                 'decode_head.conv_seg', 'auxiliary_head.convs.0.conv',
                 'auxiliary_head.conv_seg'

@@ -21,7 +21,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
-from gdp_mmseg.engine.resume import (GuardHook, check_labels, random_state,
+from gdp_mmseg.engine.resume import (ResumeHook, check_labels, random_state,
                                      set_random_state)
 
 from project import (ITERATIONS, PHASES, Project, Recorder, Trained, run_tool,
@@ -265,7 +265,7 @@ def test_without_a_checkpoint_the_advice_names_none(project: Project,
 
 
 def test_a_finite_loss_ends_the_count(tmp_path: Path) -> None:
-    hook = GuardHook(patience=3)
+    hook = ResumeHook(patience=3)
     runner: Any = SimpleNamespace(
         iter=0, work_dir=tmp_path, logger=logging.getLogger('none'))
 
@@ -490,5 +490,5 @@ def test_weights_in_the_wrapper_of_processes_are_looked_at_too(
         for key, value in model.state_dict().items()
     }
     with pytest.raises(FloatingPointError, match='weight after iteration 8'):
-        GuardHook().before_save_checkpoint(runner,
-                                           dict(state_dict=state, meta={}))
+        ResumeHook().before_save_checkpoint(runner,
+                                            dict(state_dict=state, meta={}))

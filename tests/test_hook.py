@@ -167,14 +167,14 @@ def test_path_of_the_gates_is_recorded(trained: Trained) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     pruner = trained.runner.model.gdp
     assert all(
-        set(row) == {'iter', 'flops', 'asked', 'got', 'openness'}
+        set(row) == {'iter', 'flops', 'budget', 'held_cost', 'openness'}
         for row in rows)
     assert [row['iter'] for row in rows] == list(range(1, ITERATIONS + 1))
     assert rows[0]['flops'] == 1
     assert rows[-1]['flops'] == pytest.approx(
         _share(pruner, trained.recorder.theta[-1]))
     for row in rows:
-        assert len(row['openness']) == len(pruner.groups.groups)
+        assert len(row['openness']) == len(pruner.analysis.groups)
         assert all(0 <= value <= 1 for value in row['openness'])
     iterations, flops, openness = read_gates(path)
     assert iterations == [row['iter'] for row in rows]

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from gdp_mmseg.analysis.structure import Layer, Run
-from gdp_mmseg.cost.counts import counted_layers
+from gdp_mmseg.analysis.structure import Layer, LayerCall
+from gdp_mmseg.cost.counts import inference_layers
 from gdp_mmseg.cost.latency import (ROUNDS, LatencyCost, Workload, fit,
                                     measure, stopwatch)
 from gdp_mmseg.pruner.pruner import Pruner
@@ -34,22 +34,22 @@ class Clock:
 
 def by_hand(layer: Layer, inputs: float, outputs: float) -> float:
     """What the clock says of all runs of a layer."""
-    if layer.blocks:
-        return len(layer.runs) * (1 + 0.1 * outputs)
-    return len(layer.runs) * (1 + 0.5 * outputs + 0.1 * inputs * outputs)
+    if layer.blockwise:
+        return len(layer.calls) * (1 + 0.1 * outputs)
+    return len(layer.calls) * (1 + 0.5 * outputs + 0.1 * inputs * outputs)
 
 
 @pytest.mark.parametrize('name', TOYS)
 def test_cost_is_the_sum_of_the_layers_times(name: str) -> None:
-    groups = TOYS[name].analyse()[1]
-    layers, cost = counted_layers(groups), LatencyCost(groups)
+    analysis = TOYS[name].analyse()[1]
+    layers, cost = inference_layers(analysis), LatencyCost(analysis)
     dense = cost.weigh_(measure(layers, CPU, Clock()).flatten())
     assert dense == pytest.approx(
         sum(
             by_hand(layer, len(layer.inputs), len(layer.outputs))
             for layer in layers))
     openness = torch.rand(
-        groups.number, generator=torch.Generator().manual_seed(4))
+        analysis.num_gates, generator=torch.Generator().manual_seed(4))
 
     def opened(gates: torch.Tensor) -> float:
         return float(openness[gates[gates >= 0]].sum() + (gates < 0).sum())
@@ -64,24 +64,27 @@ def test_cost_is_the_sum_of_the_layers_times(name: str) -> None:
 def test_what_is_timed_is_the_layer_at_its_width(name: str) -> None:
     """It runs, and has as many multiply-adds as the layer would."""
     groups = TOYS[name].analyse()[1]
-    for layer in counted_layers(groups):
+    for layer in inference_layers(groups):
         clock = Clock()
-        flops: dict[Run, set[float]] = {}
+        flops: dict[LayerCall, set[float]] = {}
         measure([layer], CPU, clock, seconds=-1)
         for workload in dict.fromkeys(clock.asked):
             with FlopCounterMode(display=False) as counter:
                 workload(*workload.tensors(torch.device('meta')))
-            pairs = workload.outputs * (1 if layer.blocks else workload.inputs)
+            pairs = workload.outputs * (1 if layer.blockwise else
+                                        workload.inputs)
             flops.setdefault(workload.run,
                              set()).add(counter.get_total_flops() / 2 / pairs)
         # As many for each pair of channels, at every width.
         assert all(len(values) == 1 for values in flops.values())
-        assert sum(sum(flops[run]) for run in layer.runs) == layer.positions
+        assert sum(sum(flops[run])
+                   for run in layer.calls) == layer.macs_per_pair
 
 
 def test_stopwatch_runs_the_layer() -> None:
     groups = TOYS['residual'].analyse()[1]
-    coefficients = measure(counted_layers(groups), CPU, stopwatch, seconds=-1)
+    coefficients = measure(
+        inference_layers(groups), CPU, stopwatch, seconds=-1)
     assert coefficients.shape == (4, 4)
     assert bool((coefficients >= 0).all())
     assert bool((coefficients.sum(1) > 0).all())
@@ -90,7 +93,7 @@ def test_stopwatch_runs_the_layer() -> None:
 def test_equal_layers_are_timed_once() -> None:
     groups = TOYS['called twice'].analyse()[1]
     clock = Clock()
-    layers = counted_layers(groups)
+    layers = inference_layers(groups)
     measure(layers, CPU, clock, seconds=-1)
     once = len(clock.asked)
     clock.asked.clear()
@@ -101,7 +104,7 @@ def test_equal_layers_are_timed_once() -> None:
 @pytest.mark.parametrize('seconds, rounds', [(-1., 2), (math.inf, ROUNDS + 1)])
 def test_measuring_ends(seconds: float, rounds: int) -> None:
     clock = Clock()
-    measure(counted_layers(TOYS['chain'].analyse()[1]), CPU, clock, seconds)
+    measure(inference_layers(TOYS['chain'].analyse()[1]), CPU, clock, seconds)
     points = set(clock.asked)
     assert len(clock.asked) == rounds * len(points)
     # Chain 3 -> 4 -> 6 -> 2: inputs and outputs without gates stay.
@@ -148,7 +151,7 @@ def test_state_dict_carries_the_cost() -> None:
     pruner.measure_(Clock())
     loaded.load_state_dict(pruner.state_dict())
     assert not loaded.unmeasured
-    openness = torch.linspace(0, 1, pruner.groups.number)
+    openness = torch.linspace(0, 1, pruner.analysis.num_gates)
     assert torch.equal(loaded.cost(openness), pruner.cost(openness))
     assert float(pruner.cost(torch.ones_like(openness))) == pytest.approx(1)
 
@@ -166,7 +169,7 @@ def test_target_below_what_no_gate_can_save_is_an_error() -> None:
 def test_flops_stay_what_they_are() -> None:
     pruner = pruner_of('residual')
     pruner.measure_(Clock())
-    openness = torch.linspace(0, 1, pruner.groups.number)
+    openness = torch.linspace(0, 1, pruner.analysis.num_gates)
     assert float(pruner.flops(openness)) != pytest.approx(
         float(pruner.cost(openness)))
     assert isinstance(pruner.cost, nn.Module)

@@ -158,13 +158,13 @@ def test_default_class_is_that_of_the_number_of_heads() -> None:
 def test_analysis_of_a_config_is_that_of_its_gated_model(
         dense: Config, gated: Config) -> None:
     build(gated.model)  # Enters mmseg's scope.
-    groups = build(gated.model).gdp.groups
+    analysis = build(gated.model).gdp.analysis
     for model in (dense.model, gated.model):
         found = analyse_config(model)
-        assert found.number == groups.number
-        assert found.input_shape == groups.input_shape == (1, 3, 64, 64)
+        assert found.num_gates == analysis.num_gates
+        assert found.input_shape == analysis.input_shape == (1, 3, 64, 64)
         assert [group.writers for group in found.groups
-                ] == [group.writers for group in groups.groups]
+                ] == [group.writers for group in analysis.groups]
 
 
 @pytest.mark.parametrize('shape, expected', [
@@ -176,7 +176,7 @@ def test_input_shape_of_the_settings_wins(gated: Config, shape: Any,
                                           expected: tuple[int, ...]) -> None:
     settings = dict(gated.model.gdp, input_shape=shape)
     model = build(dict(gated.model, gdp=settings))
-    assert model.gdp.groups.input_shape == expected
+    assert model.gdp.analysis.input_shape == expected
 
 
 def test_cost_is_of_the_input_shape(gated: Config) -> None:
@@ -193,7 +193,7 @@ def test_cost_is_of_the_input_shape(gated: Config) -> None:
 
 BAD_SETTINGS = {
     'unknown key': (dict(target=0.4, tagret=0.3), 'tagret', 'model.gdp'),
-    'no target': (dict(travel=4.), 'travel', 'model.gdp'),
+    'no target': (dict(gate_travel=4.), 'gate_travel', 'model.gdp'),
     'no settings': (None, '[]', 'model.gdp'),
     'target 0': (dict(target=0), '0', 'gdp.target'),
     'target 1': (dict(target=1), '1', 'gdp.target'),
@@ -234,11 +234,13 @@ BAD_SETTINGS = {
     'epsilon zero': (dict(target=0.4,
                           epsilon=(0.1, 0.)), '(0.1, 0.0)', 'epsilon'),
     'epsilon one number': (dict(target=0.4, epsilon=0.1), '0.1', 'epsilon'),
-    'travel zero': (dict(target=0.4, travel=0), '0', 'gdp.travel'),
-    'travel text': (dict(target=0.4, travel='far'), "'far'", 'gdp.travel'),
+    'travel zero': (dict(target=0.4, gate_travel=0), '0', 'gdp.gate_travel'),
+    'travel text': (dict(target=0.4,
+                         gate_travel='far'), "'far'", 'gdp.gate_travel'),
     'close_below negative': (dict(target=0.4,
                                   close_below=-1), '-1', 'gdp.close_below'),
-    'floor of all channels': (dict(target=0.4, floor=1.), '1.0', 'gdp.floor'),
+    'floor of all channels': (dict(target=0.4, min_keep_ratio=1.), '1.0',
+                              'gdp.min_keep_ratio'),
     'close_below above all gates': (dict(target=0.4, close_below=1.), '1.0',
                                     'gdp.close_below'),
     'input shape of one number': (dict(target=0.4, input_shape=64), '64',
@@ -277,7 +279,7 @@ def test_size_must_come_from_somewhere(gated: Config) -> None:
         build(model)
     assert 'model.gdp.input_shape' in _root(error.value)
     model.gdp.input_shape = (64, 64)
-    assert build(model).gdp.groups.input_shape == (1, 3, 64, 64)
+    assert build(model).gdp.analysis.input_shape == (1, 3, 64, 64)
 
 
 def test_a_model_with_nothing_to_prune_is_an_error(gated: Config) -> None:
@@ -307,7 +309,7 @@ def test_settings_have_the_documented_defaults() -> None:
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
-    assert 0 < settings.close_below < 1 and settings.floor == 0
+    assert 0 < settings.close_below < 1 and settings.min_keep_ratio == 0
 
 
 def test_pruned_model_without_widths_is_an_error(dense: Config) -> None:
@@ -330,23 +332,25 @@ def test_base_model_is_the_dense_one(dense: Config) -> None:
 
 def members(model: Any) -> tuple[set[str], set[str]]:
     """Parts of a model whose outputs, and whose inputs, carry gates."""
-    groups = find_pruner(model).groups.groups
+    analysis = find_pruner(model).analysis.groups
     return ({
         name.partition('.')[0]
-        for group in groups
+        for group in analysis
         for name in group.writers
-    }, {name.partition('.')[0]
-        for group in groups
-        for name in group.readers})
+    }, {
+        name.partition('.')[0]
+        for group in analysis
+        for name in group.readers
+    })
 
 
 @pytest.mark.usefixtures('mmseg_scope')
 @pytest.mark.parametrize('options, writers, readers', [
     (dict(ignore=['decode_head', 'auxiliary_head']), {'backbone'
                                                       }, {'backbone'}),
-    (dict(prune=['backbone']), {'backbone'},
+    (dict(only=['backbone']), {'backbone'},
      {'backbone', 'decode_head', 'auxiliary_head'}),
-    (dict(prune=['decode_head.*conv*']), {'decode_head'}, {'decode_head'}),
+    (dict(only=['decode_head.*conv*']), {'decode_head'}, {'decode_head'}),
 ])
 def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
                                     readers: set[str]) -> None:
@@ -359,7 +363,7 @@ def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
 @pytest.mark.parametrize('options, message', [
     (dict(ignore='decode_head'), "gdp.ignore: expected a list of names.*"
      "'decode_head'"),
-    (dict(prune=[3]), r'gdp.prune: expected a list of names.*\(3,\)'),
+    (dict(only=[3]), r'gdp.only: expected a list of names.*\(3,\)'),
 ])
 def test_ignore_and_prune_are_lists_of_names(options: dict[str, Any],
                                              message: str) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.report.plots import draw_path, draw_widths, pixels
-from gdp_mmseg.report.summary import dead_parts, kept_by_stage, stage_of
+from gdp_mmseg.report.summary import dead_parts, kept_by_part, part_of
 
 from project import Exported, Project, Trained, train
 from toys import SHAPE, Net, block, branch, last, run
@@ -46,14 +46,14 @@ class Stages(nn.Sequential):
         self.head = last(6)
 
 
-def network(*closed: str) -> tuple[Groups, Tensor]:
+def network(*closed: str) -> tuple[Analysis, Tensor]:
     """Its groups, and which channels stay if what these write is closed."""
-    groups = analyse(Stages(), SHAPE, run)
-    openness = torch.ones(groups.number)
-    for group in groups.groups:
+    analysis = analyse(Stages(), SHAPE, run)
+    openness = torch.ones(analysis.num_gates)
+    for group in analysis.groups:
         if any(name in closed for name in group.writers):
             openness[group.gates] = 0
-    return groups, kept_channels(groups, openness)
+    return analysis, kept_channels(analysis, openness)
 
 
 @pytest.mark.parametrize('module, stage', [
@@ -67,13 +67,13 @@ def network(*closed: str) -> tuple[Groups, Tensor]:
     ('3', '3'),
 ])
 def test_stage_is_a_part_of_a_part(module: str, stage: str) -> None:
-    assert stage_of(module) == stage
+    assert part_of(module) == stage
 
 
 def test_channels_are_counted_by_stage() -> None:
-    groups, keep = network('backbone.layer1.branch.0')
-    found = [(stage.name, stage.channels, stage.kept)
-             for stage in kept_by_stage(groups.groups, keep)]
+    analysis, keep = network('backbone.layer1.branch.0')
+    found = [(part.name, part.channels, part.kept)
+             for part in kept_by_part(analysis.groups, keep)]
     assert found == [('backbone.stem', 6, 6), ('backbone.layer1', 10, 6),
                      ('backbone.layer2', 10, 10)]
 
@@ -168,7 +168,7 @@ def test_tensorboard_gets_pictures_at_the_interval(project: Project,
     events.Reload()
     for name in ('gdp_openness', 'gdp_widths'):
         assert [image.step for image in events.Images(name)] == [2, 3]
-    for name in ('gdp_asked', 'gdp_got'):
+    for name in ('gdp_budget', 'gdp_held_cost'):
         assert len(events.Scalars(name)) == 3
 
 
@@ -191,10 +191,10 @@ def test_record_says_what_was_asked_and_got(trained: Trained) -> None:
         json.loads(line) for line in (trained.work_dir /
                                       'gates.jsonl').read_text().splitlines()
     ]
-    assert rows[0]['asked'] == pytest.approx(1)
-    assert rows[0]['got'] == pytest.approx(1)
-    assert rows[-1]['asked'] == pytest.approx(pruner.settings.target.ratio)
-    assert rows[-1]['got'] == pytest.approx(rows[-1]['flops'], abs=0.02)
+    assert rows[0]['budget'] == pytest.approx(1)
+    assert rows[0]['held_cost'] == pytest.approx(1)
+    assert rows[-1]['budget'] == pytest.approx(pruner.settings.target.ratio)
+    assert rows[-1]['held_cost'] == pytest.approx(rows[-1]['flops'], abs=0.02)
 
 
 def test_log_ends_with_what_is_kept_and_what_died(trained: Trained) -> None:
@@ -202,9 +202,9 @@ def test_log_ends_with_what_is_kept_and_what_died(trained: Trained) -> None:
     line = [line for line in log.splitlines() if 'GDP: asked for' in line][-1]
     pruner = trained.runner.model.gdp
     keep = pruner.channels() > 0
-    for stage in kept_by_stage(pruner.groups.groups, keep):
-        assert f'{stage.name} {stage.kept / stage.channels:.0%}' in line
-    for part in dead_parts(pruner.groups, keep) or ['died: nothing']:
+    for part in kept_by_part(pruner.analysis.groups, keep):
+        assert f'{part.name} {part.kept / part.channels:.0%}' in line
+    for part in dead_parts(pruner.analysis, keep) or ['died: nothing']:
         assert part in line
 
 
@@ -213,11 +213,11 @@ def test_report_shows_stages_and_deaths_and_the_path(exported: Exported,
     pruner = trained.runner.model.gdp
     report, text = exported.report, (exported.folder / 'report.md').read_text()
     keep = pruner.channels() > 0
-    assert report['dead'] == dead_parts(pruner.groups, keep)
-    assert sum(stage['kept'] for stage in report['stages']) == int(keep.sum())
-    assert 'backbone.layer1' in [stage['name'] for stage in report['stages']]
-    for stage in report['stages']:
-        assert f'| {stage["name"]} ' in text
+    assert report['dead'] == dead_parts(pruner.analysis, keep)
+    assert sum(part['kept'] for part in report['parts']) == int(keep.sum())
+    assert 'backbone.layer1' in [part['name'] for part in report['parts']]
+    for part in report['parts']:
+        assert f'| {part["name"]} ' in text
     assert all(f'- {part}\n' in text for part in report['dead'])
     assert report['gates_picture'] == 'gates.png'
     assert '](gates.png)' in text
@@ -248,15 +248,15 @@ def test_export_needs_no_record_of_the_gates(record: str | None, said: str,
 def test_path_until_the_checkpoint_is_drawn_also_without_a_budget(
         tmp_path: Path) -> None:
     from gdp_mmseg.engine.monitor import path_figure
-    groups, _ = network()
+    analysis, _ = network()
     rows = [
-        dict(iter=number, flops=1., openness=[0.5] * len(groups.groups))
+        dict(iter=number, flops=1., openness=[0.5] * len(analysis.groups))
         for number in (10, 20, 30)
     ]
     path = tmp_path / 'gates.jsonl'
     path.write_text('\n'.join(map(json.dumps, rows)))
-    figure = path_figure(path, groups.groups, until=20)
+    figure = path_figure(path, analysis.groups, until=20)
     assert figure is not None
     image = figure.axes[0].images[0]
-    assert image.get_array().shape == (len(groups.groups), 2)
+    assert image.get_array().shape == (len(analysis.groups), 2)
     assert image.get_extent()[1] == 20

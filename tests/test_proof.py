@@ -12,31 +12,31 @@ from torch.nn import functional as F
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.surgery import verify as proof
-from gdp_mmseg.surgery.random_weights import lively_copy
-from gdp_mmseg.surgery.verify import TOLERANCE, largest_difference, prove
+from gdp_mmseg.surgery.random_weights import copy_with_random_weights
+from gdp_mmseg.surgery.verify import TOLERANCE, largest_difference, verify
 
 from toys import SHAPE, TOYS, Net, block, conv, last, run
 
 
-def proven(net: nn.Module) -> tuple[Groups, Groups]:
+def proven(net: nn.Module) -> tuple[Analysis, Analysis]:
     """What the analysis says, and what is left of it."""
-    groups = analyse(net, SHAPE, run)
-    return groups, prove(net, groups, run)[0]
+    analysis = analyse(net, SHAPE, run)
+    return analysis, verify(net, analysis, run)[0]
 
 
-def writers(groups: Groups) -> set[str]:
-    return {name for group in groups.groups for name in group.writers}
+def writers(analysis: Analysis) -> set[str]:
+    return {name for group in analysis.groups for name in group.writers}
 
 
 @pytest.mark.parametrize('name', TOYS)
 def test_exact_analysis_is_left_as_it_is(name: str) -> None:
     toy = TOYS[name]
-    net, groups = toy.analyse()
-    left, difference = prove(net, groups, run)
-    assert left.number == groups.number
-    assert left.groups == groups.groups
+    net, analysis = toy.analyse()
+    left, difference = verify(net, analysis, run)
+    assert left.num_gates == analysis.num_gates
+    assert left.groups == analysis.groups
     assert difference <= TOLERANCE
 
 
@@ -92,10 +92,10 @@ def test_channels_that_the_forward_counts_on_stay(forward: Any) -> None:
     groups, left = proven(net)
     assert writers(groups) == {'stem.0', 'body.0'}
     assert writers(left) == {'body.0'}
-    assert left.number == 6
+    assert left.num_gates == 6
     row = left.frozen[-1]
     assert row.writers == ('stem.0', ) and 'counts on' in row.reason
-    assert all(name != 'stem.0.weight' for name, _ in left.axes)
+    assert all(name != 'stem.0.weight' for name, _ in left.gate_of_slot)
 
 
 def test_layer_in_which_no_gate_works_keeps_its_inputs() -> None:
@@ -118,11 +118,11 @@ def refuse_nothing(net: Any, x: Tensor) -> Tensor:
 
 def test_group_keeps_a_channel_where_the_forward_needs_one() -> None:
     net = Net(refuse_nothing, stem=block(3, 8), body=block(8, 6), head=last(6))
-    groups, left = proven(net)
-    assert left.number == groups.number
+    analysis, left = proven(net)
+    assert left.num_gates == analysis.num_gates
     stem, = (group for group in left.groups if group.writers == ('stem.0', ))
-    assert not stem.vanishes
-    kept = kept_channels(left, torch.zeros(left.number))
+    assert not stem.can_be_empty
+    kept = kept_channels(left, torch.zeros(left.num_gates))
     assert kept[stem.gates].sum() == 1
 
 
@@ -141,9 +141,9 @@ def count_cuts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     cuts: list[int] = []
     plain = proof.cut
 
-    def cut(model: nn.Module, groups: Groups, openness: Tensor) -> Any:
+    def cut(model: nn.Module, analysis: Analysis, openness: Tensor) -> Any:
         cuts.append(int((openness == 0).sum()))
-        return plain(model, groups, openness)
+        return plain(model, analysis, openness)
 
     monkeypatch.setattr(proof, 'cut', cut)
     return cuts
@@ -208,8 +208,8 @@ def test_input_is_about_the_least_that_the_model_takes(least: int,
         return plain(net, x)
 
     net = Net(picky, stem=block(3, 4), body=block(4, 4), head=last(4))
-    groups = analyse(net, (3, 320, 320), run)
-    assert prove(net, groups, run)[0].number == groups.number
+    analysis = analyse(net, (3, 320, 320), run)
+    assert verify(net, analysis, run)[0].num_gates == analysis.num_gates
     assert seen == {side}
 
 
@@ -217,16 +217,17 @@ def test_lively_copy_leaves_the_model_and_shares_memory() -> None:
     torch.manual_seed(0)
     net = nn.Sequential(*block(3, 8), *block(8, 8), *block(8, 8), last(8))
     before = copy.deepcopy(net.state_dict())
-    lively = lively_copy(net.eval(), lambda net: net(torch.zeros(1, 3, 8, 8)))
+    random_copy = copy_with_random_weights(
+        net.eval(), lambda net: net(torch.zeros(1, 3, 8, 8)))
     assert all(
         torch.equal(tensor, before[name])
         for name, tensor in net.state_dict().items())
-    kernels: list[Tensor] = [lively[index].weight for index in (3, 6)]
+    kernels: list[Tensor] = [random_copy[index].weight for index in (3, 6)]
     first, second = (kernel.untyped_storage() for kernel in kernels)
     assert first.data_ptr() == second.data_ptr()
     assert not torch.equal(*kernels)
     # As many numbers as a model of its own has, none of them special.
-    for name, parameter in lively.named_parameters():
+    for name, parameter in random_copy.named_parameters():
         assert parameter.shape == before[name].shape
         assert len(parameter.unique()) == parameter.numel()
         assert (parameter.abs() > 1e-6).float().mean() > 0.9
@@ -239,8 +240,8 @@ def test_lively_copy_is_calmer_where_numbers_would_overflow() -> None:
         outputs = net(torch.ones(1, 1))
         return torch.where(outputs > 1, torch.inf, outputs)
 
-    lively = lively_copy(net, run)
-    assert bool(run(lively).isfinite().all())
+    random_copy = copy_with_random_weights(net, run)
+    assert bool(run(random_copy).isfinite().all())
 
 
 def test_model_that_is_never_the_same_is_refused() -> None:
@@ -260,8 +261,8 @@ def test_training_forward_counts_too() -> None:
     def training(net: Any, x: Tensor) -> Tensor:
         return view_by_stored_number(net, x)
 
-    groups = analyse(net, SHAPE, run, training)
-    assert writers(prove(net, groups, run, training)[0]) == {'body.0'}
+    analysis = analyse(net, SHAPE, run, training)
+    assert writers(verify(net, analysis, run, training)[0]) == {'body.0'}
 
 
 def test_neither_model_nor_random_numbers_are_touched() -> None:
@@ -288,8 +289,8 @@ def test_proof_is_the_same_each_time() -> None:
         stem=block(3, 8),
         body=block(8, 6),
         head=last(6))
-    groups = analyse(net, SHAPE, run)
-    first, second = (prove(net, groups, run) for _ in range(2))
+    analysis = analyse(net, SHAPE, run)
+    first, second = (verify(net, analysis, run) for _ in range(2))
     assert first[1] == second[1]
     assert [g.writers
             for g in first[0].groups] == [g.writers for g in second[0].groups]
@@ -315,24 +316,25 @@ def test_largest_difference(got: list[list[float]], wanted: list[list[float]],
 
 def test_ignored_part_is_not_touched_at_all() -> None:
     net = TOYS['residual with downsample'].analyse()[0]
-    groups = analyse(net, SHAPE, run, ignore=['branch.0'])
+    analysis = analyse(net, SHAPE, run, ignore=['branch.0'])
     # It reads the stem and writes what branch.3 reads.
-    assert writers(groups) == {'down.0', 'branch.3'}
-    assert not any(name.startswith('branch.0') for name, _ in groups.axes)
+    assert writers(analysis) == {'down.0', 'branch.3'}
+    assert not any(
+        name.startswith('branch.0') for name, _ in analysis.gate_of_slot)
     with pytest.raises(ValueError, match='kept out by ignore'):
         analyse(net, SHAPE, run, ignore=['bran*', 'stem'])
 
 
 def test_prune_restricts_whose_outputs_go() -> None:
     net = TOYS['chain'].analyse()[0]
-    groups = analyse(net, SHAPE, run, prune=['3'])
-    assert writers(groups) == {'3'}
-    assert ('6.weight', 1) in groups.axes
-    assert any('kept out by prune' in row.reason and row.writers == ('0', )
-               for row in groups.frozen)
+    analysis = analyse(net, SHAPE, run, only=['3'])
+    assert writers(analysis) == {'3'}
+    assert ('6.weight', 1) in analysis.gate_of_slot
+    assert any('kept out by only' in row.reason and row.writers == ('0', )
+               for row in analysis.frozen)
 
 
-@pytest.mark.parametrize('option', ['ignore', 'prune'])
+@pytest.mark.parametrize('option', ['ignore', 'only'])
 def test_pattern_of_no_module_is_named(option: str) -> None:
     options: Any = {option: ['branch', 'bodi*']}
     with pytest.raises(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gdp_mmseg.analysis import operators
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.labels import Labels
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.random_weights import randomise_
@@ -25,38 +25,38 @@ SEEDS = range(300)
 TOLERANCE = 1e-9
 
 
-def drawn(seed: int) -> tuple[nn.Module, Groups]:
+def drawn(seed: int) -> tuple[nn.Module, Analysis]:
     """A network of double precision with random weights, and its groups."""
     torch.manual_seed(seed)
     net = randomise_(RandomNetwork(seed)).eval()
     return net.double(), analyse(net, SHAPE, run)
 
 
-def error(net: nn.Module, groups: Groups, seed: int) -> float:
+def error(net: nn.Module, analysis: Analysis, seed: int) -> float:
     """Difference of gated and pruned with gates drawn at random.
 
     Each group has a chance of its own to lose channels: from none to all.
     """
     generator = torch.Generator().manual_seed(seed)
-    gates = Gates(groups.number).double()
+    gates = Gates(analysis.num_gates).double()
     with torch.no_grad():
         gates.theta.uniform_(0.2, 2., generator=generator)
-        for group in groups.groups:
+        for group in analysis.groups:
             share = torch.rand(1, generator=generator).mul(1.6).sub(0.3)
             shut = torch.rand(len(group.gates), generator=generator) < share
             gates.theta[group.gates[shut]] = 0
     inputs = torch.randn((2, *SHAPE), generator=generator).double()
     with torch.no_grad():
-        wanted = gated(net, groups, gates)(inputs)
-        pruned, _ = prune(net, groups, gates.openness())
+        wanted = gated(net, analysis, gates)(inputs)
+        pruned, _ = prune(net, analysis, gates.openness())
         return largest_difference([pruned(inputs)], [wanted])
 
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_pruned_network_computes_what_the_gated_one_does(seed: int) -> None:
-    net, groups = drawn(seed)
+    net, analysis = drawn(seed)
     for pattern in range(2):
-        assert error(net, groups, 2 * seed + pattern) <= TOLERANCE, net
+        assert error(net, analysis, 2 * seed + pattern) <= TOLERANCE, net
 
 
 def test_networks_have_every_kind_of_step_and_gates() -> None:
@@ -64,7 +64,7 @@ def test_networks_have_every_kind_of_step_and_gates() -> None:
     for seed in SEEDS:
         kinds.update(RandomNetwork(seed).kinds)
     assert min(kinds[step.__name__] for step in STEPS) >= 30
-    numbers = [drawn(seed)[1].number for seed in list(SEEDS)[:50]]
+    numbers = [drawn(seed)[1].num_gates for seed in list(SEEDS)[:50]]
     assert sorted(numbers)[len(numbers) // 2] >= 10
 
 
@@ -99,8 +99,8 @@ def test_broken_analysis_is_noticed(mutation: Callable[[pytest.MonkeyPatch],
     wrong = 0
     for seed in SEEDS[:60]:
         try:
-            net, groups = drawn(seed)
-            wrong += error(net, groups, seed) > TOLERANCE
+            net, analysis = drawn(seed)
+            wrong += error(net, analysis, seed) > TOLERANCE
         except (RuntimeError, ValueError, ArithmeticError):
             wrong += 1
     assert wrong >= 3

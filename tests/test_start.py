@@ -89,7 +89,7 @@ def test_weights_of_a_fine_tuned_export_are_not_those_of_the_dense(
         capsys: pytest.CaptureFixture[str]) -> None:
     cfg = project.load(tmp_path, exported.config)
     cfg.train_cfg.max_iters = 1
-    cfg.default_hooks.guard = dict(type='gdp_mmseg.GuardHook')
+    cfg.default_hooks.resume = dict(type='gdp_mmseg.ResumeHook')
     Runner.from_cfg(cfg).train()
     checkpoint = tmp_path / 'iter_1.pth'
     _, meta = read_checkpoint(str(checkpoint))
@@ -131,7 +131,7 @@ def _half_pruned(project: Project) -> tuple[ConfigDict, dict[str, Tensor]]:
     gated: Any = build(Config.fromfile(project.gated).model)
     openness = (torch.arange(gated.gdp.gates.theta.numel()) % 2).float()
     config = Config.fromfile(project.dense).model
-    pruned, widths = prune(build(config).eval(), gated.gdp.groups, openness)
+    pruned, widths = prune(build(config).eval(), gated.gdp.analysis, openness)
     config.update(type='gdp_mmseg.PrunedModel', gdp=dict(widths=widths))
     return config, pruned.state_dict()
 

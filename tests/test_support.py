@@ -13,9 +13,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 from gdp_mmseg.engine.compat import (SPLITTING, check_config, check_runner,
-                                     guards_training, moves_gates)
+                                     moves_gates, resumes_exactly)
 from gdp_mmseg.engine.hook import GDPHook
-from gdp_mmseg.engine.resume import GuardHook
+from gdp_mmseg.engine.resume import ResumeHook
 
 from project import Project, run_tool
 
@@ -62,20 +62,20 @@ def test_gates_without_their_hook_are_refused(project: Project) -> None:
         check_config(cfg)
 
 
-@pytest.mark.parametrize('kind, moves, guards', [
+@pytest.mark.parametrize('kind, moves, resumes', [
     ('gdp_mmseg.GDPHook', True, True),
     ('GDPHook', True, True),
     (GDPHook, True, True),
-    ('gdp_mmseg.GuardHook', False, True),
-    (GuardHook, False, True),
+    ('gdp_mmseg.ResumeHook', False, True),
+    (ResumeHook, False, True),
     ('CheckpointHook', False, False),
     (None, False, False),
 ])
 def test_hooks_are_known_by_name_and_by_class(kind: Any, moves: bool,
-                                              guards: bool) -> None:
+                                              resumes: bool) -> None:
     hook = dict(type=kind)
-    assert (moves_gates(hook), guards_training(hook)) == (moves, guards)
-    assert not guards_training(None)
+    assert (moves_gates(hook), resumes_exactly(hook)) == (moves, resumes)
+    assert not resumes_exactly(None)
 
 
 def test_a_model_without_gates_may_be_split(project: Project) -> None:

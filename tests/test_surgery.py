@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from gdp_mmseg.analysis.liveness import constant_channels, kept_channels
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.surgery.constant import Constant
 from gdp_mmseg.surgery.prune import absorb_, prune
@@ -20,35 +20,35 @@ from toys import (BACKBONES, TOYS, all_outputs, counted_macs, deeplab, gated,
                   open_gates, randomise_)
 
 
-def at_random(groups: Groups) -> Tensor:
+def at_random(analysis: Analysis) -> Tensor:
     """Half of the gates; of each group one at least is open, one closed."""
     generator = torch.Generator().manual_seed(3)
-    keep = torch.rand(groups.number, generator=generator) < 0.5
-    for group in groups.groups:
+    keep = torch.rand(analysis.num_gates, generator=generator) < 0.5
+    for group in analysis.groups:
         order = torch.randperm(len(group.gates), generator=generator)
         keep[group.gates[order[:1]]] = False
         keep[group.gates[order[-1:]]] = True
     return keep
 
 
-def whole_groups_closed(groups: Groups) -> Tensor:
+def whole_groups_closed(analysis: Analysis) -> Tensor:
     """Every second group, beginning with the first."""
-    keep = torch.ones(groups.number, dtype=torch.bool)
-    for group in groups.groups[::2]:
+    keep = torch.ones(analysis.num_gates, dtype=torch.bool)
+    for group in analysis.groups[::2]:
         keep[group.gates] = False
     return keep
 
 
-def other_groups_closed(groups: Groups) -> Tensor:
-    return ~whole_groups_closed(groups)
+def other_groups_closed(analysis: Analysis) -> Tensor:
+    return ~whole_groups_closed(analysis)
 
 
-def all_closed(groups: Groups) -> Tensor:
-    return torch.zeros(groups.number, dtype=torch.bool)
+def all_closed(analysis: Analysis) -> Tensor:
+    return torch.zeros(analysis.num_gates, dtype=torch.bool)
 
 
-def all_open(groups: Groups) -> Tensor:
-    return torch.ones(groups.number, dtype=torch.bool)
+def all_open(analysis: Analysis) -> Tensor:
+    return torch.ones(analysis.num_gates, dtype=torch.bool)
 
 
 PATTERNS = {
@@ -77,13 +77,13 @@ def numbers(net: nn.Module) -> int:
 def test_pruned_toy_computes_what_the_gated_one_does(name: str,
                                                      pattern: str) -> None:
     toy = TOYS[name]
-    net, groups = toy.analyse()
-    gates = open_gates(PATTERNS[pattern](groups)).double()
+    net, analysis = toy.analyse()
+    gates = open_gates(PATTERNS[pattern](analysis)).double()
     net, inputs = net.double(), toy.inputs().double()
     before = copy.deepcopy(net.state_dict())
-    pruned, _ = prune(net, groups, gates.openness())
+    pruned, _ = prune(net, analysis, gates.openness())
     with torch.no_grad():
-        wanted = gated(net, groups, gates)(inputs)
+        wanted = gated(net, analysis, gates)(inputs)
         assert difference(pruned(inputs), wanted) <= 1e-10
     assert all(
         torch.equal(tensor, before[key])
@@ -95,10 +95,10 @@ def test_pruned_toy_computes_what_the_gated_one_does(name: str,
 @pytest.mark.parametrize('name', TOYS)
 def test_pruned_toy_has_fewer_parameters_if_a_channel_went(
         name: str, pattern: str) -> None:
-    net, groups = TOYS[name].analyse()
-    gates = open_gates(PATTERNS[pattern](groups))
-    pruned, widths = prune(net, groups, gates.openness())
-    if kept_channels(groups, gates.openness()).all():
+    net, analysis = TOYS[name].analyse()
+    gates = open_gates(PATTERNS[pattern](analysis))
+    pruned, widths = prune(net, analysis, gates.openness())
+    if kept_channels(analysis, gates.openness()).all():
         assert numbers(pruned) == numbers(net) and not widths
     else:
         assert numbers(pruned) < numbers(net) and widths
@@ -109,9 +109,9 @@ def test_pruned_toy_has_fewer_parameters_if_a_channel_went(
 def test_pruned_toy_is_rebuilt_from_its_widths_alone(name: str,
                                                      pattern: str) -> None:
     toy = TOYS[name]
-    net, groups = toy.analyse()
-    pruned, widths = prune(net, groups,
-                           open_gates(PATTERNS[pattern](groups)).openness())
+    net, analysis = toy.analyse()
+    pruned, widths = prune(net, analysis,
+                           open_gates(PATTERNS[pattern](analysis)).openness())
     torch.manual_seed(5)
     rebuilt = toy.build().eval()
     apply_widths_(rebuilt, widths)
@@ -124,9 +124,9 @@ def test_pruned_toy_is_rebuilt_from_its_widths_alone(name: str,
 @pytest.mark.parametrize('name', TOYS)
 def test_pruned_toy_trains_on(name: str, pattern: str) -> None:
     toy = TOYS[name]
-    net, groups = toy.analyse()
-    pruned, _ = prune(net, groups,
-                      open_gates(PATTERNS[pattern](groups)).openness())
+    net, analysis = toy.analyse()
+    pruned, _ = prune(net, analysis,
+                      open_gates(PATTERNS[pattern](analysis)).openness())
     trains(pruned, lambda net: net(toy.inputs()))
 
 
@@ -149,13 +149,13 @@ def trains(pruned: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
 def test_macs_of_the_pruned_toy_are_what_the_cost_says(name: str,
                                                        pattern: str) -> None:
     toy = TOYS[name]
-    net, groups = toy.analyse()
-    openness = open_gates(PATTERNS[pattern](groups)).openness()
-    pruned, _ = prune(net, groups, openness)
-    kept = kept_channels(groups, openness).float()
+    net, analysis = toy.analyse()
+    openness = open_gates(PATTERNS[pattern](analysis)).openness()
+    pruned, _ = prune(net, analysis, openness)
+    kept = kept_channels(analysis, openness).float()
     assert counted_macs(
         pruned,
-        toy.inputs()[:1]) == FlopCost(groups).count(kept) + toy.uncounted
+        toy.inputs()[:1]) == FlopCost(analysis).count(kept) + toy.uncounted
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
@@ -168,34 +168,34 @@ def test_kept_channels_are_idempotent(name: str, pattern: str) -> None:
 
 @pytest.mark.parametrize('name', TOYS)
 def test_a_group_that_cannot_vanish_keeps_one_channel(name: str) -> None:
-    groups = TOYS[name].analyse()[1]
-    keep = kept_channels(groups, torch.zeros(groups.number))
-    for group in groups.groups:
-        assert int(keep[group.gates].sum()) == (0 if group.vanishes else 1)
+    analysis = TOYS[name].analyse()[1]
+    keep = kept_channels(analysis, torch.zeros(analysis.num_gates))
+    for group in analysis.groups:
+        assert int(keep[group.gates].sum()) == (0 if group.can_be_empty else 1)
 
 
 def test_channels_that_only_feed_dead_layers_go() -> None:
-    groups = TOYS['chain'].analyse()[1]
-    first, second = (group.gates for group in groups.groups)
-    openness = torch.ones(groups.number)
+    analysis = TOYS['chain'].analyse()[1]
+    first, second = (group.gates for group in analysis.groups)
+    openness = torch.ones(analysis.num_gates)
     openness[second] = 0
-    assert not kept_channels(groups, openness).any()
+    assert not kept_channels(analysis, openness).any()
     openness[:] = 1
     openness[first] = 0
-    keep = kept_channels(groups, openness)
+    keep = kept_channels(analysis, openness)
     # What the second layer writes is constant, but the head reads it.
     assert keep[second].all() and not keep[first].any()
-    assert torch.equal(constant_channels(groups, keep), keep)
+    assert torch.equal(constant_channels(analysis, keep), keep)
 
 
 def test_dead_branch_leaves_the_constant_of_its_last_norm() -> None:
-    net, groups = TOYS['residual'].analyse()
+    net, analysis = TOYS['residual'].analyse()
     inside, = (
-        group.gates for group in groups.groups
+        group.gates for group in analysis.groups
         if set(group.readers) == {'branch.3'})
-    openness = torch.ones(groups.number)
+    openness = torch.ones(analysis.num_gates)
     openness[inside] = 0
-    pruned, widths = prune(net, groups, openness)
+    pruned, widths = prune(net, analysis, openness)
     norm = net.branch[4]
     constant = norm.bias - norm.weight * norm.running_mean / (
         norm.running_var + norm.eps).sqrt()
@@ -206,13 +206,13 @@ def test_dead_branch_leaves_the_constant_of_its_last_norm() -> None:
 
 
 def test_absorbing_scales_the_columns_of_the_kernel() -> None:
-    net, groups = TOYS['chain'].analyse()
-    openness = torch.linspace(0, 0.9, groups.number)
+    net, analysis = TOYS['chain'].analyse()
+    openness = torch.linspace(0, 0.9, analysis.num_gates)
     state = dict(net.state_dict())
-    absorb_(state, groups, openness, openness >= 0)
+    absorb_(state, analysis, openness, openness >= 0)
     gates_of = {
         group.readers: openness[group.gates]
-        for group in groups.groups
+        for group in analysis.groups
     }
     for layer, gates in gates_of.items():
         kernel = net.get_submodule(layer[0]).weight.detach()
@@ -223,10 +223,11 @@ def test_absorbing_scales_the_columns_of_the_kernel() -> None:
 
 
 def test_pruning_keeps_what_must_not_be_trained() -> None:
-    net, groups = TOYS['chain'].analyse()
+    net, analysis = TOYS['chain'].analyse()
     for parameter in net[0].parameters():
         parameter.requires_grad_(False)
-    pruned, _ = prune(net, groups, open_gates(at_random(groups)).openness())
+    pruned, _ = prune(net, analysis,
+                      open_gates(at_random(analysis)).openness())
     assert not pruned[0].weight.requires_grad
     assert pruned[3].weight.requires_grad
 
@@ -235,10 +236,10 @@ def test_pruning_keeps_what_must_not_be_trained() -> None:
 @pytest.mark.parametrize('key', ['0.weight', '1.running_var', '6.weight'])
 def test_weights_that_are_not_finite_are_refused(key: str,
                                                  value: float) -> None:
-    net, groups = TOYS['chain'].analyse()
+    net, analysis = TOYS['chain'].analyse()
     net.state_dict()[key].view(-1)[0] = value
     with pytest.raises(ValueError, match=key.replace('.', r'\.')):
-        prune(net, groups, torch.ones(groups.number))
+        prune(net, analysis, torch.ones(analysis.num_gates))
 
 
 @pytest.mark.parametrize('widths, said', [
@@ -283,8 +284,8 @@ def test_widths_that_do_not_fit_are_refused(widths: Widths, said: str) -> None:
 
 
 def test_widths_of_another_net_are_refused() -> None:
-    net, groups = TOYS['residual'].analyse()
-    _, widths = prune(net, groups, torch.zeros(groups.number))
+    net, analysis = TOYS['residual'].analyse()
+    _, widths = prune(net, analysis, torch.zeros(analysis.num_gates))
     with pytest.raises(ValueError, match='another config'):
         apply_widths_(TOYS['chain'].build(), widths)
 
@@ -330,7 +331,7 @@ def segmentor(name: str) -> nn.Module:
 
 @pytest.fixture(scope='module', params=BACKBONES)
 def dense(request: pytest.FixtureRequest,
-          mmseg_scope: None) -> tuple[str, nn.Module, Groups]:
+          mmseg_scope: None) -> tuple[str, nn.Module, Analysis]:
     from gdp_mmseg.engine.model import analyse_model
     net = segmentor(request.param)
     return request.param, net, analyse_model(net, (3, 49, 41))[0]
@@ -343,19 +344,19 @@ def images(number: int = 2) -> Tensor:
 
 @pytest.mark.parametrize('pattern', PATTERNS)
 def test_pruned_deeplab_computes_what_the_gated_one_does(
-        dense: tuple[str, nn.Module, Groups], pattern: str) -> None:
-    name, net, groups = dense
-    gates = open_gates(PATTERNS[pattern](groups))
+        dense: tuple[str, nn.Module, Analysis], pattern: str) -> None:
+    name, net, analysis = dense
+    gates = open_gates(PATTERNS[pattern](analysis))
     before = copy.deepcopy(net.state_dict())
-    pruned, widths = prune(net, groups, gates.openness())
+    pruned, widths = prune(net, analysis, gates.openness())
     rebuilt = segmentor(name)
     apply_widths_(rebuilt, widths)
     rebuilt.load_state_dict(pruned.state_dict(), strict=True)
-    kept = kept_channels(groups, gates.openness())
+    kept = kept_channels(analysis, gates.openness())
     with torch.no_grad():
         found = all_outputs(pruned, images())
         assert difference(found,
-                          all_outputs(gated(net, groups, gates),
+                          all_outputs(gated(net, analysis, gates),
                                       images())) <= 1e-5
         assert difference(all_outputs(rebuilt, images()), found) == 0
     assert all(
@@ -365,15 +366,15 @@ def test_pruned_deeplab_computes_what_the_gated_one_does(
     assert counted_macs(
         pruned, images(1),
         lambda net, inputs: net(inputs, mode='tensor')) == FlopCost(
-            groups).count(kept.float())
-    assert torch.equal(kept_channels(groups, kept.float()), kept)
+            analysis).count(kept.float())
+    assert torch.equal(kept_channels(analysis, kept.float()), kept)
 
 
 @pytest.mark.parametrize('pattern', PATTERNS)
-def test_pruned_deeplab_trains_on(dense: tuple[str, nn.Module, Groups],
+def test_pruned_deeplab_trains_on(dense: tuple[str, nn.Module, Analysis],
                                   pattern: str) -> None:
-    _, net, groups = dense
-    pruned, _ = prune(net, groups,
-                      open_gates(PATTERNS[pattern](groups)).openness())
+    _, net, analysis = dense
+    pruned, _ = prune(net, analysis,
+                      open_gates(PATTERNS[pattern](analysis)).openness())
     trains(pruned, lambda net: all_outputs(net, images()))
     assert not net.training

@@ -41,9 +41,9 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
     """A chain, trained to a target on random inputs and random wishes."""
     torch.manual_seed(0)
     net = nn.Sequential(*block(3, 96), *block(96, 128, kernel=1), last(128))
-    groups = analyse(net, (3, 8, 8), run)
+    analysis = analyse(net, (3, 8, 8), run)
     pruner = Pruner(
-        groups,
+        analysis,
         Settings.from_config(
             dict(
                 target=dict(type=kind, ratio=RATIO),
@@ -51,7 +51,7 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
                 **settings)))
     if pruner.unmeasured:
         pruner.measure_()
-    with_gates = gated(net, groups, pruner.gates)
+    with_gates = gated(net, analysis, pruner.gates)
     theta = pruner.gates.theta
     optimizer = torch.optim.SGD(with_gates.parameters(), lr=0.05)
     inputs = torch.randn(4, 3, 8, 8)
@@ -89,7 +89,7 @@ def test_training_without_the_hook_is_warned_of() -> None:
 
 def test_training_ends_within_one_point_of_the_parameters() -> None:
     net, pruner = trained_toy('params')
-    pruned, _ = prune(net, pruner.groups, pruner.gates.openness())
+    pruned, _ = prune(net, pruner.analysis, pruner.gates.openness())
     left, dense = (
         sum(parameter.numel() for parameter in model.parameters())
         for model in (pruned, net))
@@ -102,12 +102,12 @@ def test_training_ends_within_one_point_of_the_parameters() -> None:
 def test_a_floor_keeps_its_share_of_each_group_and_the_target() -> None:
     kept = {}
     for floor in (0., 0.6):
-        _, pruner = trained_toy('flops', floor=floor)
+        _, pruner = trained_toy('flops', min_keep_ratio=floor)
         channels = pruner.channels()
         assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
         kept[floor] = min(
             float(channels[group.gates].mean())
-            for group in pruner.groups.groups)
+            for group in pruner.analysis.groups)
     assert kept[0.] < 0.6 <= kept[0.6]
 
 
@@ -144,7 +144,7 @@ def test_widths_are_those_of_groups_worth_the_logarithm_of_their_width(
 
 def test_a_target_below_what_a_floor_keeps_is_refused() -> None:
     with pytest.raises(ValueError, match='gdp.target: expected more than'):
-        trained_toy('flops', floor=0.9)
+        trained_toy('flops', min_keep_ratio=0.9)
 
 
 def test_training_ends_within_one_point_of_the_latency(
@@ -154,7 +154,7 @@ def test_training_ends_within_one_point_of_the_latency(
     channels = pruner.channels()
     assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
     a, b = (
-        float(channels[group.gates].sum()) for group in pruner.groups.groups)
+        float(channels[group.gates].sum()) for group in pruner.analysis.groups)
 
     def time(a: float, b: float) -> float:
         return 3 + 0.01 * (a + b + 2) + 0.001 * (3 * a + a * b + b * 2)
@@ -165,10 +165,10 @@ def test_training_ends_within_one_point_of_the_latency(
 
 def test_a_number_is_a_target_of_flops() -> None:
     """With the same gates, and no more in the state dict than ever."""
-    groups = analyse(
+    analysis = analyse(
         nn.Sequential(*block(3, 4), *block(4, 6), last(6)), (3, 8, 8), run)
     number, named = (
-        Pruner(groups, Settings.from_config(dict(target=target)))
+        Pruner(analysis, Settings.from_config(dict(target=target)))
         for target in (0.4, dict(type='flops', ratio=0.4)))
     assert number.cost is number.flops
     assert number.settings == named.settings
@@ -219,12 +219,12 @@ def by_latency(project: Project,
                tmp_path_factory: pytest.TempPathFactory) -> Measured:
     calls: list[int] = []
 
-    def counted(*arguments: Any) -> Tensor:
+    def in_inference(*arguments: Any) -> Tensor:
         calls.append(len(calls))
         return times(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pruner_module, 'measure', counted)
+        patch.setattr(pruner_module, 'measure', in_inference)
         folder = tmp_path_factory.mktemp('latency')
         return Measured(trained_to('latency', project, folder), calls)
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from gdp_mmseg.analysis.analyse import analyse
-from gdp_mmseg.analysis.structure import Groups
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import Gates
 from gdp_mmseg.gates.layers import gate_layer_
 
@@ -57,7 +57,7 @@ class Toy:
     shape: tuple[int, ...] = SHAPE
     uncounted: int = 0
 
-    def analyse(self) -> tuple[nn.Module, Groups]:
+    def analyse(self) -> tuple[nn.Module, Analysis]:
         """The network with random weights in eval mode, and its groups."""
         torch.manual_seed(0)
         net = randomise_(self.build()).eval()
@@ -123,10 +123,10 @@ def randomise_(net: nn.Module) -> nn.Module:
     return net
 
 
-def gated(net: nn.Module, groups: Groups, gates: Gates) -> nn.Module:
+def gated(net: nn.Module, analysis: Analysis, gates: Gates) -> nn.Module:
     """A copy of a network with gates in it."""
     net = copy.deepcopy(net)
-    for layer in groups.readers():
+    for layer in analysis.gated_layers():
         gate_layer_(net.get_submodule(layer.name), gates, layer.inputs)
     return net
 

@@ -158,12 +158,12 @@ def verify_start(cfg: Config) -> None:
         verify_checkpoint(start, cfg)
 
 
-def guard(cfg: Config) -> None:
+def add_resume_hook_(cfg: Config) -> None:
     """Give a training the hook that GDPHook is one of, if it has none."""
-    from gdp_mmseg.engine.compat import guards_training, hooks_of
-    if not any(map(guards_training, hooks_of(cfg))):
+    from gdp_mmseg.engine.compat import hooks_of, resumes_exactly
+    if not any(map(resumes_exactly, hooks_of(cfg))):
         cfg.merge_from_dict(
-            {'default_hooks.gdp_guard': dict(type='gdp_mmseg.GuardHook')})
+            {'default_hooks.gdp_resume': dict(type='gdp_mmseg.ResumeHook')})
 
 
 def check_paths(cfg: Config, splits: Sequence[str] = SPLITS) -> None:

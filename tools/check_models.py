@@ -183,22 +183,22 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
     from gdp_mmseg.engine.model import analyse_model
     from gdp_mmseg.surgery.verify import TOLERANCE as EXACT
     start = time.process_time()
-    groups, _ = analyse_model(network, (CHANNELS, side, side), settings.ignore,
-                              settings.prune)
+    analysis, _ = analyse_model(network, (CHANNELS, side, side),
+                                settings.ignore, settings.only)
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cost = FlopCost(groups)
+    cost = FlopCost(analysis)
     least = float(
-        cost(kept_channels(groups, torch.zeros(groups.number)).float()))
-    written = [layer.outputs for layer in groups.layers if layer.kernel]
+        cost(kept_channels(analysis, torch.zeros(analysis.num_gates)).float()))
+    written = [layer.outputs for layer in analysis.layers if layer.kernel]
     gated_slots = sum(int((slots >= 0).sum()) for slots in written)
     held = [
         dict(reason=frozen.reason, channels=frozen.channels)
-        for frozen in groups.frozen
+        for frozen in analysis.frozen
         if 'output of the model' not in frozen.reason
         and 'for training only' not in frozen.reason
     ]
-    found = _compare(network, groups, side)
+    found = _compare(network, analysis, side)
     # Also false for nan, and where gates would change nothing anyway.
     right = (
         found['rel_diff'] <= TOLERANCE and found['rel_diff_fp64'] <= EXACT
@@ -218,7 +218,7 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
         **found)
 
 
-def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
+def _compare(network: Any, analysis: Any, side: int) -> dict[str, float]:
     """What pruning half of the channels changes, at several weights.
 
     Returns:
@@ -230,32 +230,33 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
     import torch
 
     from gdp_mmseg.analysis.tracer import copy_model
-    from gdp_mmseg.engine.model import infer
+    from gdp_mmseg.engine.model import inference_forward
     from gdp_mmseg.gates.gdp import Gates
     from gdp_mmseg.gates.layers import gate_layer_
     from gdp_mmseg.surgery.prune import cut
-    from gdp_mmseg.surgery.random_weights import lively_copy
+    from gdp_mmseg.surgery.random_weights import copy_with_random_weights
     from gdp_mmseg.surgery.verify import largest_difference
     generator = torch.Generator().manual_seed(7)
-    gates = Gates(groups.number)
+    gates = Gates(analysis.num_gates)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)
     with torch.no_grad():
         gates.theta.uniform_(0.3, 1., generator=generator)
-        gates.theta[torch.rand(groups.number, generator=generator) < 0.5] = 0
+        gates.theta[torch.rand(analysis.num_gates, generator=generator) <
+                    0.5] = 0
 
     def outputs(network: Any, inputs: Any) -> list[Any]:
         torch.manual_seed(1)  # a forward may draw numbers
         with torch.no_grad():
-            return _leaves(infer(network, inputs.to(dtype)))
+            return _leaves(inference_forward(network, inputs.to(dtype)))
 
     def gated(network: Any) -> Any:
         network = copy_model(network)
-        for layer in groups.readers():
+        for layer in analysis.gated_layers():
             gate_layer_(network.get_submodule(layer.name), gates, layer.inputs)
         return network
 
     def difference(network: Any, wanted: list[Any]) -> float:
-        pruned, _ = cut(network, groups, gates.openness())
+        pruned, _ = cut(network, analysis, gates.openness())
         return largest_difference(outputs(pruned, images), wanted)
 
     found, dtype = {}, torch.float32
@@ -271,12 +272,13 @@ def _compare(network: Any, groups: Any, side: int) -> dict[str, float]:
                                                      torch.float64)):
         torch.set_default_dtype(dtype)
         gates.to(dtype)
-        lively = lively_copy(network, lambda net: infer(net, images.to(dtype)))
-        wanted = outputs(gated(lively), images)
-        found[key] = difference(lively, wanted)
+        random_copy = copy_with_random_weights(
+            network, lambda net: inference_forward(net, images.to(dtype)))
+        wanted = outputs(gated(random_copy), images)
+        found[key] = difference(random_copy, wanted)
         if dtype == torch.float32:
             found['effect'] = largest_difference(
-                outputs(lively, images), wanted)
+                outputs(random_copy, images), wanted)
     return found
 
 

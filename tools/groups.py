@@ -26,26 +26,26 @@ def describe(model: Mapping[str, Any]) -> dict[str, Any]:
     """Groups of a model config, as plain types."""
     from gdp_mmseg.cost.counts import FlopCost
     from gdp_mmseg.engine.model import analyse_config
-    groups = analyse_config(model)
-    cost = FlopCost(groups)
+    analysis = analyse_config(model)
+    cost = FlopCost(analysis)
     return dict(
-        input_shape=list(groups.input_shape),
+        input_shape=list(analysis.input_shape),
         macs=cost.dense,
-        gates=groups.number,
+        gates=analysis.num_gates,
         groups=[
             dict(
                 writers=list(group.writers),
                 readers=list(group.readers),
                 channels=len(group.gates),
                 flops_share=share)
-            for group, share in zip(groups.groups,
+            for group, share in zip(analysis.groups,
                                     cost.group_shares().tolist())
         ],
         frozen=[
             dict(
                 reason=frozen.reason,
                 writers=list(frozen.writers),
-                channels=frozen.channels) for frozen in groups.frozen
+                channels=frozen.channels) for frozen in analysis.frozen
         ])
 
 

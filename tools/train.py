@@ -14,7 +14,7 @@ from mmseg.registry import RUNNERS
 
 from gdp_mmseg.engine.compat import check_config
 
-from _cli import (check_paths, fail, go_on, guard, join_processes_,
+from _cli import (add_resume_hook_, check_paths, fail, go_on, join_processes_,
                   load_config, one_line_errors, verify_start)
 
 
@@ -99,7 +99,7 @@ def main() -> None:
     verify_start(cfg)
     check_paths(cfg, splits=('train', 'val'))
     check_config(cfg)
-    guard(cfg)
+    add_resume_hook_(cfg)
     join_processes_(cfg, args.launcher)
 
     # build the runner from config

@@ -23,7 +23,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .labels import Labels
-from .structure import Frozen, Group, Groups, Layer, Run
+from .structure import Analysis, FrozenChannels, Group, Layer, LayerCall
 from .tracer import Forward, Tracer, copy_model
 
 
@@ -32,7 +32,7 @@ def analyse(model: nn.Module,
             forward: Forward,
             training_forward: Forward | None = None,
             ignore: Sequence[str] = (),
-            prune: Sequence[str] | None = None) -> Groups:
+            only: Sequence[str] | None = None) -> Analysis:
     """Find the channels of a model that can be pruned without a change.
 
     Args:
@@ -45,36 +45,36 @@ def analyse(model: nn.Module,
             reaches are never counted, and keep their own channels.
         ignore (Sequence[str]): Names or patterns of modules of which nothing
             may change.
-        prune (Sequence[str], optional): Names or patterns of modules; no
+        only (Sequence[str], optional): Names or patterns of modules; no
             others lose outputs.
 
     Returns:
-        Groups: See there.
+        Analysis: See there.
 
     Raises:
         ValueError: If the model cannot take an input of this shape, has no
             channel that can be pruned, or no module of a name.
     """
     ignored = _part(model, ignore, 'ignore')
-    pruned = None if prune is None else _part(model, prune, 'prune')
+    chosen = None if only is None else _part(model, only, 'only')
     labels = _trace(model, input_shape, forward, training_forward)
     for (name, axis), slots in labels.axes.items():
         owner = name.rpartition('.')[0]
         if owner in ignored:
             labels.freeze_labels(slots, 'kept out by ignore')
-        elif (pruned is not None and owner not in pruned
+        elif (chosen is not None and owner not in chosen
               and (name, axis) in labels.written_axes):
-            labels.freeze_labels(slots, 'kept out by prune')
+            labels.freeze_labels(slots, 'kept out by only')
     found = _collect(labels, (1, *input_shape))
-    if not found.number:
+    if not found.num_gates:
         raise ValueError(nothing_left(found))
     return found
 
 
-def nothing_left(groups: Groups) -> str:
+def nothing_left(analysis: Analysis) -> str:
     """The message for a model without a gate."""
     reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
-                        for frozen in groups.frozen[:3])
+                        for frozen in analysis.frozen[:3])
     return ('expected at least one prunable group of channels, but got none '
             f'({reasons or "no convolution"})')
 
@@ -121,9 +121,9 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
             shared)
         inputs = torch.zeros((2, *input_shape), device=device, dtype=dtype)
         try:
-            tracer.run(forward, inputs, counted=True)
+            tracer.run(forward, inputs, in_inference=True)
             if training_forward is not None:
-                tracer.run(training_forward, inputs, counted=False)
+                tracer.run(training_forward, inputs, in_inference=False)
             break
         except Exception as error:  # the model's own, of any kind
             if device == 'cpu':
@@ -136,7 +136,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
     return tracer.labels
 
 
-def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
+def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
     """From labels to classes, gates and groups."""
     classes = _classes(labels)
     axes = {key: classes[slots.numpy()] for key, slots in labels.axes.items()}
@@ -169,17 +169,18 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Groups:
         key: torch.from_numpy(gate_of[index])
         for key, index in axes.items()
     }
-    return Groups(
-        number=number,
-        axes={
+    return Analysis(
+        num_gates=number,
+        gate_of_slot={
             key: gates
             for key, gates in gate_axes.items() if bool((gates >= 0).any())
         },
         layers=_layers(labels, gate_axes) + tuple(
-            Layer(f'product in {product.module}', '', product.positions, 1,
+            Layer(f'product in {product.module}', '', product.macs_per_pair, 1,
                   torch.full((product.inputs, ), -1),
                   torch.from_numpy(gate_of[classes[product.outputs.numpy()]]),
-                  False, product.counted, (Run((product.positions, )), ))
+                  False, product.in_inference, (LayerCall(
+                      (product.macs_per_pair, )), ))
             for product in labels.products),
         groups=tuple(groups),
         parameters=labels.parameters,
@@ -239,14 +240,14 @@ def _layers(labels: Labels, gate_axes: dict[tuple[str, int],
                            for axis, size in zip(call.axes, call.sizes))
         layers.append(
             Layer(
-                kernel.rpartition('.')[0], kernel, call.positions,
-                call.axes[0], inputs, outputs, call.blocks, call.counted,
-                call.runs))
+                kernel.rpartition('.')[0], kernel, call.macs_per_pair,
+                call.axes[0], inputs, outputs, call.blockwise,
+                call.in_inference, call.calls))
     return tuple(layers)
 
 
 def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
-            reasons: dict[int, str]) -> tuple[Frozen, ...]:
+            reasons: dict[int, str]) -> tuple[FrozenChannels, ...]:
     """Written channels without a gate, by reason, most channels first."""
     found: dict[str, tuple[set[int], set[tuple[str, int]]]] = {}
     for key in axes:
@@ -258,7 +259,7 @@ def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
                 indices.add(index)
                 keys.add(key)
     frozen = [
-        Frozen(reason, _modules(sorted(keys)), len(indices))
+        FrozenChannels(reason, _modules(sorted(keys)), len(indices))
         for reason, (indices, keys) in found.items()
     ]
     return tuple(sorted(frozen, key=lambda row: -row.channels))

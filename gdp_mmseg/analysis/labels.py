@@ -19,49 +19,50 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .structure import Run
+from .structure import LayerCall
 
 
 @dataclasses.dataclass
-class Call:
+class KernelUse:
     """How a convolution or linear layer was run.
 
     Args:
-        runs (tuple[Run, ...]): All counted calls.
-        positions (int): Multiply-adds per image and pair of channels (of a
+        calls (tuple[LayerCall, ...]): All counted calls.
+        macs_per_pair (int): Multiply-adds per image and pair of channels (of a
             layer of blocks: per output channel), over all counted calls.
         sizes (tuple[int, int]): Slots of its kernel's input and output axis.
         axes (tuple[int, int]): Those axes: (1, 0), or (0, 1) of a transposed
             convolution.
-        blocks (bool): Each block of outputs reads one block of inputs and
+        blockwise (bool): Each block of outputs reads one block of inputs and
             goes with it, as in a depthwise convolution; its kernel has one
             axis of channels then, axis 0.
-        counted (bool): Whether inference runs it.
+        in_inference (bool): Whether inference runs it.
     """
-    runs: tuple[Run, ...]
-    positions: int
+    calls: tuple[LayerCall, ...]
+    macs_per_pair: int
     sizes: tuple[int, int]
     axes: tuple[int, int]
-    blocks: bool
-    counted: bool
+    blockwise: bool
+    in_inference: bool
 
 
 @dataclasses.dataclass
-class Product:
+class ActivationProduct:
     """A product of two activations, as in attention.
 
     Args:
         module (str): In which it ran.
-        positions (int): Multiply-adds per image and pair of inputs, outputs.
+        macs_per_pair (int): Multiply-adds per image and pair of input and
+            output channel.
         inputs (int): Numbers that are summed over; none is prunable.
         outputs (Tensor): Labels ``(C,)`` of the axis that channels pass by.
-        counted (bool): Whether inference runs it.
+        in_inference (bool): Whether inference runs it.
     """
     module: str
-    positions: int
+    macs_per_pair: int
     inputs: int
     outputs: Tensor
-    counted: bool
+    in_inference: bool
 
 
 class Labels:
@@ -79,15 +80,15 @@ class Labels:
         freezes (list[tuple[Tensor, str]]): Labels that are frozen, and why.
         stops (list[Tensor]): Labels that pass an operator which refuses
             tensors without channels.
-        calls (dict[str, Call]): Kernel name to how it was run, in order.
-        products (list[Product]): What else costs multiply-adds.
+        calls (dict[str, KernelUse]): Kernel name to how it was run, in order.
+        products (list[ActivationProduct]): What else costs multiply-adds.
         parameters (dict[str, tuple[int, ...]]): Name to shape of those that
             inference reads.
         read_axes, written_axes (set[tuple[str, int]]): Axes of kernels by
             which channels are read, and written.
         modules (list[str]): Names of the modules that are running.
         kernels (dict[int, str]): Kernel of a tensor that is its transpose.
-        counted (bool): Whether inference runs what runs now.
+        in_inference (bool): Whether inference runs what runs now.
         images (int): In the batch that runs now.
     """
 
@@ -96,14 +97,14 @@ class Labels:
         self.pairs: list[Tensor] = []
         self.freezes: list[tuple[Tensor, str]] = []
         self.stops: list[Tensor] = []
-        self.calls: dict[str, Call] = {}
-        self.products: list[Product] = []
+        self.calls: dict[str, KernelUse] = {}
+        self.products: list[ActivationProduct] = []
         self.parameters: dict[str, tuple[int, ...]] = {}
         self.read_axes: set[tuple[str, int]] = set()
         self.written_axes: set[tuple[str, int]] = set()
         self.modules: list[str] = []
         self.kernels: dict[int, str] = {}
-        self.counted = True
+        self.in_inference = True
         self.images = 1
         self.next_label = 1
         self._model = model
@@ -232,7 +233,7 @@ class Labels:
             self.tie(slots, channels)
             self.read_axes.add((kernel, axis))
 
-    def write(self, kernel: str, call: Call, channels: Tensor,
+    def write(self, kernel: str, call: KernelUse, channels: Tensor,
               bias: Tensor | None, output: Tensor, dim: int) -> bool:
         """A layer writes channels ``(C_out,)``, its own; always True."""
         self.written_axes.add((kernel, call.axes[1]))
@@ -248,11 +249,11 @@ class Labels:
         if bias is not None:
             self.per_channel(bias, channels)
         known = self.calls.setdefault(
-            kernel, dataclasses.replace(call, runs=(), positions=0))
-        if call.counted:
-            known.runs += call.runs
-            known.positions += call.positions
-        elif not known.counted:
+            kernel, dataclasses.replace(call, calls=(), macs_per_pair=0))
+        if call.in_inference:
+            known.calls += call.calls
+            known.macs_per_pair += call.macs_per_pair
+        elif not known.in_inference:
             self.freeze_labels(channels, f'{self.here()} is for training only')
         self._written[id(output)] = kernel.rpartition('.')[0]
         return self.set(output, spread(channels, output.shape, dim))
@@ -270,7 +271,7 @@ class Labels:
         """An operator reads these tensors."""
         names = {id(tensor): self.name_of(tensor) for tensor in tensors}
         self._reads.update(names.keys())
-        for tensor in tensors if self.counted else ():
+        for tensor in tensors if self.in_inference else ():
             name = names[id(tensor)]
             if name is not None and name not in self._buffers:
                 self.parameters[name] = tuple(tensor.shape)

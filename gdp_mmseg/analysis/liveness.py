@@ -4,10 +4,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .structure import Group, Groups
+from .structure import Analysis, Group
 
 
-def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
+def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
     """Which gates' channels a pruned network has.
 
     Besides the open ones: the first of a group that is closed as a whole but
@@ -15,43 +15,44 @@ def kept_channels(groups: Groups, openness: Tensor) -> Tensor:
     layers whose own outputs are all gone.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         openness (Tensor): ``(G,)``.
 
     Returns:
         Tensor: ``(G,)`` bool.
     """
     keep = openness.detach().cpu() > 0
-    for group in groups.groups:
-        if not group.vanishes and not keep[group.gates].any():
+    for group in analysis.groups:
+        if not group.can_be_empty and not keep[group.gates].any():
             keep[group.gates[0]] = True
-    outputs = {layer.name: layer.outputs for layer in groups.layers}
+    outputs = {layer.name: layer.outputs for layer in analysis.layers}
 
     def dead(group: Group) -> bool:
-        return (group.vanishes and bool(keep[group.gates].any()) and not any(
-            bool(kept_slots(outputs[name], keep).any())
-            for name in group.readers))
+        return (group.can_be_empty and bool(keep[group.gates].any())
+                and not any(
+                    bool(kept_slots(outputs[name], keep).any())
+                    for name in group.readers))
 
-    while unread := [group for group in groups.groups if dead(group)]:
+    while unread := [group for group in analysis.groups if dead(group)]:
         for group in unread:
             keep[group.gates] = False
     return keep
 
 
-def constant_channels(groups: Groups, keep: Tensor) -> Tensor:
+def constant_channels(analysis: Analysis, keep: Tensor) -> Tensor:
     """Gates of channels that hold a constant: all that writes them is dead.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         keep (Tensor): ``(G,)`` bool, which gates' channels are there.
 
     Returns:
         Tensor: ``(G,)`` bool, a part of ``keep``.
     """
-    inputs = {layer.name: layer.inputs for layer in groups.layers}
+    inputs = {layer.name: layer.inputs for layer in analysis.layers}
     constant = torch.zeros_like(keep)
-    for group in groups.groups:
-        if group.vanishes and not any(
+    for group in analysis.groups:
+        if group.can_be_empty and not any(
                 bool(kept_slots(inputs[name], keep).any())
                 for name in group.writers):
             constant[group.gates] = keep[group.gates]

@@ -18,9 +18,9 @@ from typing import Any, Callable
 import torch
 from torch import Tensor
 
-from .labels import (Call, Labels, Product, blocks, spread, thinned, varies,
-                     vector)
-from .structure import Run
+from .labels import (ActivationProduct, KernelUse, Labels, blocks, spread,
+                     thinned, varies, vector)
+from .structure import LayerCall
 
 # Element by element too, but without the tag that says so.
 _POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
@@ -130,9 +130,9 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     output = operation.outputs[0]
     read = inputs.shape[1] // number  # channels that one output reads
     moves = inputs if transposed else output
-    positions = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
-    positions = positions * len(inputs) // labels.images
-    runs = (_run_of(labels, operation), )
+    macs_per_pair = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
+    macs_per_pair = macs_per_pair * len(inputs) // labels.images
+    calls = (_layer_call(labels, operation), )
     if number > read:
         if transposed and not read == weight.shape[1] == 1:
             return False
@@ -142,8 +142,9 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
         else:
             block = labels.tie_along(channels.reshape(number, read), 1)
             labels.tie(written.reshape(number, -1), block[:, :1])
-        call = Call(runs, positions * read, (len(written), len(written)),
-                    (0, 0), True, labels.counted)
+        call = KernelUse(calls, macs_per_pair * read,
+                         (len(written), len(written)), (0, 0), True,
+                         labels.in_inference)
         return labels.write(kernel, call, written, bias, output, 1)
     if transposed and number > 1:
         return False
@@ -155,19 +156,19 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
         if channels is not None:
             channels = labels.tie_along(channels.reshape(number, read), 0)[0]
     labels.read(kernel, axes[0], read, channels)
-    call = Call(runs, positions, (read, len(written)), axes, False,
-                labels.counted)
+    call = KernelUse(calls, macs_per_pair, (read, len(written)), axes, False,
+                     labels.in_inference)
     return labels.write(kernel, call, written, bias, output, 1)
 
 
-def _run_of(labels: Labels, operation: Operation) -> Run:
+def _layer_call(labels: Labels, operation: Operation) -> LayerCall:
     """What it takes to repeat a convolution."""
     inputs, weight = operation.args[:2]
-    return Run((max(len(inputs) // labels.images, 1), *inputs.shape[2:]),
-               tuple(weight.shape),
-               tuple(
-                   tuple(option) if isinstance(option, list) else option
-                   for option in operation.args[3:9]))
+    return LayerCall((max(len(inputs) // labels.images, 1), *inputs.shape[2:]),
+                     tuple(weight.shape),
+                     tuple(
+                         tuple(option) if isinstance(option, list) else option
+                         for option in operation.args[3:9]))
 
 
 @_rule('addmm', 'mm', 'linear')
@@ -189,7 +190,8 @@ def _linear(labels: Labels, operation: Operation) -> bool:
     sizes = (inputs.shape[-1], output.shape[-1])
     labels.read(kernel, 1, sizes[0], channels)
     written = labels.axis(kernel, 0, sizes[1])
-    call = Call((Run((rows, )), ), rows, sizes, (1, 0), False, labels.counted)
+    call = KernelUse((LayerCall((rows, )), ), rows, sizes, (1, 0), False,
+                     labels.in_inference)
     return labels.write(kernel, call, written, bias[0] if bias else None,
                         output, -1)
 
@@ -307,9 +309,10 @@ def _count_product(labels: Labels, shape: torch.Size, summed: int,
     """Multiply-adds of an output ``shape`` whose axis is of channels."""
     if channels is None:
         channels = torch.zeros(shape[dim], dtype=torch.long)
-    positions = math.prod(shape) // shape[dim] // labels.images
+    macs_per_pair = math.prod(shape) // shape[dim] // labels.images
     labels.products.append(
-        Product(labels.here(), positions, summed, channels, labels.counted))
+        ActivationProduct(labels.here(), macs_per_pair, summed, channels,
+                          labels.in_inference))
 
 
 @_rule('_scaled_dot_product_flash_attention_for_cpu',

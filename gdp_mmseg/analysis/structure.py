@@ -15,29 +15,29 @@ class Layer:
     Args:
         name (str): Its module's name.
         kernel (str): Its parameter's name; none of a product of activations.
-        positions (int): Multiply-adds per pair of channels: k^2 H W of a
+        macs_per_pair (int): Multiply-adds per pair of channels: k^2 H W of a
             convolution (H, W of its output, of its input if transposed), the
             rows of a linear layer.
         axis (int): The kernel's axis of inputs.
         inputs (Tensor): ``(C_in,)`` gate of each slot on it, -1 for none. Of
             a grouped convolution, the same slots in each group.
         outputs (Tensor): ``(C_out,)`` likewise, all output channels.
-        blocks (bool): A block of outputs goes with the block of inputs that
+        blockwise (bool): A block of outputs goes with the block of inputs that
             it reads, as in a depthwise convolution; the kernel has no axis of
             inputs that could be cut, and multiply-adds are
-            ``positions * C_out``.
-        counted (bool): False for what only training runs.
-        runs (tuple[Run, ...]): Its calls in inference.
+            ``macs_per_pair * C_out``.
+        in_inference (bool): False for what only training runs.
+        calls (tuple[LayerCall, ...]): Its calls in inference.
     """
     name: str
     kernel: str
-    positions: int
+    macs_per_pair: int
     axis: int
     inputs: Tensor
     outputs: Tensor
-    blocks: bool
-    counted: bool
-    runs: tuple[Run, ...]
+    blockwise: bool
+    in_inference: bool
+    calls: tuple[LayerCall, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +48,17 @@ class Group:
         gates (Tensor): ``(n,)`` its gates, ascending.
         writers (tuple[str, ...]): Modules whose outputs they are.
         readers (tuple[str, ...]): Modules that read them through a gate.
-        vanishes (bool): Whether all of them can be removed, not only all but
-            one, without an operator between that refuses no channels.
+        can_be_empty (bool): Whether all of them can be removed, not only all
+            but one, without an operator between that refuses no channels.
     """
     gates: Tensor
     writers: tuple[str, ...]
     readers: tuple[str, ...]
-    vanishes: bool
+    can_be_empty: bool
 
 
 @dataclasses.dataclass(frozen=True)
-class Frozen:
+class FrozenChannels:
     """Channels that are never pruned, and why.
 
     Args:
@@ -72,14 +72,14 @@ class Frozen:
 
 
 @dataclasses.dataclass(frozen=True)
-class Groups:
+class Analysis:
     """What an analysis found; all that gates, cost and surgery need.
 
     Args:
-        number (int): ``G``.
-        axes (dict[tuple[str, int], Tensor]): ``(tensor name, axis)`` to the
-            gate of each slot on that axis ``(size,)``, -1 for none. Slots of a
-            closed gate are cut out.
+        num_gates (int): ``G``.
+        gate_of_slot (dict[tuple[str, int], Tensor]): ``(tensor name, axis)``
+            to the gate of each slot on that axis ``(size,)``, -1 for none.
+            Slots of a closed gate are cut out.
         layers (tuple[Layer, ...]): In order of their first call.
         groups (tuple[Group, ...]): Each gate is in exactly one.
         parameters (dict[str, tuple[int, ...]]): Name to dense shape of those
@@ -88,29 +88,29 @@ class Groups:
         norms (dict[str, str]): Layer to the batch norm that alone reads it.
         input_shape (tuple[int, ...]): ``(N, C, H, W)`` that was analysed.
     """
-    number: int
-    axes: dict[tuple[str, int], Tensor]
+    num_gates: int
+    gate_of_slot: dict[tuple[str, int], Tensor]
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...]
     parameters: dict[str, tuple[int, ...]]
-    frozen: tuple[Frozen, ...]
+    frozen: tuple[FrozenChannels, ...]
     norms: dict[str, str]
     input_shape: tuple[int, ...]
 
-    def readers(self) -> Iterator[Layer]:
+    def gated_layers(self) -> Iterator[Layer]:
         """Layers with a gate on at least one input channel."""
         for layer in self.layers:
-            if not layer.blocks and bool((layer.inputs >= 0).any()):
+            if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
-    def without(self, indices: Collection[int], reason: str) -> Groups:
+    def without(self, indices: Collection[int], reason: str) -> Analysis:
         """The same without the gates of some groups: their channels stay.
 
         Args:
             indices (Collection[int]): Into ``groups``.
             reason (str): Why.
         """
-        stay = torch.ones(self.number, dtype=torch.bool)
+        stay = torch.ones(self.num_gates, dtype=torch.bool)
         for index in indices:
             stay[self.groups[index].gates] = False
         renumbered = (stay.cumsum(0) - 1).masked_fill(~stay, -1)
@@ -119,11 +119,11 @@ class Groups:
             return renumbered[slots.clamp(min=0)].masked_fill(slots < 0, -1)
 
         rows = [(index, group) for index, group in enumerate(self.groups)]
-        axes = {key: moved(slots) for key, slots in self.axes.items()}
+        axes = {key: moved(slots) for key, slots in self.gate_of_slot.items()}
         return dataclasses.replace(
             self,
-            number=int(stay.sum()),
-            axes={
+            num_gates=int(stay.sum()),
+            gate_of_slot={
                 key: slots
                 for key, slots in axes.items() if bool((slots >= 0).any())
             },
@@ -136,12 +136,12 @@ class Groups:
                 dataclasses.replace(group, gates=moved(group.gates))
                 for index, group in rows if index not in indices),
             frozen=self.frozen + tuple(
-                Frozen(reason, group.writers, len(group.gates))
+                FrozenChannels(reason, group.writers, len(group.gates))
                 for index, group in rows if index in indices))
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class LayerCall:
     """One call of a layer, to be repeated at other widths.
 
     Args:

@@ -40,7 +40,8 @@ class Tracer(TorchDispatchMode):
         # So that no identity is used twice in a forward pass.
         self._alive: list[Tensor] = []
 
-    def run(self, forward: Forward, inputs: Tensor, counted: bool) -> None:
+    def run(self, forward: Forward, inputs: Tensor,
+            in_inference: bool) -> None:
         """Trace one forward pass; its outputs are frozen.
 
         Args:
@@ -50,9 +51,9 @@ class Tracer(TorchDispatchMode):
                 and modules that ask are told so.
         """
         labels = self.labels
-        labels.counted, labels.images = counted, len(inputs)
+        labels.in_inference, labels.images = in_inference, len(inputs)
         try:
-            set_mode_(self.model, training=not counted)
+            set_mode_(self.model, training=not in_inference)
             with module_names(
                     self.model,
                     labels.modules), torch.no_grad(), _plain_attention(), self:

@@ -21,14 +21,14 @@ from typing import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..analysis.structure import Groups, Layer
+from ..analysis.structure import Analysis, Layer
 
 # In a product, the place of a number of channels that is 1.
 ONE = torch.tensor([-1])
 
 
 @dataclasses.dataclass(frozen=True)
-class Product:
+class CostTerm:
     """Two channel axes whose open channels multiply.
 
     Args:
@@ -45,7 +45,7 @@ class Cost(nn.Module):
     Zero until :meth:`weigh_` said what each product costs.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         products (Sequence[Product]): ``K`` of them.
         persistent (bool): Whether the weights are in the state dict.
     """
@@ -58,18 +58,18 @@ class Cost(nn.Module):
     shares: Tensor
 
     def __init__(self,
-                 groups: Groups,
-                 products: Sequence[Product],
+                 analysis: Analysis,
+                 products: Sequence[CostTerm],
                  persistent: bool = False) -> None:
         super().__init__()
-        group_of = torch.zeros(groups.number, dtype=torch.long)
-        for index, group in enumerate(groups.groups):
+        group_of = torch.zeros(analysis.num_gates, dtype=torch.long)
+        for index, group in enumerate(analysis.groups):
             group_of[group.gates] = index
         # Members of a group lie on the same axes equally often.
-        sizes = torch.tensor([len(group.gates) for group in groups.groups])
+        sizes = torch.tensor([len(group.gates) for group in analysis.groups])
         self.register_buffer('group_of', group_of, persistent=False)
         for side in ('inputs', 'outputs'):
-            slots = torch.zeros(len(products), len(groups.groups))
+            slots = torch.zeros(len(products), len(analysis.groups))
             fixed = torch.zeros(len(products))
             for row, product in enumerate(products):
                 gates = getattr(product, side)
@@ -143,7 +143,7 @@ class CountCost(Cost):
     """A cost that is a number of something.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         products (Sequence[Product]): ``K`` of them.
         amounts (Sequence[float]): What each costs per pair of channels.
 
@@ -153,9 +153,9 @@ class CountCost(Cost):
 
     amounts: Tensor
 
-    def __init__(self, groups: Groups, products: Sequence[Product],
+    def __init__(self, analysis: Analysis, products: Sequence[CostTerm],
                  amounts: Sequence[float]) -> None:
-        super().__init__(groups, products)
+        super().__init__(analysis, products)
         self.register_buffer(
             'amounts',
             torch.tensor(amounts, dtype=torch.double),
@@ -179,12 +179,12 @@ class FlopCost(CountCost):
     depthwise one k^2 H W s, where s sums the openness of the channels.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
 
     Examples:
         Two 1x1 convolutions, 3 -> 2 -> 4 channels, on 5 x 5 pixels.
 
-        >>> from .groups import analyse
+        >>> from gdp_mmseg.analysis.analyse import analyse
         >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
         >>> cost = FlopCost(analyse(net, (3, 5, 5), lambda net, x: net(x)))
         >>> cost.dense == 25 * (3 * 2 + 2 * 4)
@@ -195,10 +195,10 @@ class FlopCost(CountCost):
         [0.5, 0.5]
     """
 
-    def __init__(self, groups: Groups) -> None:
-        layers = counted_layers(groups)
-        super().__init__(groups, [product_of(layer) for layer in layers],
-                         [layer.positions for layer in layers])
+    def __init__(self, analysis: Analysis) -> None:
+        layers = inference_layers(analysis)
+        super().__init__(analysis, [product_of(layer) for layer in layers],
+                         [layer.macs_per_pair for layer in layers])
 
 
 class ParameterCost(CountCost):
@@ -211,12 +211,12 @@ class ParameterCost(CountCost):
     two and its bias: a difference that is not told.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
 
     Examples:
         Two 1x1 convolutions with biases, 3 -> 2 -> 4 channels.
 
-        >>> from .groups import analyse
+        >>> from gdp_mmseg.analysis.analyse import analyse
         >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
         >>> cost = ParameterCost(
         ...     analyse(net, (3, 5, 5), lambda net, x: net(x)))
@@ -226,24 +226,25 @@ class ParameterCost(CountCost):
         12
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, analysis: Analysis) -> None:
         products, amounts = [], []
-        for name, shape in groups.parameters.items():
+        for name, shape in analysis.parameters.items():
             gated = [
-                groups.axes[name, axis] for axis in range(len(shape))
-                if (name, axis) in groups.axes
+                analysis.gate_of_slot[name, axis]
+                for axis in range(len(shape))
+                if (name, axis) in analysis.gate_of_slot
             ]
             first, second = (*gated, ONE, ONE)[:2]
-            products.append(Product(first, second))
+            products.append(CostTerm(first, second))
             amounts.append(math.prod(shape) / (len(first) * len(second)))
-        super().__init__(groups, products, amounts)
+        super().__init__(analysis, products, amounts)
 
 
-def counted_layers(groups: Groups) -> list[Layer]:
+def inference_layers(analysis: Analysis) -> list[Layer]:
     """Those that inference runs, ``L`` of them."""
-    return [layer for layer in groups.layers if layer.counted]
+    return [layer for layer in analysis.layers if layer.in_inference]
 
 
-def product_of(layer: Layer) -> Product:
+def product_of(layer: Layer) -> CostTerm:
     """The channels of a layer that multiply."""
-    return Product(ONE if layer.blocks else layer.inputs, layer.outputs)
+    return CostTerm(ONE if layer.blockwise else layer.inputs, layer.outputs)

@@ -25,8 +25,8 @@ from scipy.optimize import nnls
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..analysis.structure import Groups, Layer, Run
-from .counts import ONE, Cost, Product, counted_layers, product_of
+from ..analysis.structure import Analysis, Layer, LayerCall
+from .counts import ONE, Cost, CostTerm, inference_layers, product_of
 
 
 class LatencyCost(Cost):
@@ -38,19 +38,19 @@ class LatencyCost(Cost):
     The constant a stays, whatever is closed.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
     """
 
-    def __init__(self, groups: Groups) -> None:
+    def __init__(self, analysis: Analysis) -> None:
         products = []
-        for layer in counted_layers(groups):
+        for layer in inference_layers(analysis):
             both = product_of(layer)
             products += [
-                Product(ONE, ONE),
-                Product(both.inputs, ONE),
-                Product(ONE, both.outputs), both
+                CostTerm(ONE, ONE),
+                CostTerm(both.inputs, ONE),
+                CostTerm(ONE, both.outputs), both
             ]
-        super().__init__(groups, products, persistent=True)
+        super().__init__(analysis, products, persistent=True)
 
     @property
     def measured(self) -> bool:
@@ -75,12 +75,12 @@ class Workload:
         run (Run): Its call.
         inputs (int): Slots of its kernel's axis of inputs.
         outputs (int): Output channels.
-        blocks (bool): See :class:`gdp_mmseg.groups.Layer`.
+        blockwise (bool): See :class:`gdp_mmseg.groups.Layer`.
     """
-    run: Run
+    run: LayerCall
     inputs: int
     outputs: int
-    blocks: bool
+    blockwise: bool
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """An input and a kernel."""
@@ -92,7 +92,7 @@ class Workload:
         else:
             images, *sides = size
             transposed, groups = options[3], self.groups
-            if self.blocks:
+            if self.blockwise:
                 channels, narrow = groups * kernel[1], (self.outputs,
                                                         kernel[1])
             else:
@@ -108,7 +108,7 @@ class Workload:
         """Of the convolution at this width: of blocks, some are gone."""
         groups: int = self.run.options[5]
         return (self.outputs * groups //
-                self.run.kernel[0] if self.blocks else groups)
+                self.run.kernel[0] if self.blockwise else groups)
 
     def __call__(self, inputs: Tensor, weight: Tensor) -> Tensor:
         """Run the layer."""
@@ -159,7 +159,7 @@ def measure(layers: Sequence[Layer],
     points = {
         layer_run: _workloads(*layer_run)
         for layer_run in dict.fromkeys(
-            _key(layer, run) for layer in layers for run in layer.runs)
+            _key(layer, run) for layer in layers for run in layer.calls)
     }
     workloads = [one for several in points.values() for one in several]
     times: dict[Workload, list[float]] = {one: [] for one in workloads}
@@ -181,19 +181,19 @@ def measure(layers: Sequence[Layer],
         for key, several in points.items()
     }
     return torch.stack([
-        torch.stack([fits[_key(layer, run)] for run in layer.runs]).sum(0)
+        torch.stack([fits[_key(layer, run)] for run in layer.calls]).sum(0)
         for layer in layers
     ])
 
 
 # Run, widths of the inputs, widths of the outputs, blocks.
-_Key = tuple[Run, tuple[int, ...], tuple[int, ...], bool]
+_Key = tuple[LayerCall, tuple[int, ...], tuple[int, ...], bool]
 
 
-def _key(layer: Layer, run: Run) -> _Key:
+def _key(layer: Layer, run: LayerCall) -> _Key:
     """What tells a run of a layer, and the widths that it can have."""
     groups = run.options[5] if run.options else 1
-    if layer.blocks:
+    if layer.blockwise:
         # The inputs go with the outputs.
         return run, (1, ), _widths(layer.outputs,
                                    run.kernel[0] // groups), True
@@ -210,10 +210,10 @@ def _widths(gates: Tensor, unit: int) -> tuple[int, ...]:
         dict.fromkeys(max(round(share * units), 1) * unit for share in WIDTHS))
 
 
-def _workloads(run: Run, inputs: tuple[int, ...], outputs: tuple[int, ...],
-               blocks: bool) -> list[Workload]:
+def _workloads(run: LayerCall, inputs: tuple[int, ...],
+               outputs: tuple[int, ...], blockwise: bool) -> list[Workload]:
     return [
-        Workload(run, width_in, width_out, blocks) for width_in in inputs
+        Workload(run, width_in, width_out, blockwise) for width_in in inputs
         for width_out in outputs
     ]
 

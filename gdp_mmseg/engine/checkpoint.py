@@ -24,7 +24,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor, nn
 
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from ..files import write_whole
 from ..version import __version__
 
@@ -153,28 +153,28 @@ def checksum(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def fingerprint(groups: Groups) -> str:
+def fingerprint(analysis: Analysis) -> str:
     """SHA-256 of which gate acts on which channel.
 
     A vector of gates means nothing to a model that was analysed otherwise,
     also where the number of gates is the same.
     """
     digest = hashlib.sha256()
-    for group in groups.groups:
+    for group in analysis.groups:
         digest.update(
             json.dumps([group.writers, group.readers,
                         group.gates.tolist()]).encode())
-    for layer in groups.readers():
+    for layer in analysis.gated_layers():
         digest.update(json.dumps([layer.name, layer.inputs.tolist()]).encode())
     return digest.hexdigest()
 
 
-def closed_gates(groups: Groups, state: Mapping[str, Any],
+def closed_gates(analysis: Analysis, state: Mapping[str, Any],
                  meta: Mapping[str, Any]) -> int | None:
     """How many gates of a checkpoint are closed, None if it has no gates.
 
     Args:
-        groups (Groups): Of the model that it is loaded into.
+        analysis (Analysis): Of the model that it is loaded into.
         state (Mapping[str, Any]): State dict of the checkpoint, unwrapped.
         meta (Mapping[str, Any]): Its meta.
 
@@ -189,14 +189,14 @@ def closed_gates(groups: Groups, state: Mapping[str, Any],
     theta = state.get(THETA)
     if theta is None:
         return None
-    if len(theta) != groups.number or meta.get('groups') not in (
-            None, fingerprint(groups)):
+    if len(theta) != analysis.num_gates or meta.get('groups') not in (
+            None, fingerprint(analysis)):
         other = other_versions(meta)
         raise ValueError(
-            f'checkpoint: expected the {groups.number} gates of this model, '
-            f'but got {len(theta)} that stand for other channels; change '
-            'load_from, or the model, or the versions it was trained with' +
-            (f': {other}' if other else ''))
+            f'checkpoint: expected the {analysis.num_gates} gates of this '
+            f'model, but got {len(theta)} that stand for other channels; '
+            'change load_from, the model, or the versions it was trained with'
+            + (f': {other}' if other else ''))
     return int((state[CLOSED] > 0).sum())
 
 

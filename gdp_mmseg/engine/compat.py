@@ -49,9 +49,9 @@ def moves_gates(hook: Any) -> bool:
     return _is_a('GDPHook', hook)
 
 
-def guards_training(hook: Any) -> bool:
+def resumes_exactly(hook: Any) -> bool:
     """Whether a hook of a config is a ``GuardHook``, as ``GDPHook`` is."""
-    return moves_gates(hook) or _is_a('GuardHook', hook)
+    return moves_gates(hook) or _is_a('ResumeHook', hook)
 
 
 def _is_a(name: str, hook: Any) -> bool:

@@ -20,12 +20,12 @@ from ..report.record import drop_rows_after
 from .checkpoint import closed_gates, fingerprint, unwrapped, versions
 from .compat import accumulated_gradients, check_runner
 from .model import find_pruner
-from .monitor import RECORD, show_gates, tell_end
-from .resume import GuardHook
+from .monitor import RECORD, log_summary, show_gates
+from .resume import ResumeHook
 
 
 @HOOKS.register_module()
-class GDPHook(GuardHook):
+class GDPHook(ResumeHook):
     """Moves the gates of a ``GDPModel``; the optimizer config stays as it is.
 
     The gates' step is a pre-hook of the optimizer's step: it happens when the
@@ -95,10 +95,10 @@ class GDPHook(GuardHook):
         runner.optim_wrapper.optimizer.register_step_pre_hook(step)
         _spare_clipping_(runner.optim_wrapper, pruner.gates.theta)
         kept = ', '.join(f'{row.channels} channels ({row.reason})'
-                         for row in pruner.groups.frozen)
+                         for row in pruner.analysis.frozen)
         target = pruner.settings.target
-        runner.logger.info(f'GDP: {pruner.groups.number} gates in '
-                           f'{len(pruner.groups.groups)} groups on '
+        runner.logger.info(f'GDP: {pruner.analysis.num_gates} gates in '
+                           f'{len(pruner.analysis.groups)} groups on '
                            f'{pruner.flops.dense / 1e9:.2f} GFLOPs, target '
                            f'{target.ratio} of the {COSTS[target.type]}; '
                            f'without a gate: {kept}')
@@ -126,8 +126,8 @@ class GDPHook(GuardHook):
                 flops_by_openness=pruner.flops(openness),
                 undecided=half_open.float().mean(),
                 multiplier=pruner.gates.multiplier,
-                asked=torch.tensor(pruner.asked(progress)),
-                got=torch.tensor(pruner.got(progress)))
+                budget=torch.tensor(pruner.budget(progress)),
+                held_cost=torch.tensor(pruner.held_cost(progress)))
             if pruner.cost is not pruner.flops:
                 scalars['cost'] = pruner.cost((openness > 0).float())
         # Each iteration, because mmengine logs the mean of the last ones.
@@ -138,11 +138,11 @@ class GDPHook(GuardHook):
             row = dict(
                 iter=runner.iter + 1,
                 flops=float(scalars['flops']),
-                asked=float(scalars['asked']),
-                got=float(scalars['got']),
+                budget=float(scalars['budget']),
+                held_cost=float(scalars['held_cost']),
                 openness=[
                     round(float(openness[group.gates].mean()), 4)
-                    for group in pruner.groups.groups
+                    for group in pruner.analysis.groups
                 ])
             with open(Path(runner.work_dir) / RECORD, 'a') as file:
                 file.write(json.dumps(row) + '\n')
@@ -155,14 +155,14 @@ class GDPHook(GuardHook):
         if is_main_process():
             pruner = find_pruner(runner.model)
             show_gates(runner, pruner, runner.iter)
-            tell_end(runner, pruner)
+            log_summary(runner, pruner)
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
         """Add what the gates are of."""
         super().before_save_checkpoint(runner, checkpoint)
         checkpoint['meta'].update(
-            groups=fingerprint(find_pruner(runner.model).groups),
+            groups=fingerprint(find_pruner(runner.model).analysis),
             versions=versions())
 
     def after_load_checkpoint(self, runner: Runner,
@@ -175,7 +175,7 @@ class GDPHook(GuardHook):
         """
         super().after_load_checkpoint(runner, checkpoint)
         closed = closed_gates(
-            find_pruner(runner.model).groups,
+            find_pruner(runner.model).analysis,
             unwrapped(checkpoint.get('state_dict', checkpoint)),
             checkpoint.get('meta') or {})
         runner.logger.info(

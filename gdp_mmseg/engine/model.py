@@ -13,12 +13,12 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from ..analysis.analyse import analyse
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from ..gates.layers import gate_layer_
 from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
 from ..registry import MODELS
-from ..surgery.verify import prove
+from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .checkpoint import refuse_others_
 from .config import default_base, input_shape_of, split_config
@@ -64,22 +64,22 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     settings = Settings.from_config(gdp)
     shape = input_shape_of(settings, model)
     network = build_base_model(base, model)
-    groups, _ = analyse_model(network, shape, settings.ignore, settings.prune)
-    network.gdp = Pruner(groups, settings)
-    for layer in groups.readers():
+    analysis, _ = analyse_model(network, shape, settings.ignore, settings.only)
+    network.gdp = Pruner(analysis, settings)
+    for layer in analysis.gated_layers():
         gate_layer_(
             network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
-    refuse_others_(network, dict(_gated_axes(groups), gdp=None))
+    refuse_others_(network, dict(_gated_axes(analysis), gdp=None))
     return network
 
 
-def _gated_axes(groups: Groups) -> Fitting:
+def _gated_axes(analysis: Analysis) -> Fitting:
     """Of the backbone: no other weights of it are meant to be taken in part.
 
     Those of a head may be, from a network of another kind.
     """
     axes: Fitting = {}
-    for name, axis in groups.axes:
+    for name, axis in analysis.gate_of_slot:
         if name.startswith('backbone.'):
             axes[name] = (*(axes.get(name) or ()), axis)
     return axes
@@ -115,7 +115,7 @@ def build_base_model(base: str | None, model: Mapping[str, Any]) -> nn.Module:
     return MMENGINE_MODELS.build(dict(model, type=base or default_base(model)))
 
 
-def analyse_config(model: Mapping[str, Any]) -> Groups:
+def analyse_config(model: Mapping[str, Any]) -> Analysis:
     """Analyse the model of a config, with ``GDPModel`` or without.
 
     Args:
@@ -124,37 +124,38 @@ def analyse_config(model: Mapping[str, Any]) -> Groups:
     base, settings, plain = split_config(model)
     shape = input_shape_of(settings, plain)
     network = build_base_model(base, plain)
-    return analyse_model(network, shape, settings.ignore, settings.prune)[0]
+    return analyse_model(network, shape, settings.ignore, settings.only)[0]
 
 
 def analyse_model(network: nn.Module,
                   shape: tuple[int, ...],
                   ignore: Sequence[str] = (),
-                  prune: Sequence[str] | None = None) -> tuple[Groups, float]:
+                  only: Sequence[str] | None = None) -> tuple[Analysis, float]:
     """Analyse an mm model, and prove on a copy that its surgery is exact.
 
     Args:
         network (nn.Module): Without gates.
         shape (tuple[int, ...]): ``(C, H, W)``.
         ignore (Sequence[str]): See :class:`Settings`.
-        prune (Sequence[str], optional): Likewise.
+        only (Sequence[str], optional): Likewise.
 
     Returns:
-        tuple[Groups, float]: See :func:`gdp_mmseg.proof.prove`.
+        tuple[Analysis, float]: See :func:`gdp_mmseg.proof.prove`.
 
     Raises:
         ValueError: If the model cannot be pruned.
     """
-    groups = analyse(network, shape, infer, train, ignore, prune)
-    return prove(network, groups, infer, train)
+    analysis = analyse(network, shape, inference_forward, training_forward,
+                       ignore, only)
+    return verify(network, analysis, inference_forward, training_forward)
 
 
-def infer(network: Any, inputs: Tensor) -> Any:
+def inference_forward(network: Any, inputs: Tensor) -> Any:
     """What inference runs."""
     return network(inputs, mode='tensor')
 
 
-def train(network: Any, inputs: Tensor) -> Any:
+def training_forward(network: Any, inputs: Tensor) -> Any:
     """What training runs, but for the losses: with auxiliary heads."""
     heads = getattr(network, 'auxiliary_head', None)
     if heads is None:

@@ -13,7 +13,7 @@ from ..pruner.pruner import Pruner
 from ..pruner.settings import COSTS
 from ..report.plots import draw_path, draw_widths, pixels
 from ..report.record import read_budget, read_gates
-from ..report.summary import dead_parts, kept_by_stage, stage_of
+from ..report.summary import dead_parts, kept_by_part, part_of
 
 RECORD = 'gates.jsonl'
 
@@ -27,32 +27,32 @@ def show_gates(runner: Runner, pruner: Pruner, step: int) -> None:
         pruner (Pruner): Of its model.
         step (int): Iterations that are over.
     """
-    groups = pruner.groups.groups
+    analysis = pruner.analysis.groups
     channels = pruner.channels()
     target = pruner.settings.target
     title = (f'{float(channels.mean()):.0%} of the channels kept; '
              f'{COSTS[target.type]}: asked for {target.ratio:.3f}, '
              f'got {float(pruner.cost(channels)):.3f}')
     widths = draw_widths(
-        [float(channels[group.gates].mean()) for group in groups],
-        _stages(groups), title)
+        [float(channels[group.gates].mean()) for group in analysis],
+        _parts(analysis), title)
     runner.visualizer.add_image('gdp_widths', pixels(widths), step)
-    path = path_figure(Path(runner.work_dir) / RECORD, groups)
+    path = path_figure(Path(runner.work_dir) / RECORD, analysis)
     if path is not None:
         runner.visualizer.add_image('gdp_openness', pixels(path), step)
 
 
-def tell_end(runner: Runner, pruner: Pruner) -> None:
+def log_summary(runner: Runner, pruner: Pruner) -> None:
     """Log what is kept of each stage, and what died."""
     channels = pruner.channels()
     keep = channels.cpu() > 0
     target = pruner.settings.target
-    kept = ', '.join(f'{stage.name} {stage.kept / stage.channels:.0%}'
-                     for stage in kept_by_stage(pruner.groups.groups, keep))
+    kept = ', '.join(f'{part.name} {part.kept / part.channels:.0%}'
+                     for part in kept_by_part(pruner.analysis.groups, keep))
     runner.logger.info(
         f'GDP: asked for {target.ratio:.4f} of the {COSTS[target.type]}, got '
         f'{float(pruner.cost(channels)):.4f}; channels kept: {kept}; died: '
-        f'{"; ".join(dead_parts(pruner.groups, keep)) or "nothing"}')
+        f'{"; ".join(dead_parts(pruner.analysis, keep)) or "nothing"}')
 
 
 def path_figure(record: Path,
@@ -81,10 +81,10 @@ def path_figure(record: Path,
         raise ValueError(
             f'expected the openness of {len(groups)} groups in {record}, but '
             f'got {len(openness[0])}; it is of another training')
-    asked, got = read_budget(record)
-    return draw_path(iterations[:number], openness[:number], _stages(groups),
-                     asked[:number], got[:number])
+    budget, held = read_budget(record)
+    return draw_path(iterations[:number], openness[:number], _parts(groups),
+                     budget[:number], held[:number])
 
 
-def _stages(groups: Sequence[Group]) -> list[str]:
-    return [stage_of(group.writers[0]) for group in groups]
+def _parts(groups: Sequence[Group]) -> list[str]:
+    return [part_of(group.writers[0]) for group in groups]

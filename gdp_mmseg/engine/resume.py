@@ -21,7 +21,7 @@ RandomState = dict[str, Any]
 
 
 @HOOKS.register_module()
-class GuardHook(Hook):
+class ResumeHook(Hook):
     """Makes a training resume as if it had never been interrupted.
 
     - Checkpoints carry the state of the random numbers, and validation does
@@ -34,7 +34,7 @@ class GuardHook(Hook):
     - Labels that the model has no class for are an error that names the file.
 
     ``GDPHook`` does all this; a training without gates gets it by
-    ``default_hooks = dict(guard=dict(type='gdp_mmseg.GuardHook'))``.
+    ``default_hooks = dict(resume=dict(type='gdp_mmseg.ResumeHook'))``.
 
     Args:
         patience (int): Iterations in a row with a loss that is not finite,

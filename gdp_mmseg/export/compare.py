@@ -36,7 +36,7 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
     except (FileNotFoundError, AssertionError, TypeError):
         if needs_data:
             raise
-        shape = find_pruner(gated).groups.input_shape
+        shape = find_pruner(gated).analysis.input_shape
         inputs = [torch.randn(shape) for _ in range(2)]
         source = '2 random inputs (no data set found)'
     else:

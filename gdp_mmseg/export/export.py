@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from ..engine.checkpoint import (closed_gates, other_versions, read_checkpoint,
                                  save_exported)
 from ..engine.compat import moves_gates
@@ -28,7 +28,7 @@ from ..engine.monitor import RECORD, path_figure
 from ..files import write_json
 from ..pruner.settings import COSTS
 from ..report.measure import count_macs, count_parameters, paired_latency_ms
-from ..report.summary import dead_parts, kept_by_stage
+from ..report.summary import dead_parts, kept_by_part
 from ..report.tables import Progress, markdown
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
@@ -76,11 +76,11 @@ def export(cfg: Config,
     gated = build_gated(cfg, state)
     dense = build_dense(cfg, state)
     pruner = find_pruner(gated)
-    closed_gates(pruner.groups, state, meta)
+    closed_gates(pruner.analysis, state, meta)
     changed = other_versions(meta)
     if changed:
         progress(f'note: trained with other versions: {changed}')
-    pruned, widths = prune(dense, pruner.groups, pruner.gates.openness())
+    pruned, widths = prune(dense, pruner.analysis, pruner.gates.openness())
     report = dict(name=name, **_measure(gated, dense, pruned))
     target = pruner.settings.target
     if report['cost_pruned'] > target.ratio + 0.01:
@@ -104,18 +104,18 @@ def export(cfg: Config,
         with writing(out_dir):
             report['gates_picture'] = draw_record(
                 partial,
-                Path(checkpoint).with_name(RECORD), pruner.groups,
+                Path(checkpoint).with_name(RECORD), pruner.analysis,
                 meta.get('iter', math.inf), progress)
             write_json(partial / 'report.json', report)
             (partial / 'report.md').write_text(markdown(report))
     return report
 
 
-def draw_record(folder: Path, record: Path, groups: Groups, until: float,
+def draw_record(folder: Path, record: Path, analysis: Analysis, until: float,
                 progress: Progress) -> str | None:
     """Name of the picture of a training's record, if there is one."""
     try:
-        figure = path_figure(record, groups.groups, until)
+        figure = path_figure(record, analysis.groups, until)
     except (ValueError, KeyError, TypeError) as error:
         progress(f'note: no picture of the gates: {error}')
         return None
@@ -129,7 +129,7 @@ def _measure(gated: nn.Module, dense: nn.Module,
              pruned: nn.Module) -> dict[str, Any]:
     """The report's sizes and times."""
     pruner = find_pruner(gated)
-    shape = pruner.groups.input_shape
+    shape = pruner.analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
         [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
@@ -152,18 +152,18 @@ def _measure(gated: nn.Module, dense: nn.Module,
         device=str(device),
         torch=torch.__version__,
         gdp_mmseg=__version__,
-        stages=[
-            dataclasses.asdict(stage)
-            for stage in kept_by_stage(pruner.groups.groups, keep)
+        parts=[
+            dataclasses.asdict(part)
+            for part in kept_by_part(pruner.analysis.groups, keep)
         ],
-        dead=dead_parts(pruner.groups, keep),
+        dead=dead_parts(pruner.analysis, keep),
         groups=[
             dict(
                 writers=list(group.writers),
                 readers=list(group.readers),
                 channels=len(group.gates),
                 kept=int(keep[group.gates].sum()))
-            for group in pruner.groups.groups
+            for group in pruner.analysis.groups
         ])
 
 

@@ -16,7 +16,8 @@ class CostFunction(Protocol):
         """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
 
 
-def held_cost(cost: CostFunction, openness: Tensor, whole: float) -> Tensor:
+def held_cost(cost: CostFunction, openness: Tensor,
+              channel_weight: float) -> Tensor:
     """What is held against the budget, a scalar.
 
     Args:
@@ -26,7 +27,8 @@ def held_cost(cost: CostFunction, openness: Tensor, whole: float) -> Tensor:
             rest counts as its openness.
     """
     channels = (openness > 0).to(openness)
-    return (1 - whole) * cost(openness) + whole * cost(channels)
+    return (1 -
+            channel_weight) * cost(openness) + channel_weight * cost(channels)
 
 
 def solve_multiplier(spent: Callable[[float], float], budget: float,

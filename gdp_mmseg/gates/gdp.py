@@ -220,8 +220,8 @@ class Gates(nn.Module):
               cost: CostFunction,
               budget: float,
               lr: float,
-              whole: float = 0.5,
-              spared: Tensor | None = None,
+              channel_weight: float = 0.5,
+              protected: Tensor | None = None,
               scarcity: Tensor | float = 1.) -> None:
         """One step in place, of what was observed: solve lambda, move, close.
 
@@ -242,8 +242,8 @@ class Gates(nn.Module):
         gain = (self.gain / (1 - mean_decay**seen) * scarcity).clamp(max=0)
         gain -= _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
-        if spared is not None:
-            price = price.masked_fill(spared, 0)
+        if protected is not None:
+            price = price.masked_fill(protected, 0)
 
         def moved(multiplier: float) -> Tensor:
             push = multiplier * price
@@ -257,7 +257,8 @@ class Gates(nn.Module):
             return theta.masked_fill(shut | self._shut(), 0)
 
         def spent(theta: Tensor) -> float:
-            return float(held_cost(cost, openness(theta, self.epsilon), whole))
+            return float(
+                held_cost(cost, openness(theta, self.epsilon), channel_weight))
 
         scale = float(noise[~self._shut()].sqrt().sum() /
                       price.sum().clamp(min=1e-20))

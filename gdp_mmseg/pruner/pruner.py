@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.liveness import constant_channels, kept_channels
-from ..analysis.structure import Groups
-from ..cost.counts import Cost, FlopCost, ParameterCost, counted_layers
+from ..analysis.structure import Analysis
+from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import LatencyCost, Stopwatch, measure, stopwatch
 from ..gates.base import held_cost
 from ..gates.gdp import Gates
@@ -26,7 +26,7 @@ class Pruner(nn.Module):
     Lives at ``model.gdp``; the only thing that a gated model has more.
 
     Args:
-        groups (Groups): What the analysis of the model found.
+        analysis (Analysis): What the analysis of the model found.
         settings (Settings): See there.
 
     Attributes:
@@ -39,27 +39,27 @@ class Pruner(nn.Module):
         ValueError: If the target is below what cannot be pruned.
     """
 
-    least: Tensor
+    min_kept: Tensor
 
-    def __init__(self, groups: Groups, settings: Settings) -> None:
+    def __init__(self, analysis: Analysis, settings: Settings) -> None:
         super().__init__()
-        self.groups = groups
+        self.analysis = analysis
         self.settings = settings
         self.schedule = Schedule(settings.phases, settings.epsilon)
-        self.gates = Gates(groups.number, settings.epsilon[0],
+        self.gates = Gates(analysis.num_gates, settings.epsilon[0],
                            settings.close_below)
-        self.flops = FlopCost(groups)
+        self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
         self.hooked = False
         if settings.target.type == 'params':
-            self.cost = ParameterCost(groups)
+            self.cost = ParameterCost(analysis)
         elif settings.target.type == 'latency':
-            self.cost = LatencyCost(groups)
+            self.cost = LatencyCost(analysis)
         self.register_buffer(
-            'least',
+            'min_kept',
             torch.tensor([
-                math.ceil(settings.floor * len(group.gates))
-                for group in groups.groups
+                math.ceil(settings.min_keep_ratio * len(group.gates))
+                for group in analysis.groups
             ]),
             persistent=False)
         if not self.unmeasured:
@@ -85,7 +85,8 @@ class Pruner(nn.Module):
             stopwatch (Stopwatch): See :func:`gdp_mmseg.latency.measure`.
         """
         coefficients = measure(
-            counted_layers(self.groups), self.gates.theta.device, stopwatch)
+            inference_layers(self.analysis), self.gates.theta.device,
+            stopwatch)
         self.cost.weigh_(coefficients.flatten())
 
     @torch.no_grad()
@@ -95,8 +96,8 @@ class Pruner(nn.Module):
         Raises:
             ValueError: If so.
         """
-        kept = self.gates.strongest(self.cost.group_of, self.least)
-        kept = kept_channels(self.groups, kept.float())
+        kept = self.gates.strongest(self.cost.group_of, self.min_kept)
+        kept = kept_channels(self.analysis, kept.float())
         least = float(self.cost(kept.to(self.gates.theta)))
         target = self.settings.target
         if target.ratio <= least:
@@ -113,16 +114,16 @@ class Pruner(nn.Module):
         """
         self.gates.raise_epsilon_(self.schedule.epsilon_at(progress))
 
-    def asked(self, progress: float) -> float:
+    def budget(self, progress: float) -> float:
         """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
         return self.schedule.budget_at(progress, self.settings.target.ratio)
 
     @torch.no_grad()
-    def got(self, progress: float) -> float:
+    def held_cost(self, progress: float) -> float:
         """What is held against the budget at ``progress`` in [0, 1]."""
         return float(
             held_cost(self.cost, self.gates.openness(),
-                      self.schedule.whole_at(progress)))
+                      self.schedule.channel_weight_at(progress)))
 
     @torch.no_grad()
     def step_(self, progress: float, steps: int) -> bool:
@@ -159,10 +160,11 @@ class Pruner(nn.Module):
         alive = self._alive()
         self.gates.step_(
             self.cost,
-            self.asked(progress) + self._rounding(),
-            self.settings.travel / max(steps * self.schedule.phases[1], 1),
-            self.schedule.whole_at(progress), self._spared(progress),
-            self._scarcity())
+            self.budget(progress) + self._rounding(),
+            self.settings.gate_travel /
+            max(steps * self.schedule.phases[1], 1),
+            self.schedule.channel_weight_at(progress),
+            self._protected(progress), self._scarcity())
         self._close_dead_(alive)
 
     def _rounding(self) -> float:
@@ -175,12 +177,12 @@ class Pruner(nn.Module):
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
         return min(float(price.max()) / 2, _NEARLY_A_POINT)
 
-    def _spared(self, progress: float) -> Tensor | None:
+    def _protected(self, progress: float) -> Tensor | None:
         """Gates that must not close now: of the floor, the last of a group."""
-        numbers = self.least
-        if self.schedule.spares_groups(progress):
+        numbers = self.min_kept
+        if self.schedule.protects_groups(progress):
             numbers = numbers.clamp(min=1)
-        elif not self.settings.floor:
+        elif not self.settings.min_keep_ratio:
             return None
         return self.gates.strongest(self.cost.group_of, numbers)
 
@@ -203,18 +205,18 @@ class Pruner(nn.Module):
         while self._alive() < before:
             before = self._alive()
             openness = self.gates.openness()
-            keep = kept_channels(self.groups, openness)
-            keep &= ~constant_channels(self.groups, keep)
+            keep = kept_channels(self.analysis, openness)
+            keep &= ~constant_channels(self.analysis, keep)
             self.gates.close_(~keep.to(openness.device))
 
     def _alive(self) -> int:
         """Groups with an open gate."""
         opened = (self.gates.openness() > 0).cpu()
         return sum(
-            bool(opened[group.gates].any()) for group in self.groups.groups)
+            bool(opened[group.gates].any()) for group in self.analysis.groups)
 
     def channels(self) -> Tensor:
         """1 for each gate whose channels a pruned model has, ``(G,)``."""
         with torch.no_grad():
-            keep = kept_channels(self.groups, self.gates.openness())
+            keep = kept_channels(self.analysis, self.gates.openness())
         return keep.to(self.gates.theta)

@@ -25,7 +25,7 @@ class Schedule:
         0.01
         >>> schedule.budget_at(0.0, 0.4), schedule.budget_at(1., 0.4)
         (1.0, 0.4)
-        >>> schedule.whole_at(0.35), schedule.whole_at(0.6)
+        >>> schedule.channel_weight_at(0.35), schedule.channel_weight_at(0.6)
         (0.5, 1.0)
     """
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
@@ -82,7 +82,7 @@ class Schedule:
         share = min(self.pruned_share(progress) / self.ramp, 1.)
         return 1 + (target - 1) * share
 
-    def whole_at(self, progress: float) -> float:
+    def channel_weight_at(self, progress: float) -> float:
         """Share of a half-open gate that counts as a whole channel.
 
         One half while the budget falls; where the budget stands it rises
@@ -95,7 +95,7 @@ class Schedule:
         standing = (self.pruned_share(progress) - self.ramp) / (1 - self.ramp)
         return min(0.5 + standing, 1.)
 
-    def spares_groups(self, progress: float) -> bool:
+    def protects_groups(self, progress: float) -> bool:
         """Whether a group that is alive must stay alive.
 
         In the last third of the pruning phase: what dies with a group is gone

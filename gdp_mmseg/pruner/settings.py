@@ -63,24 +63,25 @@ class Settings:
             warm-up, pruning and settling.
         epsilon (tuple[float, float]): At the start and end of the pruning
             phase.
-        travel (float): The way that a theta, 1 at the start, can go in the
-            pruning phase.
+        gate_travel (float): Distance that a theta, 1 at the start, can move
+            in the pruning phase.
         close_below (float): Openness under which a gate closes for good.
-        floor (float): Least share of the channels of each group that stays.
+        min_keep_ratio (float): Least share of the channels of each group
+            that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
             of which nothing may change.
-        prune (tuple[str, ...], optional): Names or patterns of modules; no
+        only (tuple[str, ...], optional): Names or patterns of modules; no
             others lose channels of their own. Defaults to all.
     """
     target: Target
     input_shape: tuple[int, ...] | None = None
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
-    travel: float = 8.
+    gate_travel: float = 8.
     close_below: float = 1e-2
-    floor: float = 0.
+    min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
-    prune: tuple[str, ...] | None = None
+    only: tuple[str, ...] | None = None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
@@ -104,17 +105,18 @@ class Settings:
         }
         plain['target'] = Target.from_config(config['target'])
         settings = cls(**plain)
-        for name in ('travel', 'close_below'):
+        for name in ('gate_travel', 'close_below'):
             value = getattr(settings, name)
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
-        if not isinstance(settings.floor,
-                          (int, float)) or not 0 <= settings.floor < 1:
-            raise ValueError('gdp.floor: expected the least share of the '
-                             "channels of each group, in [0, 1), but got "
-                             f'{settings.floor!r}')
-        for name in ('ignore', 'prune'):
+        least = settings.min_keep_ratio
+        if not isinstance(least, (int, float)) or not 0 <= least < 1:
+            raise ValueError(
+                'gdp.min_keep_ratio: expected the least share of the '
+                "channels of each group, in [0, 1), but got "
+                f'{least!r}')
+        for name in ('ignore', 'only'):
             value = getattr(settings, name)
             if value is not None and (not isinstance(value, tuple) or not all(
                     isinstance(item, str) for item in value)):

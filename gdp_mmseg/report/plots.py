@@ -19,9 +19,9 @@ _LINE = 0.115
 def draw_path(
     iterations: Sequence[int],
     openness: Sequence[Sequence[float]],
-    stages: Sequence[str],
-    asked: Sequence[float] = (),
-    got: Sequence[float] = ()
+    parts: Sequence[str],
+    budget: Sequence[float] = (),
+    held: Sequence[float] = ()
 ) -> Figure:
     """Openness of each group over the training, and the budget below.
 
@@ -29,21 +29,21 @@ def draw_path(
         iterations (Sequence[int]): ``(T,)``, at equal distances.
         openness (Sequence[Sequence[float]]): ``(T, S)`` mean openness of each
             group.
-        stages (Sequence[str]): ``(S,)`` part of the network that each group
+        parts (Sequence[str]): ``(S,)`` part of the network that each group
             is of.
-        asked (Sequence[float]): ``(T,)`` budget, share of the dense cost; or
+        budget (Sequence[float]): ``(T,)`` budget, share of the dense cost; or
             none, for no curve.
-        got (Sequence[float]): ``(T,)`` what was held against it.
+        held (Sequence[float]): ``(T,)`` what was held against it.
     """
-    rows = len(dict.fromkeys(stages))
-    panel = min(max(0.07 * len(stages), 1.4 * _LINE * rows, 1.5), 12)
-    order = _by_stage(stages)
-    if len(asked):
+    rows = len(dict.fromkeys(parts))
+    panel = min(max(0.07 * len(parts), 1.4 * _LINE * rows, 1.5), 12)
+    order = _by_stage(parts)
+    if len(budget):
         figure = _figure(9, panel + 2.1)
         upper, lower = figure.subplots(
             2, 1, sharex=True, gridspec_kw=dict(height_ratios=[panel, 1.2]))
-        lower.plot(iterations, asked, color='grey', ls='--', label='asked')
-        lower.plot(iterations, got, color='C3', label='got')
+        lower.plot(iterations, budget, color='grey', ls='--', label='budget')
+        lower.plot(iterations, held, color='C3', label='cost held against it')
         lower.set_ylim(0, 1.05)
         lower.set_ylabel('share of\nthe cost', fontsize=_FONT)
         lower.legend(fontsize=_FONT, loc='lower left')
@@ -54,7 +54,7 @@ def draw_path(
         upper = lower = figure.subplots()
     plot_gates(
         np.asarray(openness)[:, order], iterations[-1], upper,
-        [stages[index] for index in order])
+        [parts[index] for index in order])
     upper.set_title('openness of each group of channels', fontsize=_FONT + 2)
     if upper is not lower:
         upper.set_xlabel('')
@@ -65,14 +65,14 @@ def draw_path(
 def plot_gates(openness: Any,
                iterations: int,
                axes: Any,
-               stages: Sequence[str] = ()) -> None:
+               parts: Sequence[str] = ()) -> None:
     """Draw the gates' path: mean openness of each group over training.
 
     Args:
         openness (Any): ``(T, S)``, an array, at equal distances.
         iterations (int): Length of the training.
         axes (Any): matplotlib axes to draw on.
-        stages (Sequence[str]): ``(S,)`` part of the network that each group
+        parts (Sequence[str]): ``(S,)`` part of the network that each group
             is of, those of a part together; or none, for no names.
     """
     groups = openness.shape[1]
@@ -86,11 +86,11 @@ def plot_gates(openness: Any,
         extent=(0, iterations, groups - 0.5, -0.5))
     axes.set(xlabel='iteration', ylabel='group, from input to output')
     bar = axes.figure.colorbar(image, ax=axes, label='mean openness')
-    if len(stages):
+    if len(parts):
         axes.set_ylabel('groups, by the part that writes them', fontsize=_FONT)
         axes.tick_params(labelsize=_FONT)
         bar.ax.tick_params(labelsize=_FONT)
-        runs = _runs(stages)
+        runs = _runs(parts)
         inches = axes.figure.get_figheight() * axes.get_position().height
         axes.set_yticks(
             _places(runs, inches), [name for name, _, _ in runs],
@@ -100,19 +100,19 @@ def plot_gates(openness: Any,
             axes.axhline(first - 0.5, color='white', linewidth=0.8)
 
 
-def draw_widths(shares: Sequence[float], stages: Sequence[str],
+def draw_widths(shares: Sequence[float], parts: Sequence[str],
                 title: str) -> Figure:
     """Share of the channels that each group keeps, in network order.
 
     Args:
         shares (Sequence[float]): ``(S,)`` in [0, 1].
-        stages (Sequence[str]): ``(S,)`` part of the network that each group
+        parts (Sequence[str]): ``(S,)`` part of the network that each group
             is of.
         title (str): Above.
     """
-    order = _by_stage(stages)
+    order = _by_stage(parts)
     kept = np.asarray(shares, dtype=float)[order]
-    runs = _runs([stages[index] for index in order])
+    runs = _runs([parts[index] for index in order])
     width = min(max(6, 0.1 * len(kept), 1.5 * _LINE * len(runs)), 24)
     figure = _figure(width + 1, 4.2)
     axes = figure.subplots()
@@ -156,20 +156,20 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _by_stage(stages: Sequence[str]) -> list[int]:
+def _by_stage(parts: Sequence[str]) -> list[int]:
     """Groups in the order of their stages, which is that of the network."""
-    place = {name: index for index, name in enumerate(dict.fromkeys(stages))}
-    return sorted(range(len(stages)), key=lambda index: place[stages[index]])
+    place = {name: index for index, name in enumerate(dict.fromkeys(parts))}
+    return sorted(range(len(parts)), key=lambda index: place[parts[index]])
 
 
-def _runs(stages: Sequence[str]) -> list[tuple[str, int, int]]:
+def _runs(parts: Sequence[str]) -> list[tuple[str, int, int]]:
     """Name, first and end of each run of the same stage."""
     starts = [
-        index for index, name in enumerate(stages)
-        if index == 0 or stages[index - 1] != name
+        index for index, name in enumerate(parts)
+        if index == 0 or parts[index - 1] != name
     ]
-    ends = [*starts[1:], len(stages)]
-    return [(stages[first], first, end) for first, end in zip(starts, ends)]
+    ends = [*starts[1:], len(parts)]
+    return [(parts[first], first, end) for first, end in zip(starts, ends)]
 
 
 def _places(runs: Sequence[tuple[str, int, int]],

@@ -35,9 +35,9 @@ def read_budget(path: Path) -> tuple[list[float], list[float]]:
         none of a record that does not say.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not all('asked' in row for row in rows):
+    if not all('budget' in row for row in rows):
         return [], []
-    return [row['asked'] for row in rows], [row['got'] for row in rows]
+    return [row['budget'] for row in rows], [row['held_cost'] for row in rows]
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:

@@ -7,15 +7,15 @@ from typing import Sequence
 
 from torch import Tensor
 
-from ..analysis.structure import Group, Groups, Layer
+from ..analysis.structure import Analysis, Group, Layer
 from ..gates.layers import slot_values
 
 # Numbered stages of a backbone; else a stage is a part of a part.
-_STAGE = re.compile(r'[^.]+\.(?:layers|stages|blocks)\.\d+|[^.]+\.[^.]+')
+_PART = re.compile(r'[^.]+\.(?:layers|stages|blocks)\.\d+|[^.]+\.[^.]+')
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
+class Part:
     """Groups that are written in the same top-level part.
 
     Args:
@@ -28,22 +28,22 @@ class Stage:
     kept: int
 
 
-def stage_of(module: str) -> str:
+def part_of(module: str) -> str:
     """Name of the top-level part that a module belongs to.
 
     Examples:
-        >>> stage_of('backbone.layer3.5.conv2'), stage_of('head')
+        >>> part_of('backbone.layer3.5.conv2'), part_of('head')
         ('backbone.layer3', 'head')
-        >>> stage_of('backbone.stages.2.blocks.0.ffn.layers.1')
+        >>> part_of('backbone.stages.2.blocks.0.ffn.layers.1')
         'backbone.stages.2'
-        >>> stage_of('decode_head.aspp_modules.1.depthwise_conv.conv')
+        >>> part_of('decode_head.aspp_modules.1.depthwise_conv.conv')
         'decode_head.aspp_modules'
     """
-    found = _STAGE.match(module)
+    found = _PART.match(module)
     return found.group() if found else module
 
 
-def kept_by_stage(groups: Sequence[Group], keep: Tensor) -> list[Stage]:
+def kept_by_part(groups: Sequence[Group], keep: Tensor) -> list[Part]:
     """Channels that stay, by stage, in the order of the network.
 
     Args:
@@ -52,21 +52,21 @@ def kept_by_stage(groups: Sequence[Group], keep: Tensor) -> list[Stage]:
     """
     numbers: dict[str, tuple[int, int]] = {}
     for group in groups:
-        name = stage_of(group.writers[0])
+        name = part_of(group.writers[0])
         channels, kept = numbers.get(name, (0, 0))
         numbers[name] = (channels + len(group.gates),
                          kept + int(keep[group.gates].sum()))
-    return [Stage(name, *both) for name, both in numbers.items()]
+    return [Part(name, *both) for name, both in numbers.items()]
 
 
-def dead_parts(groups: Groups, keep: Tensor) -> list[str]:
+def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:
     """The largest parts of which every layer reads, or writes, no channel.
 
     Layers of a part of which others live, as the convolutions of a residual
     block with a downsample, are named together.
 
     Args:
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         keep (Tensor): ``(G,)`` bool, which gates' channels stay.
 
     Returns:
@@ -79,7 +79,7 @@ def dead_parts(groups: Groups, keep: Tensor) -> list[str]:
             bool(slot_values(keep.float(), slots).any())
             for slots in (layer.inputs, layer.outputs))
 
-    layers = [layer for layer in groups.layers if layer.counted]
+    layers = [layer for layer in analysis.layers if layer.in_inference]
     gone = {layer.name: dead(layer) for layer in layers if layer.kernel}
 
     def whole(name: str) -> str:

@@ -68,12 +68,12 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'![Openness of each group over the training, asked against got]'
         f'({report["gates_picture"]})', ''
     ])
-    stages = [['part', 'channels', 'kept', 'kept share']]
-    for stage in report['stages']:
-        stages.append([
-            stage['name'],
-            str(stage['channels']),
-            str(stage['kept']), f'{stage["kept"] / stage["channels"]:.0%}'
+    parts = [['part', 'channels', 'kept', 'kept share']]
+    for part in report['parts']:
+        parts.append([
+            part['name'],
+            str(part['channels']),
+            str(part['kept']), f'{part["kept"] / part["channels"]:.0%}'
         ])
     dead = ['Nothing died.'] if not report['dead'] else [
         'Died: what is left of each is at most a constant.', '',
@@ -98,7 +98,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f'Latency: median of alternating runs on {report["device"]}, '
         f'torch {report["torch"]}; only the ratio travels to another '
         'machine.', '', '## What the gates did', '', *picture,
-        table(stages), '', *dead, '', '## Groups', '',
+        table(parts), '', *dead, '', '## Groups', '',
         table(groups), ''
     ])
 

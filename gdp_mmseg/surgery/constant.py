@@ -16,6 +16,7 @@ class Constant(nn.Module):
         channels (int): ``C_out``, may be 0.
 
     Examples:
+        >>> import torch
         >>> left = Constant(nn.Conv2d(4, 2, 3, stride=2, padding=1), 2)
         >>> left(torch.ones(1, 0, 8, 8)).shape
         torch.Size([1, 2, 4, 4])

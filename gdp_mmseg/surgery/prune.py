@@ -18,20 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.liveness import kept_channels, kept_slots
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from ..analysis.tracer import copy_model
 from ..gates.layers import along, slot_values
 from .widths import Widths, apply_widths_, whole_width, widths_of
 
 
-def prune(model: nn.Module, groups: Groups,
+def prune(model: nn.Module, analysis: Analysis,
           openness: Tensor) -> tuple[nn.Module, Widths]:
     """A small copy of a model that computes what the gated model computes.
 
     Args:
         model (nn.Module): The model that was analysed, without gates; left as
             it is.
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         openness (Tensor): ``(G,)`` the gates' openness.
 
     Returns:
@@ -44,24 +44,24 @@ def prune(model: nn.Module, groups: Groups,
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f'expected finite weights, but got nan or inf in '
                              f'{name}; export an earlier checkpoint')
-    pruned, widths = cut(model, groups, openness)
+    pruned, widths = cut(model, analysis, openness)
     return copy.deepcopy(pruned), widths
 
 
-def cut(model: nn.Module, groups: Groups,
+def cut(model: nn.Module, analysis: Analysis,
         openness: Tensor) -> tuple[nn.Module, Widths]:
     """:func:`prune`, but what did not change is the model's own."""
-    keep = kept_channels(groups, openness)
+    keep = kept_channels(analysis, openness)
     dense = model.state_dict()
     state = dict(dense)
-    for (name, axis), gates in groups.axes.items():
+    for (name, axis), gates in analysis.gate_of_slot.items():
         kept = kept_slots(gates, keep)
         if not kept.all():
             slots = kept.nonzero().flatten().to(state[name].device)
             state[name] = state[name].index_select(axis, slots)
-    absorb_(state, groups, openness, keep)
-    widths = widths_of(model, groups, state)
-    _fold_constants_(model, groups, state, widths)
+    absorb_(state, analysis, openness, keep)
+    widths = widths_of(model, analysis, state)
+    _fold_constants_(model, analysis, state, widths)
     # What changed is not copied first.
     empty = {
         id(tensor)
@@ -82,17 +82,17 @@ def cut(model: nn.Module, groups: Groups,
     return pruned, widths
 
 
-def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
+def absorb_(state: dict[str, Tensor], analysis: Analysis, openness: Tensor,
             keep: Tensor) -> None:
     """Multiply the gates into the kernels that read them, in place.
 
     Args:
         state (dict[str, Tensor]): A state dict; kernels are replaced.
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         openness (Tensor): ``(G,)``.
         keep (Tensor): ``(G,)`` bool, the gates whose slots the kernels have.
     """
-    for layer in groups.readers():
+    for layer in analysis.gated_layers():
         kernel = state[layer.kernel]
         slots = layer.inputs[kept_slots(layer.inputs, keep)]
         scale = slot_values(openness.detach().to(kernel),
@@ -101,7 +101,7 @@ def absorb_(state: dict[str, Tensor], groups: Groups, openness: Tensor,
             state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 
 
-def _fold_constants_(model: nn.Module, groups: Groups,
+def _fold_constants_(model: nn.Module, analysis: Analysis,
                      state: dict[str, Tensor], widths: Widths) -> None:
     """Layers that read nothing: their norm's constant becomes their bias.
 
@@ -114,7 +114,7 @@ def _fold_constants_(model: nn.Module, groups: Groups,
         kernel = state[f'{layer}.weight']
         outputs = whole_width(layer, model.get_submodule(layer), width)[0]
         bias = state.get(f'{layer}.bias', kernel.new_zeros(outputs))
-        norm = groups.norms.get(layer, '')
+        norm = analysis.norms.get(layer, '')
         if outputs and f'{norm}.running_mean' in state:
             module: Any = model.get_submodule(norm)
             mean, var, scale, shift = (

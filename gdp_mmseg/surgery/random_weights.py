@@ -20,8 +20,8 @@ _GAINS = (1., 0.5, 0.25, 0.1)
 _SHIFT = 1009
 
 
-def lively_copy(model: nn.Module, run: Callable[[nn.Module],
-                                                Any]) -> nn.Module:
+def copy_with_random_weights(model: nn.Module,
+                             run: Callable[[nn.Module], Any]) -> nn.Module:
     """A copy on the CPU, as lively as it bears, in the default dtype.
 
     Its kernels share memory (see :func:`randomise_`): it is never to be
@@ -39,13 +39,13 @@ def lively_copy(model: nn.Module, run: Callable[[nn.Module],
             return torch.zeros(()).expand(tensor.shape)  # takes no memory
         return tensor.detach().to('cpu', torch.get_default_dtype(), copy=True)
 
-    lively = copy_model(model, converted)
+    random_copy = copy_model(model, converted)
     for gain in _GAINS:
-        randomise_(lively, gain)
-        if all(leaf.isfinite().all() for leaf in tree_leaves(run(lively))
+        randomise_(random_copy, gain)
+        if all(leaf.isfinite().all() for leaf in tree_leaves(run(random_copy))
                if isinstance(leaf, Tensor)):
             break
-    return lively
+    return random_copy
 
 
 @torch.no_grad()

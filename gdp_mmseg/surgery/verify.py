@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..analysis.analyse import nothing_left
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from ..analysis.tracer import Forward, copy_model, set_mode_
 from ..gates.gdp import Gates, theta_of
 from ..gates.layers import gate_layer_
 from .prune import cut
-from .random_weights import lively_copy
+from .random_weights import copy_with_random_weights
 
 # Of numbers in double precision, in which a small error is not lost in noise.
 TOLERANCE = 1e-8
@@ -36,24 +36,24 @@ _SIDES = (64, 128)
 _STEP = 32
 
 
-def prove(model: nn.Module,
-          groups: Groups,
-          forward: Forward,
-          training_forward: Forward | None = None,
-          tolerance: float = TOLERANCE) -> tuple[Groups, float]:
+def verify(model: nn.Module,
+           analysis: Analysis,
+           forward: Forward,
+           training_forward: Forward | None = None,
+           tolerance: float = TOLERANCE) -> tuple[Analysis, float]:
     """Keep the groups whose surgery is exact on a copy of this very model.
 
     Args:
         model (nn.Module): The model that was analysed, without gates; left as
             it is.
-        groups (Groups): What the analysis found.
+        analysis (Analysis): What the analysis found.
         forward (Forward): See :func:`gdp_mmseg.groups.analyse`.
         training_forward (Forward, optional): Likewise.
         tolerance (float): Largest difference of outputs, over the largest
             output.
 
     Returns:
-        tuple[Groups, float]: The groups, some frozen, some that keep a
+        tuple[Analysis, float]: The groups, some frozen, some that keep a
         channel; and the difference with half of their channels gone.
 
     Raises:
@@ -61,34 +61,36 @@ def prove(model: nn.Module,
     """
     with torch.random.fork_rng(devices=[]), _double_precision():
         torch.manual_seed(0)
-        trial = _Trial(model, groups, forward, training_forward, tolerance)
-        wrong = _culprits(trial, half=True)
+        trial = _Trial(model, analysis, forward, training_forward, tolerance)
+        wrong = _inexact_groups(trial, half=True)
         if wrong:
-            groups = groups.without(wrong, _REASON)
-            if not groups.number:
-                raise ValueError(nothing_left(groups))
-            trial.use(groups)
-        stiff = _culprits(trial, half=False)
-        if stiff:
-            groups = dataclasses.replace(
-                groups,
+            analysis = analysis.without(wrong, _REASON)
+            if not analysis.num_gates:
+                raise ValueError(nothing_left(analysis))
+            trial.use(analysis)
+        must_keep_one = _inexact_groups(trial, half=False)
+        if must_keep_one:
+            analysis = dataclasses.replace(
+                analysis,
                 groups=tuple(
                     dataclasses.replace(
-                        group, vanishes=group.vanishes and index not in stiff)
-                    for index, group in enumerate(groups.groups)))
-            trial.use(groups)
-        everyone = range(len(groups.groups))
+                        group,
+                        can_be_empty=group.can_be_empty
+                        and index not in must_keep_one)
+                    for index, group in enumerate(analysis.groups)))
+            trial.use(analysis)
+        everyone = range(len(analysis.groups))
         half, whole = (
             trial.difference(everyone, half) for half in (True, False))
     if not max(half, whole) <= tolerance:
-        frozen = [frozen.writers[0] for frozen in groups.frozen]
+        frozen = [frozen.writers[0] for frozen in analysis.frozen]
         raise ValueError(
             'expected a pruned copy of the model to compute what the gated '
             f'one does, but got a relative difference of '
             f'{max(half, whole):.1e}, also with the channels of '
             f'{", ".join(frozen[-len(wrong):]) or "no layer"} frozen; keep '
             'parts out with ignore=[...]')
-    return groups, half
+    return analysis, half
 
 
 @contextlib.contextmanager
@@ -102,7 +104,7 @@ def _double_precision() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _culprits(trial: _Trial, half: bool) -> list[int]:
+def _inexact_groups(trial: _Trial, half: bool) -> list[int]:
     """The groups that are not exact by themselves.
 
     Where a forward pass fails says where to look first; what was found there,
@@ -117,7 +119,7 @@ def _culprits(trial: _Trial, half: bool) -> list[int]:
         middle = len(suspects) // 2
         return search(suspects[:middle]) + search(suspects[middle:])
 
-    everyone = range(len(trial.groups.groups))
+    everyone = range(len(trial.analysis.groups))
     if trial.exact(everyone, half):
         return []
     found = trial.without_effect()
@@ -155,38 +157,39 @@ class _WatchedGates(Gates):
 class _Trial:
     """A lively copy of a model, gated, to be pruned in many ways."""
 
-    def __init__(self, model: nn.Module, groups: Groups, forward: Forward,
+    def __init__(self, model: nn.Module, analysis: Analysis, forward: Forward,
                  training_forward: Forward | None, tolerance: float) -> None:
         self.tolerance = tolerance
         self.forwards = [(forward, False)]
         if training_forward is not None:
             self.forwards.append((training_forward, True))
-        self.model, self.inputs = self._lively(model, groups.input_shape)
-        self.use(groups)
+        self.model, self.inputs = self._random_copy(model,
+                                                    analysis.input_shape)
+        self.use(analysis)
 
-    def use(self, groups: Groups) -> None:
+    def use(self, analysis: Analysis) -> None:
         """Gate a copy of the model at these groups."""
-        self.groups = groups
-        self.gates = _WatchedGates(groups.number)
+        self.analysis = analysis
+        self.gates = _WatchedGates(analysis.num_gates)
         self.gated = copy_model(self.model)
         self.known: dict[tuple[Sequence[int], bool], float] = {}
         # The module that ran last.
         self.failed_at = ''
-        for layer in groups.readers():
+        for layer in analysis.gated_layers():
             gate_layer_(
                 self.gated.get_submodule(layer.name), self.gates, layer.inputs)
 
-    def _lively(self, model: nn.Module,
-                shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
+    def _random_copy(self, model: nn.Module,
+                     shape: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
         """A lively copy, and about the least input that the model takes."""
         whole = max(shape[2:])
         for side in dict.fromkeys((self._least_side(model, shape), whole)):
             inputs = torch.randn(_shape_within(shape, side))
             try:
                 # Of the last forward: it runs all that the others run.
-                lively = lively_copy(model,
-                                     lambda net: self._run(-1, net, inputs))
-                return lively, inputs
+                random_copy = copy_with_random_weights(
+                    model, lambda net: self._run(-1, net, inputs))
+                return random_copy, inputs
             except Exception:  # the model's own, of any kind
                 if side == whole:
                     raise
@@ -232,20 +235,20 @@ class _Trial:
         self.gates.asked.clear()
         for index in range(len(self.forwards)):
             self._run(index, self.gated, self.inputs)
-        deaf = torch.zeros(self.groups.number, dtype=torch.bool)
-        for index, layer in enumerate(self.groups.readers()):
+        unread = torch.zeros(self.analysis.num_gates, dtype=torch.bool)
+        for index, layer in enumerate(self.analysis.gated_layers()):
             if index not in self.gates.asked:
-                deaf[layer.inputs[layer.inputs >= 0]] = True
+                unread[layer.inputs[layer.inputs >= 0]] = True
         return [
-            index for index, group in enumerate(self.groups.groups)
-            if bool(deaf[group.gates].any())
+            index for index, group in enumerate(self.analysis.groups)
+            if bool(unread[group.gates].any())
         ]
 
     def alike(self, index: int, suspects: Sequence[int]) -> list[int]:
         """Those that only differ in numbers in the names of their modules."""
-        role = _role(self.groups, index)
+        role = _role(self.analysis, index)
         return [
-            other for other in suspects if _role(self.groups, other) == role
+            other for other in suspects if _role(self.analysis, other) == role
         ]
 
     def near_failure(self, suspects: Sequence[int]) -> list[tuple[int, ...]]:
@@ -259,7 +262,7 @@ class _Trial:
             near = tuple(
                 index for index in suspects
                 if any(f'{name}.'.startswith(f'{module}.')
-                       for name in _members(self.groups, index)))
+                       for name in _members(self.analysis, index)))
             if near and near not in found:
                 found.append(near)
             module = module.rpartition('.')[0]
@@ -288,7 +291,7 @@ class _Trial:
 
     def _measure(self, closed: Sequence[int], half: bool) -> float:
         openness = self._openness(closed, half)
-        pruned, _ = cut(self.model, self.groups, openness)
+        pruned, _ = cut(self.model, self.analysis, openness)
         with torch.no_grad():
             self.gates.theta.copy_(theta_of(openness, self.gates.epsilon))
         self.failed_at = ''
@@ -308,10 +311,10 @@ class _Trial:
         return worst
 
     def _openness(self, closed: Sequence[int], half: bool) -> Tensor:
-        openness = torch.ones(self.groups.number)
+        openness = torch.ones(self.analysis.num_gates)
         generator = torch.Generator().manual_seed(len(closed))
         for index in closed:
-            gates = self.groups.groups[index].gates
+            gates = self.analysis.groups[index].gates
             # Odd numbers stay, that differ from group to group: none that a
             # forward may count on, or take for that of other channels.
             golden = index * 0.618 % 1
@@ -336,13 +339,14 @@ def _shape_within(shape: tuple[int, ...], side: int) -> tuple[int, ...]:
     return (1, shape[1], *(min(side, length) for length in shape[2:]))
 
 
-def _members(groups: Groups, index: int) -> tuple[str, ...]:
-    group = groups.groups[index]
+def _members(analysis: Analysis, index: int) -> tuple[str, ...]:
+    group = analysis.groups[index]
     return group.writers + group.readers
 
 
-def _role(groups: Groups, index: int) -> tuple[str, ...]:
-    return tuple(re.sub(r'\d+', '', name) for name in _members(groups, index))
+def _role(analysis: Analysis, index: int) -> tuple[str, ...]:
+    return tuple(
+        re.sub(r'\d+', '', name) for name in _members(analysis, index))
 
 
 def largest_difference(got: Sequence[Tensor],

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from ..analysis.structure import Groups
+from ..analysis.structure import Analysis
 from .constant import Constant
 
 Width = Sequence[int | None]
@@ -147,13 +147,13 @@ def _first(tensor: Tensor, *sizes: int) -> Tensor:
     return tensor.detach()[tuple(slice(size) for size in sizes)].clone()
 
 
-def widths_of(model: nn.Module, groups: Groups,
+def widths_of(model: nn.Module, analysis: Analysis,
               state: Mapping[str, Tensor]) -> Widths:
     """Widths of all modules that became narrower."""
     dense = dict([*model.named_parameters(), *model.named_buffers()])
-    blocks = {layer.name for layer in groups.layers if layer.blocks}
+    blocks = {layer.name for layer in analysis.layers if layer.blockwise}
     widths: Widths = {}
-    for name in dict.fromkeys(name for name, _ in groups.axes):
+    for name in dict.fromkeys(name for name, _ in analysis.gate_of_slot):
         shape = state[name].shape
         if shape == dense[name].shape:
             continue
@@ -161,14 +161,15 @@ def widths_of(model: nn.Module, groups: Groups,
         module = model.get_submodule(owner)
         if isinstance(module, (_ConvNd, nn.Linear)):
             if leaf == 'weight':
-                gated = [(name, axis) in groups.axes for axis in (0, 1)]
+                gated = [(name, axis) in analysis.gate_of_slot
+                         for axis in (0, 1)]
                 widths[owner] = _layer_widths(module, shape, gated, owner
                                               in blocks)
         elif isinstance(module, (_BatchNorm, nn.GroupNorm)):
             widths[owner] = [shape[0]]
         else:
             widths[name] = [
-                size if (name, axis) in groups.axes else None
+                size if (name, axis) in analysis.gate_of_slot else None
                 for axis, size in enumerate(shape)
             ]
     return widths
