@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from gdp_mmseg.engine.hook import GDPHook
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
-from gdp_mmseg.gates.gdp import Gates
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.pruner.pruner import Pruner
 
 from project import PHASES, TARGET, WITHOUT_SYNC, Project, Recorder, train
@@ -259,14 +259,14 @@ def test_gates_travel_as_far_with_fewer_steps(
         project: Project, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest step goes the travel over the steps of the phase."""
-    step, longest = Gates.step_, []
+    step, longest = GDPGates.step_, []
 
-    def step_(gates: Gates, cost: Any, budget: float, lr: float, *others:
+    def step_(gates: GDPGates, cost: Any, budget: float, lr: float, *others:
               Any) -> Any:
         longest.append(lr)
         return step(gates, cost, budget, lr, *others)
 
-    monkeypatch.setattr(Gates, 'step_', step_)
+    monkeypatch.setattr(GDPGates, 'step_', step_)
     options = {
         'train_cfg.max_iters': 24,
         'optim_wrapper.accumulative_counts': 4,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdp_mmseg.gates.base import held_cost, solve_multiplier
-from gdp_mmseg.gates.gdp import Gates, openness, openness_slope
+from gdp_mmseg.gates.gdp import (GDPGates, annealed, openness, openness_slope)
 from gdp_mmseg.gates.layers import gate_layer_, slot_values
 from gdp_mmseg.pruner.schedule import Schedule
 
@@ -56,12 +56,16 @@ GRID = [step / 100 for step in range(101)]
 @pytest.mark.parametrize('phases', PHASES)
 def test_epsilon_falls_geometrically_from_start_to_end(
         phases: tuple[float, float, float]) -> None:
-    schedule = Schedule(phases, epsilon=(0.1, 1e-3))
-    values = [schedule.epsilon_at(progress) for progress in GRID]
+    schedule = Schedule(phases)
+
+    def epsilon_at(progress: float) -> float:
+        return annealed((0.1, 1e-3), schedule.pruned_share(progress))
+
+    values = [epsilon_at(progress) for progress in GRID]
     warmup, pruning, _ = phases
     assert values[0] == pytest.approx(0.1)
     assert values[-1] == pytest.approx(1e-3)
-    assert schedule.epsilon_at(warmup + pruning / 2) == pytest.approx(
+    assert epsilon_at(warmup + pruning / 2) == pytest.approx(
         math.sqrt(0.1 * 1e-3))
     assert all(one >= other for one, other in zip(values, values[1:]))
 
@@ -88,7 +92,8 @@ def test_whole_channels_are_all_that_counts_when_the_pruning_ends(
 def test_last_step_of_the_pruning_is_for_the_target(steps: int) -> None:
     schedule = Schedule((0.1, 0.6, 0.3))
     seen = [
-        schedule.with_the_end(step / steps, 1 / steps) for step in range(steps)
+        schedule.end_of_pruning if schedule.is_last_pruning_step(
+            step / steps, 1 / steps) else step / steps for step in range(steps)
     ]
     pruning = [one for one in seen if schedule.phase_at(one) == 'pruning']
     assert schedule.budget_at(pruning[-1], 0.4) == pytest.approx(0.4)
@@ -152,15 +157,18 @@ def test_without_warmup_pruning_begins_at_once() -> None:
     (dict(phases=(0.5, 0.6, 0.4)), 'phases'),
     (dict(phases=(0.5, 0., 0.5)), 'phases'),
     (dict(phases=(-0.1, 0.6, 0.5)), 'phases'),
-    (dict(epsilon=(0.1, )), 'epsilon'),
-    (dict(epsilon=(0.1, 0.)), 'epsilon'),
-    (dict(epsilon=(1e-3, 0.1)), 'epsilon'),
     (dict(ramp=0.), 'ramp'),
     (dict(ramp=1.1), 'ramp'),
 ])
 def test_schedule_refuses_by_name(options: dict[str, Any], key: str) -> None:
     with pytest.raises(ValueError, match=f'{key}: expected .* but got'):
         Schedule(**options)
+
+
+@pytest.mark.parametrize('epsilon', [(0.1, ), (0.1, 0.), (1e-3, 0.1)])
+def test_epsilon_is_refused_by_name(epsilon: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match='epsilon: expected .* but got'):
+        GDPGates(2, epsilon=epsilon)  # type: ignore[arg-type]
 
 
 # -- multiplier ------------------------------------------------------------
@@ -216,7 +224,7 @@ class Linear:
         return self.prices
 
 
-def step(gates: Gates, gains: Tensor, cost: Linear, budget: float,
+def step(gates: GDPGates, gains: Tensor, cost: Linear, budget: float,
          lr: float) -> None:
     """One step for a task whose loss falls by ``gains`` per openness."""
     loss = -(gates.openness() * gains).sum()
@@ -230,7 +238,7 @@ def random_gains(number: int, index: int) -> Tensor:
 
 
 def test_zero_absorbs_whatever_opening_would_gain() -> None:
-    gates = Gates(3)
+    gates = GDPGates(3)
     gates.close_(torch.tensor([True, False, False]))
     for _ in range(50):
         step(gates, torch.tensor([100., 1., 1.]), Linear(torch.ones(3)), 1.,
@@ -240,7 +248,7 @@ def test_zero_absorbs_whatever_opening_would_gain() -> None:
 
 
 def test_a_gate_that_was_wanted_stays_closed() -> None:
-    gates = Gates(2)
+    gates = GDPGates(2)
     for _ in range(20):
         step(gates, torch.tensor([100., 1.]), Linear(torch.ones(2)), 1., 0.01)
     gates.close_(torch.tensor([True, False]))
@@ -251,7 +259,7 @@ def test_a_gate_that_was_wanted_stays_closed() -> None:
 
 
 def test_closed_gates_only_become_more() -> None:
-    gates = Gates(32)
+    gates = GDPGates(32)
     closed = torch.zeros(32, dtype=torch.bool)
     for index in range(80):
         step(gates, random_gains(32, index), Linear(torch.rand(32) + 0.1),
@@ -263,7 +271,7 @@ def test_closed_gates_only_become_more() -> None:
 
 @pytest.mark.parametrize('close_below', [1e-3, 1e-2, 0.1])
 def test_gate_below_the_threshold_is_closed(close_below: float) -> None:
-    gates = Gates(8, close_below=close_below)
+    gates = GDPGates(8, close_below=close_below)
     for index in range(60):
         step(gates, torch.linspace(0.1, 1, 8), Linear(torch.ones(8)),
              max(0.9 - index / 50, 0.5), 0.05)
@@ -273,7 +281,7 @@ def test_gate_below_the_threshold_is_closed(close_below: float) -> None:
 
 
 def test_strongest_are_the_open_gates_of_most_gain_in_each_group() -> None:
-    gates = Gates(6)
+    gates = GDPGates(6)
     gates.gain_square.copy_(torch.tensor([3., 1., 2., 9., 4., 5.]))
     gates.close_(torch.tensor([0, 0, 0, 1, 0, 0], dtype=torch.bool))
     chosen = gates.strongest(
@@ -282,7 +290,7 @@ def test_strongest_are_the_open_gates_of_most_gain_in_each_group() -> None:
 
 
 def test_protected_gates_do_not_close_whatever_they_cost() -> None:
-    gates = Gates(4)
+    gates = GDPGates(4)
     protected = torch.tensor([True, False, False, False])
     for _ in range(60):
         loss = -gates.openness()[1]
@@ -298,7 +306,7 @@ def test_protected_gates_do_not_close_whatever_they_cost() -> None:
 
 @pytest.mark.parametrize('budget', [1., 0.5, 0.])
 def test_steady_gain_moves_a_gate_little_more_than_lr(budget: float) -> None:
-    gates, lr = Gates(16), 0.01
+    gates, lr = GDPGates(16), 0.01
     gains = random_gains(16, 0)
     for _ in range(60):
         before = gates.theta.detach().clone()
@@ -311,7 +319,7 @@ def test_steady_gain_moves_a_gate_little_more_than_lr(budget: float) -> None:
 @pytest.mark.parametrize('quiet', [0, 30])
 def test_no_step_is_longer_than_its_running_means_allow(quiet: int) -> None:
     lr, betas = 0.01, (0.9, 0.99)
-    gates = Gates(16, betas=betas)
+    gates = GDPGates(16, betas=betas)
     for index in range(quiet + 40):
         before = gates.theta.detach().clone()
         gains = random_gains(16, index) * (1e-6 if index < quiet else 1.)
@@ -326,7 +334,7 @@ def test_no_step_is_longer_than_its_running_means_allow(quiet: int) -> None:
 
 
 def trajectory(scale: float, cost_scale: float = 1.) -> Tensor:
-    gates = Gates(24)
+    gates = GDPGates(24)
     prices = torch.linspace(0.5, 2, 24)
     cost = Linear(prices)
     cost.prices = cost.prices * cost_scale
@@ -381,11 +389,12 @@ def test_step_finds_the_best_channels_for_a_budget(name: str, number: int,
     prices = KNAPSACKS[name]
     budget = budget_for(prices, number)
     assert int(best_subset(prices, budget).sum()) == number
-    gates, cost = Gates(8), Linear(prices)
-    schedule = Schedule((0., 0.8, 0.2), epsilon=(0.1, 1e-4))
+    gates, cost = GDPGates(8), Linear(prices)
+    schedule = Schedule((0., 0.8, 0.2))
     steps = 300
     for index in range(steps):
-        gates.epsilon.fill_(schedule.epsilon_at(index / steps))
+        gates.epsilon.fill_(
+            annealed((0.1, 1e-4), schedule.pruned_share(index / steps)))
         step(gates, scale * GAINS, cost,
              schedule.budget_at(index / steps, budget), 8. / steps)
     open_ = gates.openness() > 0
@@ -413,14 +422,15 @@ def open_after_pruning(gains_at: Gains,
         loss_scale (float): Unit of the loss.
         cost_scale (float): Unit of the cost.
     """
-    gates, cost = Gates(16), Linear(PRICES)
+    gates, cost = GDPGates(16), Linear(PRICES)
     enough = PRICES[BEST[:number]].sum() + PRICES[BEST[number]] / 2
     budget = float(enough / PRICES.sum())
     cost.prices = cost_scale * cost.prices
-    schedule = Schedule((0., 1., 0.), epsilon=(0.1, 1e-4))
+    schedule = Schedule((0., 1., 0.))
     steps = 160
     for index in range(steps):
-        gates.epsilon.fill_(schedule.epsilon_at(index / steps))
+        gates.epsilon.fill_(
+            annealed((0.1, 1e-4), schedule.pruned_share(index / steps)))
         gains = gains_at(2.**RANKS * PRICES, gates.openness().detach(), index)
         step(gates, loss_scale * gains, cost,
              cost_scale * schedule.budget_at(index / steps, budget),
@@ -458,7 +468,7 @@ def test_gains_that_grow_as_a_gate_closes_keep_the_order(number: int) -> None:
 
 
 def test_open_budget_closes_no_gate_that_gains() -> None:
-    gates = Gates(8)
+    gates = GDPGates(8)
     for _ in range(100):
         step(gates, GAINS, Linear(torch.ones(8)), 1., 0.1)
     assert gates.multiplier == 0
@@ -466,7 +476,7 @@ def test_open_budget_closes_no_gate_that_gains() -> None:
 
 
 def test_only_the_price_closes_a_gate() -> None:
-    gates = Gates(4)
+    gates = GDPGates(4)
     for _ in range(100):
         # The task would rather have them closed, the budget does not ask.
         step(gates, -torch.ones(4), Linear(torch.ones(4)), 1., 0.1)
@@ -475,7 +485,7 @@ def test_only_the_price_closes_a_gate() -> None:
 
 def test_step_without_any_gradient_ends() -> None:
     """All gains zero: nothing tells the gates apart, but the step returns."""
-    gates, calls = Gates(4), []
+    gates, calls = GDPGates(4), []
 
     class Counting(Linear):
 
@@ -491,28 +501,29 @@ def test_step_without_any_gradient_ends() -> None:
 
 def test_step_without_a_backward_pass_says_so() -> None:
     with pytest.raises(RuntimeError, match='theta.grad is None'):
-        Gates(2).observe_()
+        GDPGates(2).observe_()
 
 
 def test_epsilon_that_rises_leaves_openness_as_it_is() -> None:
     """A training that begins from gates that another has polarised."""
-    gates = Gates(4, epsilon=1e-4)
+    gates = GDPGates(4, epsilon=(0.1, 0.01))
+    gates.epsilon.fill_(1e-4)
     gates.theta.data.copy_(torch.tensor([1., 0.3, 0.02, 0.]))
     gates.close_(torch.tensor([False, False, False, True]))
     before = gates.openness()
-    gates.set_epsilon_(0.1)
+    gates.begin_(0.)
     assert torch.allclose(gates.openness(), before, atol=1e-6)
     assert gates.theta[0].item() == pytest.approx(1)
     # And as it falls, theta stays.
     theta = gates.theta.detach().clone()
-    gates.set_epsilon_(0.01)
+    gates.anneal_(1.)
     assert torch.equal(gates.theta, theta)
     assert float(gates.epsilon) == pytest.approx(0.01)
 
 
 def test_gates_closed_in_one_model_are_closed_in_an_average() -> None:
     from mmengine.model import ExponentialMovingAverage
-    gates = Gates(2)
+    gates = GDPGates(2)
     average = ExponentialMovingAverage(gates, update_buffers=True)
     average.update_parameters(gates)
     gates.close_(torch.tensor([True, False]))
@@ -524,7 +535,7 @@ def test_gates_closed_in_one_model_are_closed_in_an_average() -> None:
 
 def test_checkpoint_continues_the_step_exactly() -> None:
     cost = Linear(torch.linspace(1, 2, 8))
-    first, second = Gates(8), Gates(8)
+    first, second = GDPGates(8), GDPGates(8)
     for index in range(10):
         step(first, random_gains(8, index), cost, 0.7, 0.05)
     second.load_state_dict(first.state_dict(), strict=True)
@@ -553,10 +564,10 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def layer_and_gates(name: str) -> tuple[nn.Module, Gates, Tensor]:
+def layer_and_gates(name: str) -> tuple[nn.Module, GDPGates, Tensor]:
     torch.manual_seed(0)
     build, shape = LAYERS[name]
-    gates = Gates(3).double()
+    gates = GDPGates(3).double()
     with torch.no_grad():
         gates.theta.copy_(torch.tensor([0.5, 0., 1.5]))
     return build().double(), gates, torch.randn(shape).double()
@@ -600,7 +611,7 @@ def test_gradient_of_theta_is_the_finite_difference(name: str) -> None:
 
 
 def test_closed_form_of_the_gradient_of_a_linear_layer() -> None:
-    gates = Gates(1).double()
+    gates = GDPGates(1).double()
     layer = nn.Linear(1, 1, bias=False).double()
     gate_layer_(layer, gates, torch.tensor([0]))
     layer(torch.full((1, 1), 3.).double()).sum().backward()
@@ -629,7 +640,7 @@ def gated_net() -> Any:
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1))
-    net.gates = Gates(3)
+    net.gates = GDPGates(3)
     gate_layer_(net[2], net.gates, torch.arange(3))
     return net
 
@@ -675,4 +686,4 @@ def test_slots_move_with_the_gates() -> None:
 def test_only_convolutions_and_linear_layers_are_gated(
         layer: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(layer).__name__):
-        gate_layer_(layer, Gates(3), SLOTS)
+        gate_layer_(layer, GDPGates(3), SLOTS)

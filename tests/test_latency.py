@@ -28,7 +28,7 @@ class Clock:
 
     def __call__(self, workload: Workload, device: torch.device) -> float:
         self.asked.append(workload)
-        return (1 + 0.5 * workload.outputs * (not workload.blocks) +
+        return (1 + 0.5 * workload.outputs * (not workload.blockwise) +
                 0.1 * workload.inputs * workload.outputs)
 
 
@@ -73,7 +73,7 @@ def test_what_is_timed_is_the_layer_at_its_width(name: str) -> None:
                 workload(*workload.tensors(torch.device('meta')))
             pairs = workload.outputs * (1 if layer.blockwise else
                                         workload.inputs)
-            flops.setdefault(workload.run,
+            flops.setdefault(workload.call,
                              set()).add(counter.get_total_flops() / 2 / pairs)
         # As many for each pair of channels, at every width.
         assert all(len(values) == 1 for values in flops.values())

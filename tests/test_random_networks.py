@@ -14,7 +14,7 @@ from gdp_mmseg.analysis import operators
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.labels import Labels
 from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.gates.gdp import Gates
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.random_weights import randomise_
 from gdp_mmseg.surgery.verify import largest_difference
@@ -38,7 +38,7 @@ def error(net: nn.Module, analysis: Analysis, seed: int) -> float:
     Each group has a chance of its own to lose channels: from none to all.
     """
     generator = torch.Generator().manual_seed(seed)
-    gates = Gates(analysis.num_gates).double()
+    gates = GDPGates(analysis.num_gates).double()
     with torch.no_grad():
         gates.theta.uniform_(0.2, 2., generator=generator)
         for group in analysis.groups:

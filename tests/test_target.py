@@ -17,7 +17,7 @@ from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
-from gdp_mmseg.gates.gdp import Gates
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.pruner import pruner as pruner_module
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings
@@ -173,7 +173,7 @@ def test_a_number_is_a_target_of_flops() -> None:
     assert number.cost is number.flops
     assert number.settings == named.settings
     assert [*number.state_dict()
-            ] == [f'gates.{key}' for key in Gates(10).state_dict()]
+            ] == [f'gates.{key}' for key in GDPGates(10).state_dict()]
 
 
 # -- in mmengine's training -------------------------------------------------

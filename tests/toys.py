@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.gates.gdp import Gates
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.gates.layers import gate_layer_
 
 SHAPE = (3, 8, 8)
@@ -42,7 +42,7 @@ class Toy:
 
     Args:
         build (Callable[[], nn.Module]): Makes it.
-        groups (tuple[tuple[int, str], ...]): Gates of each group, and the
+        groups (tuple[tuple[int, str], ...]): GDPGates of each group, and the
             names of all convolutions and linear layers that it touches.
         frozen (dict[str, str]): Module to a part of the reason for which its
             output channels are frozen. The head, whose outputs are the
@@ -123,7 +123,7 @@ def randomise_(net: nn.Module) -> nn.Module:
     return net
 
 
-def gated(net: nn.Module, analysis: Analysis, gates: Gates) -> nn.Module:
+def gated(net: nn.Module, analysis: Analysis, gates: GDPGates) -> nn.Module:
     """A copy of a network with gates in it."""
     net = copy.deepcopy(net)
     for layer in analysis.gated_layers():
@@ -131,9 +131,9 @@ def gated(net: nn.Module, analysis: Analysis, gates: Gates) -> nn.Module:
     return net
 
 
-def open_gates(open_: Tensor) -> Gates:
-    """Gates at random openness where ``open_``, exact zero elsewhere."""
-    gates = Gates(len(open_))
+def open_gates(open_: Tensor) -> GDPGates:
+    """GDPGates at random openness where ``open_``, exact zero elsewhere."""
+    gates = GDPGates(len(open_))
     with torch.no_grad():
         gates.theta.uniform_(
             0.2, 2., generator=torch.Generator().manual_seed(2))

@@ -231,13 +231,13 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, float]:
 
     from gdp_mmseg.analysis.tracer import copy_model
     from gdp_mmseg.engine.model import inference_forward
-    from gdp_mmseg.gates.gdp import Gates
+    from gdp_mmseg.gates.gdp import GDPGates
     from gdp_mmseg.gates.layers import gate_layer_
     from gdp_mmseg.surgery.prune import cut
     from gdp_mmseg.surgery.random_weights import copy_with_random_weights
     from gdp_mmseg.surgery.verify import largest_difference
     generator = torch.Generator().manual_seed(7)
-    gates = Gates(analysis.num_gates)
+    gates = GDPGates(analysis.num_gates)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)
     with torch.no_grad():
         gates.theta.uniform_(0.3, 1., generator=generator)

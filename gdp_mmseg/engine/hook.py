@@ -12,7 +12,7 @@ from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
-from ..gates.gdp import Gates
+from ..gates.base import GateMethod
 from ..pruner.pruner import Pruner
 from ..pruner.settings import COSTS
 from ..registry import HOOKS
@@ -218,7 +218,7 @@ def _spare_clipping_(optim_wrapper: Any, theta: torch.nn.Parameter) -> None:
     optim_wrapper.clip_func = clip_weights
 
 
-def _agree_(gates: Gates) -> None:
+def _agree_(gates: GateMethod) -> None:
     """Take the first process's gates in all, in place.
 
     Sums on GPUs are not the same to the last bit in each; a gate at the limit

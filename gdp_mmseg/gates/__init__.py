@@ -1,1 +1,12 @@
-"""Gates: how open each channel is, and the methods that move them."""
+"""Gates: how open each channel is, and the methods that move them.
+
+``METHODS`` names the gate methods that ``gdp=dict(gate=...)`` chooses from.
+"""
+from __future__ import annotations
+
+from typing import Callable
+
+from .base import GateMethod
+from .gdp import GDPGates
+
+METHODS: dict[str, Callable[..., GateMethod]] = dict(gdp=GDPGates)

@@ -1,13 +1,23 @@
-"""Interface of the gate methods, and the multiplier that holds a budget."""
+"""Interface of a gate method, and the multiplier that holds a budget.
+
+A gate method decides how open each channel is and moves that while the
+network trains. Everything else (which channels share a gate, what they cost,
+the schedule, surgery, checkpoints) is the same for all methods.
+
+Letters: ``G`` gates, one for each class of channels (see ``analysis``);
+``S`` groups of gates; ``C`` channels on an axis of a kernel.
+"""
 from __future__ import annotations
 
+import abc
 from typing import Callable, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 
 class CostFunction(Protocol):
-    """What the gate step must know of the cost (see ``cost.py``)."""
+    """Interface of a cost, as far as a gate method uses it."""
 
     def __call__(self, openness: Tensor) -> Tensor:
         """Share of the dense cost at openness ``(G,)``, a scalar."""
@@ -16,34 +26,222 @@ class CostFunction(Protocol):
         """Derivative ``(G,)`` of the cost at openness ``(G,)``."""
 
 
-def held_cost(cost: CostFunction, openness: Tensor,
-              channel_weight: float) -> Tensor:
-    """What is held against the budget, a scalar.
+class GateMethod(nn.Module, abc.ABC):
+    """Base class of the gate methods: one vector of gates for a model.
+
+    A method implements :meth:`openness`, :meth:`factors`, :meth:`worth`,
+    :meth:`observe_` and :meth:`step_`; the other methods have defaults that
+    fit gates without a schedule of their own. :meth:`observe_` and
+    :meth:`step_` run right before the optimizer's step, on its gradients. A
+    method with a gradient of its own (a penalty on norms, say) adds it to the
+    parameters there.
 
     Args:
-        cost (CostFunction): Of an openness.
+        num_gates (int): ``G``.
+
+    Attributes:
+        theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
+            Its gradient is read by :meth:`observe_`; no optimizer moves it.
+        closed (Tensor): ``(G,)``, positive for gates that are closed for
+            good. An average of models (EMA) may average this mask and keep a
+            non-zero theta, so test ``closed > 0``, never ``theta == 0``.
+        multiplier (Tensor): Scalar, the price multiplier of the last step.
+    """
+
+    theta: nn.Parameter
+    closed: Tensor
+    multiplier: Tensor
+
+    def __init__(self, num_gates: int) -> None:
+        super().__init__()
+        self._num_slot_axes = 0
+        self.theta = nn.Parameter(torch.ones(num_gates))
+        self.register_buffer('multiplier', torch.tensor(0.))
+        self.register_buffer('closed', torch.zeros(num_gates))
+
+    # -- the forward pass --------------------------------------------------
+
+    def add_slots(self, slots: Tensor) -> int:
+        """Register the gates of a channel axis; they move with the module.
+
+        Args:
+            slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
+
+        Returns:
+            int: Index for :meth:`slot_factors`.
+        """
+        index = self._num_slot_axes
+        # Derived from the analysis, so not part of the state dict.
+        self.register_buffer(f'slots{index}', slots, persistent=False)
+        self._num_slot_axes += 1
+        return index
+
+    def slot_factors(self, index: int) -> Tensor:
+        """Factors ``(C,)`` of a channel axis, differentiable in theta."""
+        slots = self.get_buffer(f'slots{index}')
+        known = slots.clamp(min=0)
+        return self.factors(known).masked_fill(self.closed[known] > 0,
+                                               0).masked_fill(slots < 0, 1)
+
+    @abc.abstractmethod
+    def factors(self, gates: Tensor) -> Tensor:
+        """Factors of the kernels for some gates, in the current mode.
+
+        In training these may be soft or random. In evaluation they are
+        :meth:`decided`.
+
+        Args:
+            gates (Tensor): ``(C,)`` indices.
+
+        Returns:
+            Tensor: ``(C,)``, differentiable in theta. Closed gates may have
+            any value here; the caller sets them to zero.
+        """
+
+    # -- the state of the gates --------------------------------------------
+
+    @abc.abstractmethod
+    def openness(self) -> Tensor:
+        """Openness ``(G,)`` in [0, 1] for the cost and for display.
+
+        It is differentiable in theta, and exactly 0 where a gate is closed.
+        """
+
+    def decided(self) -> Tensor:
+        """Openness ``(G,)`` in evaluation and for the cut."""
+        return self.openness().detach()
+
+    @abc.abstractmethod
+    def worth(self) -> Tensor:
+        """Worth ``(G,)`` of each gate to the task; only its order counts."""
+
+    def is_closed(self) -> Tensor:
+        """Mask ``(G,)`` of the gates that are closed for good."""
+        return self.closed > 0
+
+    @torch.no_grad()
+    def close_(self, gates: Tensor) -> None:
+        """Close ``gates`` (mask ``(G,)``) for good, in place."""
+        self.closed.masked_fill_(gates, 1)
+        self.theta.masked_fill_(gates, 0)
+
+    @torch.no_grad()
+    def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
+        """Select the open gates of greatest worth in each group.
+
+        Args:
+            group_of (Tensor): ``(G,)`` index of each gate's group.
+            numbers (Tensor): ``(S,)`` number of gates to select per group.
+
+        Returns:
+            Tensor: ``(G,)`` bool.
+        """
+        closed = self.is_closed()
+        order = self.worth().masked_fill(closed,
+                                         -torch.inf).argsort(descending=True)
+        order = order[group_of[order].argsort(stable=True)]
+        sizes = group_of.bincount(minlength=len(numbers))
+        first = sizes.cumsum(0) - sizes
+        place = torch.arange(len(order), device=order.device)
+        chosen = torch.zeros_like(order, dtype=torch.bool)
+        chosen[order] = place - first[group_of[order]] < numbers[
+            group_of[order]]
+        return chosen & ~closed
+
+    # -- the training ------------------------------------------------------
+
+    def begin_(self, pruned_share: float) -> None:
+        """Prepare gates that another training moved, in place.
+
+        Their openness stays as it is.
+
+        Args:
+            pruned_share (float): Share of the pruning phase that is over when
+                this training begins, in [0, 1].
+        """
+
+    def anneal_(self, pruned_share: float) -> None:
+        """Follow the method's own schedule, in place.
+
+        Args:
+            pruned_share (float): Share of the pruning phase that is over, in
+                [0, 1]; 0 during the warm-up.
+        """
+
+    @abc.abstractmethod
+    def observe_(self) -> bool:
+        """Take the gradient of theta into account, in place.
+
+        Called in each step of warm-up and pruning, before :meth:`anneal_`.
+
+        Returns:
+            bool: False, with nothing changed, if the gradient is not finite.
+
+        Raises:
+            RuntimeError: If theta has no gradient.
+        """
+
+    @abc.abstractmethod
+    def step_(self,
+              cost: CostFunction,
+              budget: float,
+              lr: float,
+              channel_weight: float = 0.5,
+              protected: Tensor | None = None,
+              scarcity: Tensor | float = 1.) -> None:
+        """Move the gates so that the cost after it is within the budget.
+
+        Called in each step of the pruning phase, after :meth:`observe_`.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (float): Upper bound of the held cost after this step, a
+                share of the dense cost.
+            lr (float): Distance that a gate may move in this step, in units
+                of theta.
+            channel_weight (float): See :func:`held_cost`.
+            protected (Tensor, optional): ``(G,)`` bool, gates that must not
+                close in this step.
+            scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
+                worth of each gate by how little is left of its group.
+        """
+
+    def settle_(self) -> None:
+        """Fix the gates for the settling phase, in place.
+
+        Called once, after the last step of the pruning phase. From then on
+        :meth:`factors` must equal :meth:`decided`.
+        """
+
+
+def held_cost(cost: CostFunction, openness: Tensor,
+              channel_weight: float) -> Tensor:
+    """Cost that is held against the budget, a scalar.
+
+    Args:
+        cost (CostFunction): Share of the dense cost at an openness.
         openness (Tensor): ``(G,)``.
-        whole (float): Share of a gate that counts as a whole channel; the
-            rest counts as its openness.
+        channel_weight (float): Share in [0, 1] by which a gate that is not
+            closed counts as a full channel; the rest counts as its openness.
     """
     channels = (openness > 0).to(openness)
-    return (1 -
-            channel_weight) * cost(openness) + channel_weight * cost(channels)
+    return ((1 - channel_weight) * cost(openness) +
+            channel_weight * cost(channels))
 
 
 def solve_multiplier(spent: Callable[[float], float], budget: float,
                      scale: float) -> float:
-    """Least multiplier at which ``spent`` is within ``budget``.
+    """Find the least multiplier at which ``spent`` is within ``budget``.
 
     Args:
         spent (Callable[[float], float]): Cost after a step at a multiplier;
-            falling in it.
+            it falls as the multiplier rises.
         budget (float): In the unit of ``spent``.
-        scale (float): A multiplier of the order that is looked for.
+        scale (float): A multiplier of the expected order of magnitude.
 
     Returns:
-        float: Zero if the budget holds of itself. If no multiplier can hold
-        it in one step, the one at which every gate goes as far as it can.
+        float: Zero if the budget is met without a price. If no multiplier can
+        meet it in one step, one at which every gate moves as far as it can.
     """
     if spent(0.) <= budget:
         return 0.
@@ -52,8 +250,10 @@ def solve_multiplier(spent: Callable[[float], float], budget: float,
     low, high = 0., scale * 1e-3
     while spent(high) > budget:
         low, high = high, high * 4
+        # All gates move at full speed from here on: more changes nothing.
         if high > scale * 1e4:
             return high
+    # Twelve halvings: to one part in four thousand of the bracket.
     for _ in range(12):
         middle = (low + high) / 2
         low, high = (middle, high) if spent(middle) > budget else (low, middle)

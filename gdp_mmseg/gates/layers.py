@@ -10,21 +10,35 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from .gdp import Gates
+from ..analysis.structure import Analysis
+from .base import GateMethod
 
 
-def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
-    """Put gates on the input channels of a layer's kernel, in place.
-
-    conv(g x, W) = conv(x, W g): the gate multiplies the kernel, so it costs
-    no activation-sized work or memory, and the layer's parameters keep their
-    names.
+def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
+    """Put gates on all layers of a model that read gated channels, in place.
 
     Args:
-        layer (nn.Module): Convolution, transposed or not, or linear layer.
-        gates (Gates): Where the gates are.
+        model (nn.Module): The model that was analysed, without gates.
+        analysis (Analysis): Layers and the gates of their inputs.
+        gates (GateMethod): ``G`` gates, as many as the analysis has.
+    """
+    for layer in analysis.gated_layers():
+        gate_layer_(model.get_submodule(layer.name), gates, layer.inputs)
+
+
+def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:
+    """Put gates on the input channels of a layer's kernel, in place.
+
+    The gate multiplies the kernel, not the activation. That gives the same
+    outputs and gradients without work or memory of the size of an activation,
+    and the layer's parameters keep their names.
+
+    Args:
+        layer (nn.Module): Convolution, transposed convolution or linear
+            layer.
+        gates (GateMethod): Gates of the model.
         slots (Tensor): Gate of each slot on the kernel's axis of inputs, -1
-            for none: ``(C_in,)``, of a grouped convolution ``(C_in /
+            for none: ``(C_in,)``, for a grouped convolution ``(C_in /
             groups,)``.
 
     Raises:
@@ -43,30 +57,36 @@ def gate_layer_(layer: nn.Module, gates: Gates, slots: Tensor) -> None:
 
 
 class _GatedForward:
-    """In place of a layer's forward; an object, so that deepcopy rebinds it.
+    """Replacement of a layer's forward that multiplies the kernel by gates.
+
+    It is an object and not a closure, because ``deepcopy`` (as in EMA) binds
+    its attributes to the copied layer and gates.
 
     Args:
         layer (nn.Module): The layer.
-        gates (Gates): Where the gates are.
+        gates (GateMethod): Gates of the model.
         slots (Tensor): See :func:`gate_layer_`.
     """
+    # Axis of the kernel along which its inputs lie.
     axis = 1
 
-    def __init__(self, layer: nn.Module, gates: Gates, slots: Tensor) -> None:
+    def __init__(self, layer: nn.Module, gates: GateMethod,
+                 slots: Tensor) -> None:
         self.layer = layer
         self.gates = gates
         self.index = gates.add_slots(slots)
 
     def gated(self, weight: Tensor) -> Tensor:
-        """The kernel times the gates."""
+        """Kernel times the gates of its inputs."""
         return weight * along(
-            self.gates.slot_openness(self.index), weight, self.axis)
+            self.gates.slot_factors(self.index), weight, self.axis)
 
 
 class _GatedConvolution(_GatedForward):
 
     def __call__(self, inputs: Tensor, weight: Tensor,
                  bias: Tensor | None) -> Tensor:
+        # The class's own method: the layer's attribute is this object.
         plain: Any = type(self.layer)
         return plain._conv_forward(self.layer, inputs, self.gated(weight),
                                    bias)
@@ -98,7 +118,7 @@ class _GatedLinear(_GatedForward):
 
 
 def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """Numbers ``(C,)``, in a shape that multiplies an axis of a kernel."""
+    """Reshape ``(C,)`` so that it multiplies a kernel along an axis."""
     shape = [1] * kernel.dim()
     shape[axis] = -1
     return values.reshape(shape)

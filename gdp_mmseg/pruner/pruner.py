@@ -1,4 +1,4 @@
-"""The gates of a model with their settings, cost, schedule and step."""
+"""The pruner: gates of a model, held to a budget by cost and schedule."""
 from __future__ import annotations
 
 import math
@@ -11,43 +11,49 @@ from ..analysis.liveness import constant_channels, kept_channels
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import LatencyCost, Stopwatch, measure, stopwatch
-from ..gates.base import held_cost
-from ..gates.gdp import Gates
+from ..gates.base import GateMethod, held_cost
 from .schedule import Schedule
-from .settings import COSTS, Settings
+from .settings import Settings
 
-# Of the share that a target is about; never above it by more.
-_NEARLY_A_POINT = 0.009
+# Largest amount by which rounding may raise the budget: less than one point of
+# the dense cost, so that the target is met within one point.
+_LARGEST_ROUNDING = 0.009
 
 
 class Pruner(nn.Module):
-    """The gates of a model, with all that governs them.
+    """The gates of a model with their settings, cost, schedule and step.
 
-    Lives at ``model.gdp``; the only thing that a gated model has more.
+    It is registered as the submodule ``gdp`` of a gated model, the only
+    module that such a model has in addition.
 
     Args:
-        analysis (Analysis): What the analysis of the model found.
-        settings (Settings): See there.
+        analysis (Analysis): Result of the analysis of the model.
+        settings (Settings): Settings of ``gdp=dict(...)``.
+        gates (GateMethod, optional): ``G`` gates. Defaults to those of the
+            method that the settings name.
 
     Attributes:
-        gates (Gates): Their state is in the model's state dict.
-        flops (FlopCost): Share of the dense multiply-adds.
-        cost (Cost): Share of what the target is about; may be ``flops``.
+        gates (GateMethod): Their state is in the model's state dict.
+        flops (FlopCost): Share of the dense FLOPs.
+        cost (Cost): Share of the resource that the target names; it may be
+            the same object as ``flops``.
         hooked (bool): Whether a training's ``GDPHook`` moves the gates.
 
     Raises:
-        ValueError: If the target is below what cannot be pruned.
+        ValueError: If the target is below the share that cannot be pruned.
     """
 
     min_kept: Tensor
 
-    def __init__(self, analysis: Analysis, settings: Settings) -> None:
+    def __init__(self,
+                 analysis: Analysis,
+                 settings: Settings,
+                 gates: GateMethod | None = None) -> None:
         super().__init__()
         self.analysis = analysis
         self.settings = settings
-        self.schedule = Schedule(settings.phases, settings.epsilon)
-        self.gates = Gates(analysis.num_gates, settings.epsilon[0],
-                           settings.close_below)
+        self.schedule = Schedule(settings.phases)
+        self.gates = gates or settings.build_gates(analysis.num_gates)
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
         self.hooked = False
@@ -66,23 +72,25 @@ class Pruner(nn.Module):
             self.check_target()
 
     def train(self, mode: bool = True) -> Pruner:
-        """As for any module; warns if nothing moves the gates."""
+        """Set the mode, in place; warn if nothing moves the gates."""
         if mode and not self.hooked:
-            warnings.warn('GDPModel: nothing moves the gates, no channel will '
-                          'go; to prune, set default_hooks=dict(gdp=dict('
-                          "type='gdp_mmseg.GDPHook'))")
+            warnings.warn('GDPModel: nothing moves the gates, so no channel '
+                          'will be pruned; to prune, set default_hooks=dict('
+                          "gdp=dict(type='gdp_mmseg.GDPHook'))")
         return super().train(mode)
+
+    # -- cost and target ---------------------------------------------------
 
     @property
     def unmeasured(self) -> bool:
-        """Whether the cost is yet to be measured, by :meth:`measure_`."""
+        """Whether :meth:`measure_` has yet to measure the cost."""
         return isinstance(self.cost, LatencyCost) and not self.cost.measured
 
     def measure_(self, stopwatch: Stopwatch = stopwatch) -> None:
-        """Measure the latency of the model's layers, where it is, in place.
+        """Measure the latency of the model's layers on its device, in place.
 
         Args:
-            stopwatch (Stopwatch): See :func:`gdp_mmseg.latency.measure`.
+            stopwatch (Stopwatch): See :func:`gdp_mmseg.cost.latency.measure`.
         """
         coefficients = measure(
             inference_layers(self.analysis), self.gates.theta.device,
@@ -91,10 +99,10 @@ class Pruner(nn.Module):
 
     @torch.no_grad()
     def check_target(self) -> None:
-        """Fail if the target is below what no gate can save.
+        """Check that the gates can reach the target.
 
         Raises:
-            ValueError: If so.
+            ValueError: If more than the target cannot be pruned.
         """
         kept = self.gates.strongest(self.cost.group_of, self.min_kept)
         kept = kept_channels(self.analysis, kept.float())
@@ -102,36 +110,39 @@ class Pruner(nn.Module):
         target = self.settings.target
         if target.ratio <= least:
             raise ValueError(
-                f'gdp.target: expected more than {least:.4f}, the share of '
-                f'{COSTS[target.type]} that no gate can save, but got '
-                f'{target.ratio}')
-
-    def begin_(self, progress: float) -> None:
-        """Take the gates of another training as they are, in place.
-
-        Args:
-            progress (float): Share of this one that is over.
-        """
-        self.gates.raise_epsilon_(self.schedule.epsilon_at(progress))
+                f'gdp.target: expected more than {least:.4f}, because '
+                f'{least:.2%} of the {target.resource} cannot be pruned, but '
+                f'got {target.ratio}; raise gdp.target, or let more be pruned '
+                'by gdp.ignore, gdp.only and gdp.min_keep_ratio')
 
     def budget(self, progress: float) -> float:
-        """The budget, a share of the dense cost, at ``progress`` in [0, 1]."""
+        """Share of the dense cost that is allowed at a progress in [0, 1]."""
         return self.schedule.budget_at(progress, self.settings.target.ratio)
 
     @torch.no_grad()
     def held_cost(self, progress: float) -> float:
-        """What is held against the budget at ``progress`` in [0, 1]."""
+        """Cost that is held against the budget at a progress in [0, 1]."""
         return float(
             held_cost(self.cost, self.gates.openness(),
                       self.schedule.channel_weight_at(progress)))
 
+    # -- the training ------------------------------------------------------
+
+    def begin_(self, progress: float) -> None:
+        """Prepare gates that another training moved, in place.
+
+        Args:
+            progress (float): Share of this training that is over.
+        """
+        self.gates.begin_(self.schedule.pruned_share(progress))
+
     @torch.no_grad()
     def step_(self, progress: float, steps: int) -> bool:
-        """Move all gates by one step, in place, by theta's gradient.
+        """Move all gates by one step, in place, by the gradient of theta.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
-            steps (int): How many of these the training has.
+            steps (int): Number of such steps in the whole training.
 
         Returns:
             bool: False, with no gate moved, if the gradient is not finite.
@@ -143,21 +154,28 @@ class Pruner(nn.Module):
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
-        progress = self.schedule.with_the_end(progress, 1 / max(steps, 1))
         phase = self.schedule.phase_at(progress)
         if phase == 'settling':
             return True
-        # At the epsilon that the gradient is of.
+        # The last step of the phase has the target for its budget, also where
+        # gradients are accumulated and steps are many iterations apart.
+        is_last = self.schedule.is_last_pruning_step(progress,
+                                                     1 / max(steps, 1))
+        if is_last:
+            progress = self.schedule.end_of_pruning
+        # First observe: the gradient belongs to the state of the forward pass.
         if not self.gates.observe_():
             return False
-        self.gates.set_epsilon_(self.schedule.epsilon_at(progress))
+        self.gates.anneal_(self.schedule.pruned_share(progress))
         if phase == 'pruning':
             self._move_(progress, steps)
+        if is_last:
+            self.gates.settle_()
         return True
 
     def _move_(self, progress: float, steps: int) -> None:
         """Move all gates by one step of the pruning phase, in place."""
-        alive = self._alive()
+        alive = self._count_alive_groups()
         self.gates.step_(
             self.cost,
             self.budget(progress) + self._rounding(),
@@ -168,17 +186,22 @@ class Pruner(nn.Module):
         self._close_dead_(alive)
 
     def _rounding(self) -> float:
-        """Half of what the dearest open gate costs: to the nearest channel.
+        """Half of the price of the dearest open gate.
 
-        A budget that must not be passed would be missed by a whole channel,
-        which in a small network is more than a point.
+        It rounds the budget to the nearest channel. A budget that is never
+        exceeded would be missed by up to one channel, which is more than a
+        point in a small network.
         """
         openness = self.gates.openness()
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
-        return min(float(price.max()) / 2, _NEARLY_A_POINT)
+        return min(float(price.max()) / 2, _LARGEST_ROUNDING)
 
     def _protected(self, progress: float) -> Tensor | None:
-        """Gates that must not close now: of the floor, the last of a group."""
+        """Mask ``(G,)`` of the gates that must not close in this step.
+
+        They are the strongest gates of each group, as many as
+        ``min_keep_ratio`` asks for; late in the phase at least one.
+        """
         numbers = self.min_kept
         if self.schedule.protects_groups(progress):
             numbers = numbers.clamp(min=1)
@@ -187,36 +210,39 @@ class Pruner(nn.Module):
         return self.gates.strongest(self.cost.group_of, numbers)
 
     def _scarcity(self) -> Tensor:
-        """How much more each channel is worth for what its group lost, (G,).
+        """Factor ``(G,)`` of the worth of a channel as its group shrinks.
 
-        A gain says what is lost with one channel while the others of its group
-        can stand in for it: the fewer are left, the less they can.
+        A gain tells what is lost with one channel while the others of its
+        group can stand in for it. The fewer are left, the less they can.
         """
         openness = self.gates.openness()
-        whole = self.cost.group_sums(torch.ones_like(openness))
+        dense = self.cost.group_sums(torch.ones_like(openness))
         left = self.cost.group_sums(openness).clamp(min=1)
-        return (whole / left)[self.cost.group_of]
+        return (dense / left)[self.cost.group_of]
 
-    def _close_dead_(self, before: int) -> None:
-        """Close what only feeds closed layers, or is fed by none.
+    def _close_dead_(self, alive_before: int) -> None:
+        """Close gates that feed only closed layers or are fed by none.
 
-        Only if a group died: ``before`` were alive.
+        Args:
+            alive_before (int): Number of groups that were alive before the
+                step; nothing is done unless one of them died.
         """
-        while self._alive() < before:
-            before = self._alive()
+        # Closing one group may leave the next without readers or writers.
+        while (alive := self._count_alive_groups()) < alive_before:
+            alive_before = alive
             openness = self.gates.openness()
             keep = kept_channels(self.analysis, openness)
             keep &= ~constant_channels(self.analysis, keep)
             self.gates.close_(~keep.to(openness.device))
 
-    def _alive(self) -> int:
-        """Groups with an open gate."""
-        opened = (self.gates.openness() > 0).cpu()
+    def _count_alive_groups(self) -> int:
+        """Number of groups with a gate that is not closed."""
+        is_open = (self.gates.openness() > 0).cpu()
         return sum(
-            bool(opened[group.gates].any()) for group in self.analysis.groups)
+            bool(is_open[group.gates].any()) for group in self.analysis.groups)
 
     def channels(self) -> Tensor:
-        """1 for each gate whose channels a pruned model has, ``(G,)``."""
+        """Mask ``(G,)`` of 0 and 1: the gates whose channels a cut keeps."""
         with torch.no_grad():
-            keep = kept_channels(self.analysis, self.gates.openness())
+            keep = kept_channels(self.analysis, self.gates.decided())
         return keep.to(self.gates.theta)

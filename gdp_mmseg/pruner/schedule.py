@@ -1,35 +1,44 @@
-"""What holds at which progress of a training, as pure functions."""
+"""Schedule of a gated training, as pure functions of its progress.
+
+Progress is the share of the training that is over, in [0, 1]. No state is
+kept, so a resumed training cannot lose any.
+"""
 from __future__ import annotations
 
 import dataclasses
 import math
 from typing import Any
 
+# Until this share of the pruning phase a whole group may close. A group that
+# closes later is gone at once, too late to spend its cost elsewhere.
+_GROUPS_MAY_CLOSE_UNTIL = 2 / 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """What holds at which progress of training, as pure functions.
+    """Phases and budget of a gated training.
 
     Args:
         phases (tuple[float, float, float]): Shares of the training that are
-            warm-up (gates still), pruning (epsilon anneals, the budget closes
-            in) and settling (gates fixed, weights adapt). They add up to 1.
-        epsilon (tuple[float, float]): Its values at the start and at the end
-            of the pruning phase; geometric in between.
-        ramp (float): The share of the pruning phase over which the budget
-            falls linearly to the target; then it holds.
+            warm-up (gates do not move), pruning (the budget falls, gates
+            move) and settling (gates are fixed, weights adapt). They add up
+            to 1.
+        ramp (float): Share of the pruning phase over which the budget falls
+            linearly to the target. It is constant from then on.
+
+    Raises:
+        ValueError: If a value is out of its range.
 
     Examples:
-        >>> schedule = Schedule(phases=(0.1, 0.5, 0.4), epsilon=(0.1, 0.001))
-        >>> round(schedule.epsilon_at(0.35), 6)
-        0.01
+        >>> schedule = Schedule(phases=(0.1, 0.5, 0.4))
+        >>> schedule.pruned_share(0.35)
+        0.5
         >>> schedule.budget_at(0.0, 0.4), schedule.budget_at(1., 0.4)
         (1.0, 0.4)
         >>> schedule.channel_weight_at(0.35), schedule.channel_weight_at(0.6)
         (0.5, 1.0)
     """
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
-    epsilon: tuple[float, float] = (0.1, 1e-4)
     ramp: float = 0.9
 
     def __post_init__(self) -> None:
@@ -37,71 +46,62 @@ class Schedule:
                 or self.phases[1] == 0
                 or not math.isclose(sum(self.phases), 1, abs_tol=1e-6)):
             raise ValueError(
-                'phases: expected the shares of warm-up, pruning (above 0) '
-                'and settling, which add up to 1, e.g. (0.35, 0.5, 0.15), but '
-                f'got {self.phases}')
-        if (not _are_numbers(self.epsilon, 2)
-                or not 0 < self.epsilon[1] <= self.epsilon[0]):
-            raise ValueError(
-                'epsilon: expected (start, end) with 0 < end <= start, e.g. '
-                f'(0.1, 1e-4), but got {self.epsilon}')
+                'gdp.phases: expected the shares of warm-up, pruning (above '
+                '0) and settling, which add up to 1, e.g. (0.35, 0.5, 0.15), '
+                f'but got {self.phases}')
         if not 0 < self.ramp <= 1:
             raise ValueError('ramp: expected a share in (0, 1], but got '
                              f'{self.ramp}')
 
     def pruned_share(self, progress: float) -> float:
-        """Share of the pruning phase that is over, 0 before, 1 after it."""
+        """Share of the pruning phase that is over: 0 before, 1 after it."""
         warmup, pruning, _ = self.phases
         return min(max((progress - warmup) / pruning, 0.), 1.)
 
     def phase_at(self, progress: float) -> str:
-        """``'warmup'``, ``'pruning'`` or ``'settling'``."""
+        """Name of the phase: 'warmup', 'pruning' or 'settling'."""
         if progress < self.phases[0]:
             return 'warmup'
         return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
 
-    def with_the_end(self, progress: float, step: float) -> float:
-        """Progress, or the end of pruning if that comes before the next step.
+    def is_last_pruning_step(self, progress: float, step: float) -> bool:
+        """Whether a step of the pruning phase is the last one of it.
 
-        So the last step of the gates has the target for its budget, also
-        where gradients are accumulated over many iterations.
+        Args:
+            progress (float): Progress at this step.
+            step (float): Progress from one step to the next.
         """
-        end = self.phases[0] + self.phases[1]
-        is_last = (
-            self.phase_at(progress) == 'pruning'
-            and self.phase_at(progress + step) == 'settling')
-        return end * (1 - 1e-9) if is_last else progress
+        return (self.phase_at(progress) == 'pruning'
+                and self.phase_at(progress + step) == 'settling')
 
-    def epsilon_at(self, progress: float) -> float:
-        """Epsilon at ``progress`` in [0, 1], falling geometrically."""
-        start, end = self.epsilon
-        return start * (end / start)**self.pruned_share(progress)
+    @property
+    def end_of_pruning(self) -> float:
+        """Progress just before the settling phase begins."""
+        return (self.phases[0] + self.phases[1]) * (1 - 1e-9)
 
     def budget_at(self, progress: float, target: float) -> float:
-        """Budget at ``progress`` in [0, 1], from 1 to ``target``."""
+        """Share of the dense cost that is allowed, from 1 to ``target``."""
         share = min(self.pruned_share(progress) / self.ramp, 1.)
         return 1 + (target - 1) * share
 
     def channel_weight_at(self, progress: float) -> float:
-        """Share of a half-open gate that counts as a whole channel.
+        """Share by which a half-open gate counts as a full channel.
 
-        One half while the budget falls; where the budget stands it rises
-        linearly to 1, which is what the gate will be in the pruned network,
-        and stays there for the second half of that time: to open what is
-        half open then costs nothing.
+        0.5 while the budget falls. Once the budget is constant it rises to 1
+        over the first half of the remaining time. From then on the cost counts
+        every half-open gate as a full channel, so opening it is free.
         """
         if self.pruned_share(progress) <= self.ramp:
             return 0.5
-        standing = (self.pruned_share(progress) - self.ramp) / (1 - self.ramp)
-        return min(0.5 + standing, 1.)
+        constant = (self.pruned_share(progress) - self.ramp) / (1 - self.ramp)
+        return min(0.5 + constant, 1.)
 
     def protects_groups(self, progress: float) -> bool:
-        """Whether a group that is alive must stay alive.
+        """Whether every group that is alive must keep an open gate.
 
-        In the last third of the pruning phase: what dies with a group is gone
-        at once, and too late to be made good within the falling budget.
+        True in the last third of the pruning phase.
         """
-        return self.pruned_share(progress) > 2 / 3
+        return self.pruned_share(progress) > _GROUPS_MAY_CLOSE_UNTIL
 
 
 def _are_numbers(values: Any, length: int) -> bool:

@@ -4,22 +4,37 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Mapping
 
+from ..gates import METHODS, GateMethod
+from ..gates.gdp import check_epsilon
 from .schedule import Schedule
 
-# What a target can be about, in words.
+# Resources that a target can be about, and their names in messages.
 COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What to keep how much of.
+    """The resource to budget and the share of it to keep.
 
     Args:
         ratio (float): Share of the dense cost to keep, in (0, 1).
         type (str): ``'flops'``, ``'params'`` or ``'latency'``.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
     ratio: float
     type: str = 'flops'
+
+    def __post_init__(self) -> None:
+        if self.type not in [*COSTS]:
+            raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
+                             f'but got {self.type!r}')
+        if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
+            key = 'gdp.target' if self.type == 'flops' else 'gdp.target.ratio'
+            raise ValueError(f'{key}: expected the share of '
+                             f'{COSTS[self.type]} to keep, in (0, 1), '
+                             f'but got {self.ratio!r}')
 
     @classmethod
     def from_config(cls, config: Any) -> Target:
@@ -29,52 +44,55 @@ class Target:
             ValueError: If a key is unknown or missing, or a value is out of
                 its range.
         """
+        if isinstance(config, Target):
+            return config
         if not isinstance(config, Mapping):
-            config = dict(type='flops', ratio=config)
-            key = 'gdp.target'
-        elif set(config) != {'type', 'ratio'}:
+            return cls(config)
+        if set(config) != {'type', 'ratio'}:
             raise ValueError(
                 f'gdp.target: expected dict(type=..., ratio=...), but got '
                 f'{dict(config)}; change the keys of gdp.target')
-        else:
-            key = 'gdp.target.ratio'
-        if config['type'] not in [*COSTS]:
-            raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
-                             f'but got {config["type"]!r}')
-        ratio = config['ratio']
-        if not isinstance(ratio, (int, float)) or not 0 < ratio < 1:
-            raise ValueError(f'{key}: expected the share of '
-                             f'{COSTS[config["type"]]} to keep, in (0, 1), '
-                             f'but got {ratio!r}')
-        return cls(ratio, config['type'])
+        return cls(**config)
+
+    @property
+    def resource(self) -> str:
+        """Name of the resource in messages, e.g. ``'FLOPs'``."""
+        return COSTS[self.type]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The keys of ``gdp=dict(...)`` in a config.
+    """Settings of a gated model: the keys of ``gdp=dict(...)`` in a config.
 
     Args:
-        target (Target): What to keep; in a config a number, the share of the
-            dense multiply-adds, or ``dict(type=..., ratio=...)``.
+        target (Target): The resource to budget and the share of it to keep.
+            A config gives a number, the share of the dense FLOPs, or
+            ``dict(type=..., ratio=...)``.
         input_shape (tuple[int, ...], optional): ``(H, W)`` or ``(C, H, W)``
-            at which multiply-adds are counted. Defaults to ``size`` of the
-            model's data preprocessor.
+            at which FLOPs are counted. Defaults to ``size`` of the model's
+            data preprocessor.
+        gate (str): Name of the gate method, a key of
+            :data:`gdp_mmseg.gates.METHODS`.
         phases (tuple[float, float, float]): Shares of the training that are
             warm-up, pruning and settling.
-        epsilon (tuple[float, float]): At the start and end of the pruning
-            phase.
+        epsilon (tuple[float, float]): Softness of the gates at the start and
+            at the end of the pruning phase.
         gate_travel (float): Distance that a theta, 1 at the start, can move
             in the pruning phase.
         close_below (float): Openness under which a gate closes for good.
         min_keep_ratio (float): Least share of the channels of each group
             that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
-            of which nothing may change.
-        only (tuple[str, ...], optional): Names or patterns of modules; no
-            others lose channels of their own. Defaults to all.
+            that must not change.
+        only (tuple[str, ...], optional): Names or patterns of the modules
+            that may lose channels of their own. Defaults to all.
+
+    Raises:
+        ValueError: If a value is out of its range.
     """
     target: Target
     input_shape: tuple[int, ...] | None = None
+    gate: str = 'gdp'
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     gate_travel: float = 8.
@@ -82,6 +100,35 @@ class Settings:
     min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.gate not in [*METHODS]:
+            raise ValueError(f'gdp.gate: expected one of {[*METHODS]}, but '
+                             f'got {self.gate!r}')
+        # Their constructors check the values.
+        Schedule(self.phases)
+        check_epsilon(self.epsilon)
+        for name in ('gate_travel', 'close_below'):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f'gdp.{name}: expected a number above 0, '
+                                 f'but got {value!r}')
+        if self.close_below >= 1:
+            raise ValueError('gdp.close_below: expected less than 1, the '
+                             'openness at the start, but got '
+                             f'{self.close_below}')
+        if not isinstance(self.min_keep_ratio,
+                          (int, float)) or not 0 <= self.min_keep_ratio < 1:
+            raise ValueError('gdp.min_keep_ratio: expected the least share of '
+                             'the channels of each group, in [0, 1), but got '
+                             f'{self.min_keep_ratio!r}')
+        for name in ('ignore', 'only'):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, tuple) or not all(
+                    isinstance(item, str) for item in value)):
+                raise ValueError(f'gdp.{name}: expected a list of names or '
+                                 "patterns of modules, e.g. ['decode_head'], "
+                                 f'but got {value!r}')
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
@@ -104,28 +151,9 @@ class Settings:
             for key, value in config.items()
         }
         plain['target'] = Target.from_config(config['target'])
-        settings = cls(**plain)
-        for name in ('gate_travel', 'close_below'):
-            value = getattr(settings, name)
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f'gdp.{name}: expected a number above 0, '
-                                 f'but got {value!r}')
-        least = settings.min_keep_ratio
-        if not isinstance(least, (int, float)) or not 0 <= least < 1:
-            raise ValueError(
-                'gdp.min_keep_ratio: expected the least share of the '
-                "channels of each group, in [0, 1), but got "
-                f'{least!r}')
-        for name in ('ignore', 'only'):
-            value = getattr(settings, name)
-            if value is not None and (not isinstance(value, tuple) or not all(
-                    isinstance(item, str) for item in value)):
-                raise ValueError(f"gdp.{name}: expected a list of names or "
-                                 "patterns of modules, e.g. ['decode_head'], "
-                                 f'but got {value!r}')
-        Schedule(settings.phases, settings.epsilon)
-        if settings.close_below >= 1:
-            raise ValueError('gdp.close_below: expected less than 1, the '
-                             'openness at the start, but got '
-                             f'{settings.close_below}')
-        return settings
+        return cls(**plain)
+
+    def build_gates(self, num_gates: int) -> GateMethod:
+        """Make the gates of a model by the method that ``gate`` names."""
+        return METHODS[self.gate](
+            num_gates, epsilon=self.epsilon, close_below=self.close_below)

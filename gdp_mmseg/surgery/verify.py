@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..analysis.analyse import nothing_left
 from ..analysis.structure import Analysis
 from ..analysis.tracer import Forward, copy_model, set_mode_
-from ..gates.gdp import Gates, theta_of
+from ..gates.gdp import GDPGates, theta_of
 from ..gates.layers import gate_layer_
 from .prune import cut
 from .random_weights import copy_with_random_weights
@@ -142,16 +142,16 @@ def _inexact_groups(trial: _Trial, half: bool) -> list[int]:
     return sorted(found)
 
 
-class _WatchedGates(Gates):
+class _WatchedGates(GDPGates):
     """Gates that know which of the layers asked for them."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.asked: set[int] = set()
 
-    def slot_openness(self, index: int) -> Tensor:
+    def slot_factors(self, index: int) -> Tensor:
         self.asked.add(index)
-        return super().slot_openness(index)
+        return super().slot_factors(index)
 
 
 class _Trial:
