@@ -1,5 +1,6 @@
-# DeepLabV3Plus-ResNet50 from scratch on the drawn shapes of `make demo`:
-# minutes on a CPU. Output stride 16 and 256 channels, as in the paper.
+# DeepLabV3Plus-ResNet50, trained from scratch on the drawn shapes of
+# `make demo` in a few minutes on a CPU. The output stride of 16 and the 256
+# channels of the head are those of the DeepLabV3+ paper.
 _base_ = [
     './_base_/models/deeplabv3plus_r50-d8.py',
     './_base_/datasets/pascal_voc12.py',
@@ -35,7 +36,7 @@ test_pipeline = [
     dict(type='LoadAnnotations'),
     dict(type='PackSegInputs'),
 ]
-# PascalVOCDataset takes no classes but its own.
+# PascalVOCDataset accepts only its own classes, so the base class is used.
 dataset = dict(
     type='BaseSegDataset',
     data_root='work_dirs/demo/data',

@@ -1,4 +1,5 @@
-# The MobileNetV2 of mmseg's mobilenet-v2-d8_deeplabv3plus configs, on VOC.
+# DeepLabV3Plus with the MobileNetV2 backbone of mmseg's
+# mobilenet-v2-d8_deeplabv3plus configs, on Pascal VOC.
 _base_ = './deeplabv3plus_voc.py'
 model = dict(
     pretrained='mmcls://mobilenet_v2',

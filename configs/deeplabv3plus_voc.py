@@ -1,4 +1,4 @@
-# The dense twin: deeplabv3plus_r50-d8_4xb4-20k_voc12aug-512x512 of mmseg.
+# Dense model: mmseg's deeplabv3plus_r50-d8_4xb4-20k_voc12aug-512x512.
 _base_ = [
     './_base_/models/deeplabv3plus_r50-d8.py',
     './_base_/datasets/pascal_voc12_aug.py',
