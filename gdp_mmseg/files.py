@@ -1,4 +1,4 @@
-"""Files and folders that are there as a whole or not at all."""
+"""Files that are complete or absent."""
 from __future__ import annotations
 
 import json
@@ -8,15 +8,18 @@ from typing import Any
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write to a temporary name, then rename: never half a file."""
+    """Write JSON to a file that is complete or absent."""
     write_whole(path, (json.dumps(content, indent=1) + '\n').encode())
 
 
 def write_whole(path: str | Path, content: bytes) -> None:
-    """Write to a temporary name, to the disk, then rename.
+    """Write bytes to a file that is complete or absent.
+
+    The content goes to a temporary name first and is flushed to the disk;
+    then the file is renamed.
 
     Raises:
-        OSError: If it cannot be written; what was there before still is.
+        OSError: If it cannot be written. An earlier file is left unchanged.
     """
     partial = Path(f'{path}.partial')
     try:

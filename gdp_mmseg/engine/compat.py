@@ -1,4 +1,4 @@
-"""What of mmengine the gates go with; the rest is refused at the start."""
+"""Features of mmengine that gates do not work with, refused at the start."""
 from __future__ import annotations
 
 import inspect
@@ -9,22 +9,24 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from torch import nn
 
-# They split the parameters over the processes, or the model in parts that
-# are averaged apart; each process must hold, and average, all gates.
+from .config import kind_of, name_of
+
+# These split the parameters over the processes, or the model into parts that
+# are averaged separately. Each process must hold, and average, all gates.
 SPLITTING = ('FSDPStrategy', 'DeepSpeedStrategy', 'ColossalAIStrategy',
              'MMFullyShardedDataParallel', 'MMSeparateDistributedDataParallel')
 
 
 def check_config(cfg: Config) -> None:
-    """Refuse a gated training that could only fail after it was set up.
+    """Refuse a gated training that could only fail after its set-up.
 
     Args:
-        cfg (Config): Of a training; without gates, all is well.
+        cfg (Config): Config of a training, gated or not.
 
     Raises:
-        ValueError: If it would split the gates, or move none.
+        ValueError: If it is gated and would split the gates, or move none.
     """
-    if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
+    if kind_of(cfg.model) != 'gated':
         return
     if not any(map(moves_gates, hooks_of(cfg))):
         raise ValueError(
@@ -37,7 +39,7 @@ def check_config(cfg: Config) -> None:
 
 
 def hooks_of(cfg: Config) -> list[Any]:
-    """All hooks of a config."""
+    """List the default and custom hooks of a config."""
     return [
         *(cfg.get('default_hooks') or {}).values(),
         *(cfg.get('custom_hooks') or [])
@@ -45,7 +47,7 @@ def hooks_of(cfg: Config) -> list[Any]:
 
 
 def moves_gates(hook: Any) -> bool:
-    """Whether a hook of a config is the one that moves the gates."""
+    """Tell whether a hook of a config is the one that moves the gates."""
     return _is_a('GDPHook', hook)
 
 
@@ -55,22 +57,16 @@ def resumes_exactly(hook: Any) -> bool:
 
 
 def _is_a(name: str, hook: Any) -> bool:
-    """By the end of its name: ``MyGDPHook`` is taken for a ``GDPHook``."""
+    """Compare by the end of the name: ``MyGDPHook`` counts as ``GDPHook``."""
     return (isinstance(hook, Mapping)
             and name_of(hook.get('type')).endswith(name))
 
 
-def name_of(kind: Any) -> str:
-    """Of a ``type`` in a config, a name with a scope or a class."""
-    name = kind if isinstance(kind, str) else getattr(kind, '__name__', '')
-    return name.rpartition('.')[2]
-
-
 def check_runner(runner: Any) -> None:
-    """Refuse a runner whose training would not move the gates as it should.
+    """Refuse a runner whose training would not move the gates correctly.
 
     Args:
-        runner (Runner | FlexibleRunner): When its training begins.
+        runner (Runner | FlexibleRunner): Runner at the start of its training.
 
     Raises:
         ValueError: If its model is wrapped in a way that splits the gates, or
@@ -99,7 +95,7 @@ def check_runner(runner: Any) -> None:
 
 
 def accumulated_gradients(optim_wrapper: Any) -> int:
-    """Iterations for each step of the optimizer."""
+    """Number of iterations for each step of the optimizer."""
     return getattr(optim_wrapper, '_accumulative_counts', 1)
 
 
@@ -110,17 +106,18 @@ def _whole_model(kind: str, key: str) -> str:
 
 
 def _checkpoints(runner: Any) -> bool:
-    """Whether activations are computed again in the backward pass."""
+    """Tell whether activations are computed again in the backward pass."""
     return bool(runner.cfg.get('activation_checkpointing')) or any(
         getattr(module, 'with_cp', False) for module in runner.model.modules())
 
 
 def _check_checkpointing(model: MMDistributedDataParallel,
                          iterations: int) -> None:
-    """Each checkpointed part passes a gradient of its own to the gates.
+    """Refuse activation checkpointing where DDP would lose gradients.
 
-    Unless the graph is static, DDP takes the first of them for the last; and
-    a static one it cannot accumulate over iterations.
+    Each checkpointed part passes a gradient of its own to the gates. Unless
+    the graph is static, DDP takes the first of them for the last. A static
+    graph cannot accumulate gradients over iterations.
     """
     if not model.static_graph:
         raise ValueError(

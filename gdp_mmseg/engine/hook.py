@@ -1,10 +1,9 @@
 """The hook that moves the gates while an mmengine runner trains."""
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any, Iterable
+from typing import Any, Callable, Iterable
 
 import torch
 from mmengine.dist import broadcast, is_main_process
@@ -14,37 +13,40 @@ from mmengine.runner import Runner
 from ..cost.latency import SECONDS
 from ..gates.base import GateMethod
 from ..pruner.pruner import Pruner
-from ..pruner.settings import COSTS
 from ..registry import HOOKS
-from ..report.record import drop_rows_after
-from .checkpoint import closed_gates, fingerprint, unwrapped, versions
+from ..report.record import RECORD, GateRow, append_row, drop_rows_after
+from .checkpoint import unwrapped, versions
 from .compat import accumulated_gradients, check_runner
+from .matching import check_gates, gate_meta
 from .model import find_pruner
-from .monitor import RECORD, log_summary, show_gates
+from .monitor import log_summary, show_gates
 from .resume import ResumeHook
+
+# Openness of a gate that counts as half open in the log.
+_HALF_OPEN = (0.01, 0.5)
 
 
 @HOOKS.register_module()
 class GDPHook(ResumeHook):
-    """Moves the gates of a ``GDPModel``; the optimizer config stays as it is.
+    """Hook that moves the gates of a ``GDPModel``.
 
-    The gates' step is a pre-hook of the optimizer's step: it happens when the
-    optimizer really steps (gradients accumulated, averaged over processes,
-    unscaled; never where mixed precision skips a step), and it takes the
-    gates' gradients away, so that no optimizer moves or decays them. A
-    gradient that is not finite moves no gate.
+    The optimizer config stays as it is. The gates' step is a pre-hook of the
+    optimizer's step: it happens when the optimizer really steps (gradients
+    accumulated, averaged over processes and unscaled; never where mixed
+    precision skips a step), and it removes the gates' gradients, so that no
+    optimizer moves or decays them. A gradient that is not finite moves no
+    gate.
 
     Examples:
         In a config: ``default_hooks = dict(gdp=dict(type=
         'gdp_mmseg.GDPHook'))``.
 
     Args:
-        interval (int): Iterations between two records of the gates' path.
+        interval (int): Iterations between two lines of ``gates.jsonl``.
             Defaults to 10.
-        picture_interval (int): Iterations between two pictures, of the
-            gates' path and of the widths, that the visualizer gets; it gets
-            the last ones at the end. Defaults to 2000.
-        patience (int): See :class:`GuardHook`. Defaults to 10.
+        picture_interval (int): Iterations between two pictures for the
+            visualizer. The last ones are made at the end. Defaults to 2000.
+        patience (int): See :class:`ResumeHook`. Defaults to 10.
     """
 
     def __init__(self,
@@ -54,13 +56,15 @@ class GDPHook(ResumeHook):
         super().__init__(patience)
         self.interval = interval
         self.picture_interval = picture_interval
+        # Undo what before_train did to the optimizer.
+        self._undo: list[Callable[[], None]] = []
 
     def before_train(self, runner: Runner) -> None:
-        """Take hold of the optimizer.
+        """Attach the gates' step to the optimizer.
 
         Raises:
-            ValueError: If the model has no gates, or the runner is none that
-                they go with.
+            ValueError: If the model has no gates, or the runner does not work
+                with gates.
         """
         check_runner(runner)
         super().before_train(runner)
@@ -71,87 +75,60 @@ class GDPHook(ResumeHook):
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
-            # What another run in this folder did is not part of this one.
+            # Lines of another run in this folder are not part of this one.
             drop_rows_after(Path(runner.work_dir) / RECORD, runner.iter)
+        self._release_()
+        handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
+            _gate_step(runner, pruner))
+        self._undo = [
+            handle.remove,
+            _exclude_from_clipping_(runner.optim_wrapper, pruner.gates.theta)
+        ]
+        _log_start(runner, pruner)
 
-        steps = math.ceil(runner.max_iters /
-                          accumulated_gradients(runner.optim_wrapper))
-
-        # Not a part of the network, where mmengine compiles its train_step.
-        @torch.compiler.disable
-        def step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            if (_unscale_(optimizer, pruner.gates.theta) and
-                    not pruner.step_(runner.iter / runner.max_iters, steps)):
-                skipped = runner.message_hub.runtime_info.get('gdp_skipped', 0)
-                runner.message_hub.update_info('gdp_skipped', skipped + 1)
-                runner.logger.warning(
-                    f'GDP: the gates stay in iteration {runner.iter + 1}: '
-                    'their gradient is not finite; so far in '
-                    f'{skipped + 1} iterations')
-            _agree_(pruner.gates)
-            # No optimizer moves or decays a parameter without a gradient.
-            pruner.gates.theta.grad = None
-
-        runner.optim_wrapper.optimizer.register_step_pre_hook(step)
-        _spare_clipping_(runner.optim_wrapper, pruner.gates.theta)
-        kept = ', '.join(f'{row.channels} channels ({row.reason})'
-                         for row in pruner.analysis.frozen)
-        target = pruner.settings.target
-        runner.logger.info(f'GDP: {pruner.analysis.num_gates} gates in '
-                           f'{len(pruner.analysis.groups)} groups on '
-                           f'{pruner.flops.dense / 1e9:.2f} GFLOPs, target '
-                           f'{target.ratio} of the {COSTS[target.type]}; '
-                           f'without a gate: {kept}')
+    def _release_(self) -> None:
+        """Detach from the optimizer, which another training may use."""
+        for undo in self._undo:
+            undo()
+        self._undo = []
 
     def after_train_iter(self,
                          runner: Runner,
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: dict[str, Any] | None = None) -> None:
-        """Log the share of FLOPs left, and the gates' path.
+        """Log the shares of the cost, and write the record and pictures.
 
-        The share by whole channels and by openness goes with the losses, and
-        that of the cost if the target is about another, and the budget that
-        is asked for with what is held against it; ``gates.jsonl`` in the work
-        folder gets the mean openness of each group.
+        The scalars ``gdp_flops`` (by whole channels),
+        ``gdp_flops_by_openness``, ``gdp_budget``, ``gdp_held_cost``,
+        ``gdp_multiplier``, ``gdp_undecided`` and, if the target is about
+        another resource, ``gdp_cost`` are logged with the losses.
+        ``gates.jsonl`` in the work folder gets the mean openness of each
+        group.
         """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         pruner = find_pruner(runner.model)
-        progress = runner.iter / runner.max_iters
-        with torch.no_grad():
-            openness = pruner.gates.openness()
-            half_open = (openness > 0.01) & (openness < 0.5)
-            scalars = dict(
-                flops=pruner.flops((openness > 0).float()),
-                flops_by_openness=pruner.flops(openness),
-                undecided=half_open.float().mean(),
-                multiplier=pruner.gates.multiplier,
-                budget=torch.tensor(pruner.budget(progress)),
-                held_cost=torch.tensor(pruner.held_cost(progress)))
-            if pruner.cost is not pruner.flops:
-                scalars['cost'] = pruner.cost((openness > 0).float())
+        scalars = _scalars(pruner, runner.iter / runner.max_iters)
         # Each iteration, because mmengine logs the mean of the last ones.
         for name, value in scalars.items():
-            runner.message_hub.update_scalar(f'train/gdp_{name}', value.item())
-        if self.every_n_train_iters(runner,
-                                    self.interval) and (is_main_process()):
-            row = dict(
-                iter=runner.iter + 1,
-                flops=float(scalars['flops']),
-                budget=float(scalars['budget']),
-                held_cost=float(scalars['held_cost']),
-                openness=[
-                    round(float(openness[group.gates].mean()), 4)
-                    for group in pruner.analysis.groups
-                ])
-            with open(Path(runner.work_dir) / RECORD, 'a') as file:
-                file.write(json.dumps(row) + '\n')
-        if (self.every_n_train_iters(runner, self.picture_interval)
-                and is_main_process()):
+            runner.message_hub.update_scalar(f'train/gdp_{name}', value)
+        if not is_main_process():
+            return
+        if self.every_n_train_iters(runner, self.interval):
+            openness = pruner.gates.openness().detach()
+            append_row(
+                Path(runner.work_dir) / RECORD,
+                GateRow(runner.iter + 1, scalars['flops'], scalars['budget'],
+                        scalars['held_cost'], [
+                            round(float(openness[group.gates].mean()), 4)
+                            for group in pruner.analysis.groups
+                        ]))
+        if self.every_n_train_iters(runner, self.picture_interval):
             show_gates(runner, pruner, runner.iter + 1)
 
     def after_train(self, runner: Runner) -> None:
-        """Show and tell what became of the gates."""
+        """Show and log the final state of the gates."""
+        self._release_()
         if is_main_process():
             pruner = find_pruner(runner.model)
             show_gates(runner, pruner, runner.iter)
@@ -159,69 +136,131 @@ class GDPHook(ResumeHook):
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
-        """Add what the gates are of."""
+        """Add gate method, analysis and versions to the meta."""
         super().before_save_checkpoint(runner, checkpoint)
         checkpoint['meta'].update(
-            groups=fingerprint(find_pruner(runner.model).analysis),
-            versions=versions())
+            gdp=gate_meta(find_pruner(runner.model)), versions=versions())
 
     def after_load_checkpoint(self, runner: Runner,
                               checkpoint: dict[str, Any]) -> None:
-        """Say what becomes of the gates.
+        """Check the gates of a checkpoint, and log how many are closed.
 
         Raises:
-            ValueError: If the checkpoint has the gates of another analysis,
-                or is of a pruned model.
+            ValueError: If the checkpoint has other gates, or is of a pruned
+                model.
         """
         super().after_load_checkpoint(runner, checkpoint)
-        closed = closed_gates(
-            find_pruner(runner.model).analysis,
+        closed = check_gates(
+            find_pruner(runner.model),
             unwrapped(checkpoint.get('state_dict', checkpoint)),
             checkpoint.get('meta') or {})
         runner.logger.info(
             'GDP: the checkpoint has no gates; all of them start open' if
-            closed is None else f'GDP: gates of the checkpoint: {closed} are '
-            'closed, and stay so')
+            closed is None else f'GDP: {closed} gates of the checkpoint are '
+            'closed, and stay closed')
 
 
 def averages(runner: Runner) -> list[Pruner]:
-    """Of the averages of the model that hooks keep."""
+    """List the pruners of the averaged models that hooks keep (EMA)."""
     return [
         find_pruner(hook.ema_model.module) for hook in runner.hooks
         if isinstance(hook, EMAHook)
     ]
 
 
+def _gate_step(runner: Runner, pruner: Pruner) -> Callable[..., None]:
+    """Make the pre-hook of the optimizer's step that moves the gates."""
+    steps = math.ceil(runner.max_iters /
+                      accumulated_gradients(runner.optim_wrapper))
+
+    # mmengine may compile its train_step. The gates' step is not a part of
+    # the network, and would be compiled anew at each step.
+    @torch.compiler.disable
+    def step(optimizer: Any, args: Any, kwargs: Any) -> None:
+        if (_unscale_(optimizer, pruner.gates.theta)
+                and not pruner.step_(runner.iter / runner.max_iters, steps)):
+            skipped = runner.message_hub.runtime_info.get('gdp_skipped', 0)
+            runner.message_hub.update_info('gdp_skipped', skipped + 1)
+            runner.logger.warning(
+                f'GDP: the gates do not move in iteration {runner.iter + 1}, '
+                'because their gradient is not finite; so far in '
+                f'{skipped + 1} iterations')
+        _agree_(pruner.gates)
+        # No optimizer moves or decays a parameter without a gradient.
+        pruner.gates.theta.grad = None
+
+    return step
+
+
+def _log_start(runner: Runner, pruner: Pruner) -> None:
+    """Log the number of gates, the target, and what cannot be pruned."""
+    kept = ', '.join(f'{row.channels} channels ({row.reason})'
+                     for row in pruner.analysis.frozen)
+    target = pruner.settings.target
+    runner.logger.info(f'GDP: {pruner.analysis.num_gates} gates in '
+                       f'{len(pruner.analysis.groups)} groups on '
+                       f'{pruner.flops.dense / 1e9:.2f} GFLOPs, target '
+                       f'{target.ratio} of the {target.resource}; '
+                       f'without a gate: {kept}')
+
+
+@torch.no_grad()
+def _scalars(pruner: Pruner, progress: float) -> dict[str, float]:
+    """Shares of the cost and state of the gates, for the log."""
+    openness = pruner.gates.openness()
+    channels = (openness > 0).float()
+    low, high = _HALF_OPEN
+    scalars = dict(
+        flops=pruner.flops(channels),
+        flops_by_openness=pruner.flops(openness),
+        undecided=((openness > low) & (openness < high)).float().mean(),
+        multiplier=pruner.gates.multiplier,
+        budget=pruner.budget(progress),
+        held_cost=pruner.held_cost(progress))
+    if pruner.cost is not pruner.flops:
+        scalars['cost'] = pruner.cost(channels)
+    return {name: float(value) for name, value in scalars.items()}
+
+
 def _measure_(pruner: Pruner, runner: Runner) -> None:
-    """Measure the cost in one process, in place; all get its numbers."""
+    """Measure the latency in one process and share it with all, in place."""
     if is_main_process():
-        runner.logger.info('GDP: measuring the latency of the layers, in '
-                           f'about {SECONDS:.0f} s at most')
+        runner.logger.info('GDP: measuring the latency of the layers, which '
+                           f'takes at most about {SECONDS:.0f} s')
         pruner.measure_()
     broadcast(pruner.cost.shares)
     pruner.check_target()
 
 
-def _spare_clipping_(optim_wrapper: Any, theta: torch.nn.Parameter) -> None:
-    """Leave the gates' gradient out of what is clipped, in place.
+def _exclude_from_clipping_(optim_wrapper: Any,
+                            theta: torch.nn.Parameter) -> Callable[[], None]:
+    """Leave the gates' gradient out of gradient clipping, in place.
 
-    It has a step of its own; in the norm it would make the weights' smaller.
+    The gates have a step of their own. In the norm, their gradient would make
+    the weights' step smaller.
+
+    Returns:
+        Callable[[], None]: Function that undoes this.
     """
     clip = getattr(optim_wrapper, 'clip_func', None)
     if clip is None:
-        return
+        return lambda: None
 
     def clip_weights(parameters: Iterable[torch.Tensor],
                      **options: Any) -> Any:
         return clip([one for one in parameters if one is not theta], **options)
 
+    def undo() -> None:
+        optim_wrapper.clip_func = clip
+
     optim_wrapper.clip_func = clip_weights
+    return undo
 
 
 def _agree_(gates: GateMethod) -> None:
-    """Take the first process's gates in all, in place.
+    """Copy the first process's gates to all processes, in place.
 
-    Sums on GPUs are not the same to the last bit in each; a gate at the limit
+    Sums on GPUs differ in the last bit between processes. A gate at the limit
     would close in one process and stay open in another.
     """
     for tensor in (gates.theta.data, gates.closed, gates.multiplier):
@@ -229,10 +268,10 @@ def _agree_(gates: GateMethod) -> None:
 
 
 def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:
-    """Undo what mixed precision leaves to a fused optimizer, in place.
+    """Undo the loss scale that mixed precision leaves to a fused optimizer.
 
-    A fused optimizer is stepped with scaled gradients, and at an overflow
-    too; it looks at these attributes itself.
+    A fused optimizer is stepped with scaled gradients, also at an overflow;
+    it reads these attributes itself.
 
     Returns:
         bool: False at an overflow.

@@ -2,30 +2,53 @@
 
 Both are functions registered under the name that a config gives as ``type``.
 They build the user's own class from the user's own, flat config and work on
-that object: its class, attributes and state-dict keys stay what they were.
+that object, so its class, attributes and state-dict keys stay the same.
 """
 from __future__ import annotations
 
-from typing import Any, Mapping, Sequence
+import contextlib
+import contextvars
+from typing import Any, Iterator, Mapping, Sequence
 
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import Tensor, nn
 
 from ..analysis.analyse import analyse
+from ..analysis.state import fits
 from ..analysis.structure import Analysis
-from ..gates.layers import gate_layer_
+from ..gates.layers import gate_
 from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
 from ..registry import MODELS
 from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
-from .checkpoint import refuse_others_
-from .config import default_base, input_shape_of, split_config
+from .config import GATED, PRUNED, ModelConfig, default_base
+from .matching import refuse_others_
+
+_KNOWN: contextvars.ContextVar[Analysis | None] = contextvars.ContextVar(
+    'known_analysis', default=None)
+
+
+@contextlib.contextmanager
+def known_analysis(analysis: Analysis | None) -> Iterator[None]:
+    """Let gated models that are built inside use this analysis if it fits.
+
+    A resumed training takes the analysis from its checkpoint and neither
+    traces nor verifies the model again.
+
+    Args:
+        analysis (Analysis, optional): Analysis from a checkpoint, or None.
+    """
+    token = _KNOWN.set(analysis)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
 
 
 def find_pruner(model: nn.Module) -> Pruner:
-    """The :class:`Pruner` of a gated model, wrapped or not.
+    """Return the :class:`Pruner` of a gated model, wrapped or not.
 
     Raises:
         ValueError: If the model has no gates.
@@ -35,48 +58,68 @@ def find_pruner(model: nn.Module) -> Pruner:
         network = network.module
     pruner = getattr(network, 'gdp', None)
     if not isinstance(pruner, Pruner):
-        raise ValueError('GDPHook: expected a model with gates, but got '
-                         f"{type(network).__name__}; set model=dict(type="
+        raise ValueError('expected a model with gates, but got '
+                         f'{type(network).__name__}; set model=dict(type='
                          "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
     return pruner
 
 
-@MODELS.register_module(name='GDPModel')
+@MODELS.register_module(name=GATED)
 def build_gated_model(gdp: Mapping[str, Any] | None = None,
-                      base: str | None = None,
+                      base: Any = None,
                       **model: Any) -> nn.Module:
     """Build a model of the user's own class with gates in it.
 
     Args:
         gdp (Mapping[str, Any]): See :class:`Settings`.
-        base (str, optional): The model's own ``type``. Defaults to
-            mmsegmentation's ``EncoderDecoder``, ``CascadeEncoderDecoder`` if
-            there are several decode heads, or, if there is none,
-            mmpretrain's ``ImageClassifier``.
-        **model: The rest of the user's model config, as it is.
+        base (Any, optional): Type of the user's model. Defaults to
+            mmsegmentation's ``EncoderDecoder``; ``CascadeEncoderDecoder`` if
+            there are several decode heads; mmpretrain's ``ImageClassifier``
+            if there is none.
+        **model: The rest of the user's model config, unchanged.
 
     Returns:
-        nn.Module: Of the class ``base``, with a :class:`Pruner` at ``gdp``.
+        nn.Module: Model of the class ``base`` with a :class:`Pruner` at
+        ``gdp``.
 
     Raises:
         ValueError: If a setting is wrong or the model cannot be pruned.
     """
-    settings = Settings.from_config(gdp)
-    shape = input_shape_of(settings, model)
+    config = ModelConfig('gated', base or default_base(model), gdp, model)
+    settings, shape = config.settings, config.input_shape()
     network = build_base_model(base, model)
-    analysis, _ = analyse_model(network, shape, settings.ignore, settings.only)
-    network.gdp = Pruner(analysis, settings)
-    for layer in analysis.gated_layers():
-        gate_layer_(
-            network.get_submodule(layer.name), network.gdp.gates, layer.inputs)
+    analysis = _KNOWN.get()
+    if (analysis is None or analysis.input_shape[1:] != shape
+            or not fits(analysis, network.state_dict())):
+        analysis, _ = analyse_model(network, shape, settings.ignore,
+                                    settings.only)
+    return add_gates_(network, analysis, settings)
+
+
+def add_gates_(network: nn.Module, analysis: Analysis,
+               settings: Settings) -> nn.Module:
+    """Put gates on an mm model and return it, in place.
+
+    Args:
+        network (nn.Module): The model that was analysed.
+        analysis (Analysis): Its analysis.
+        settings (Settings): Settings of the gates.
+
+    Raises:
+        ValueError: If the target is below the share that cannot be pruned.
+    """
+    pruner = Pruner(analysis, settings)
+    network.gdp = pruner
+    gate_(network, analysis, pruner.gates)
     refuse_others_(network, dict(_gated_axes(analysis), gdp=None))
     return network
 
 
 def _gated_axes(analysis: Analysis) -> Fitting:
-    """Of the backbone: no other weights of it are meant to be taken in part.
+    """Gated axes of each tensor of the backbone.
 
-    Those of a head may be, from a network of another kind.
+    Weights of a head may be loaded in part, from a network for other classes.
+    Weights of a backbone that fit only in part are a mistake.
     """
     axes: Fitting = {}
     for name, axis in analysis.gate_of_slot:
@@ -85,19 +128,19 @@ def _gated_axes(analysis: Analysis) -> Fitting:
     return axes
 
 
-@MODELS.register_module(name='PrunedModel')
+@MODELS.register_module(name=PRUNED)
 def build_pruned_model(gdp: Mapping[str, Any] | None = None,
-                       base: str | None = None,
+                       base: Any = None,
                        **model: Any) -> nn.Module:
     """Build a model of the user's own class with the widths of a pruned one.
 
     Args:
         gdp (Mapping[str, Any]): ``widths``, as an export wrote them.
-        base (str, optional): See :func:`build_gated_model`.
+        base (Any, optional): See :func:`build_gated_model`.
         **model: The rest of the model config.
 
     Returns:
-        nn.Module: Of the class ``base``.
+        nn.Module: Model of the class ``base``.
 
     Raises:
         ValueError: If the widths do not fit the model.
@@ -110,37 +153,43 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
     return network
 
 
-def build_base_model(base: str | None, model: Mapping[str, Any]) -> nn.Module:
-    """Build the user's model without gates, in the current default scope."""
-    return MMENGINE_MODELS.build(dict(model, type=base or default_base(model)))
+def build_base_model(base: Any, parts: Mapping[str, Any]) -> nn.Module:
+    """Build the user's model without gates, in the current default scope.
+
+    Args:
+        base (Any): Name or class of the model; None for the usual one.
+        parts (Mapping[str, Any]): The rest of the model config.
+    """
+    return MMENGINE_MODELS.build(dict(parts, type=base or default_base(parts)))
 
 
 def analyse_config(model: Mapping[str, Any]) -> Analysis:
-    """Analyse the model of a config, with ``GDPModel`` or without.
+    """Analyse the model of a config, gated or not.
 
     Args:
         model (Mapping[str, Any]): ``cfg.model``.
     """
-    base, settings, plain = split_config(model)
-    shape = input_shape_of(settings, plain)
-    network = build_base_model(base, plain)
-    return analyse_model(network, shape, settings.ignore, settings.only)[0]
+    config = ModelConfig.parse(model)
+    network = MMENGINE_MODELS.build(config.ungated)
+    settings = config.settings
+    return analyse_model(network, config.input_shape(), settings.ignore,
+                         settings.only)[0]
 
 
 def analyse_model(network: nn.Module,
                   shape: tuple[int, ...],
                   ignore: Sequence[str] = (),
                   only: Sequence[str] | None = None) -> tuple[Analysis, float]:
-    """Analyse an mm model, and prove on a copy that its surgery is exact.
+    """Analyse an mm model, and verify on a copy that its surgery is exact.
 
     Args:
-        network (nn.Module): Without gates.
-        shape (tuple[int, ...]): ``(C, H, W)``.
+        network (nn.Module): The model without gates.
+        shape (tuple[int, ...]): Shape ``(C, H, W)`` of one input.
         ignore (Sequence[str]): See :class:`Settings`.
-        only (Sequence[str], optional): Likewise.
+        only (Sequence[str], optional): See :class:`Settings`.
 
     Returns:
-        tuple[Analysis, float]: See :func:`gdp_mmseg.proof.prove`.
+        tuple[Analysis, float]: See :func:`gdp_mmseg.surgery.verify.verify`.
 
     Raises:
         ValueError: If the model cannot be pruned.
@@ -151,12 +200,12 @@ def analyse_model(network: nn.Module,
 
 
 def inference_forward(network: Any, inputs: Tensor) -> Any:
-    """What inference runs."""
+    """Run what inference runs, up to the logits."""
     return network(inputs, mode='tensor')
 
 
 def training_forward(network: Any, inputs: Tensor) -> Any:
-    """What training runs, but for the losses: with auxiliary heads."""
+    """Run what training runs, auxiliary heads included, up to the losses."""
     heads = getattr(network, 'auxiliary_head', None)
     if heads is None:
         return [network(inputs, mode='tensor')]

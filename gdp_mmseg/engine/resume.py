@@ -1,4 +1,4 @@
-"""Nothing lost, nothing wrong: what any training can have, gates or not."""
+"""Exact resume and early errors, for trainings with gates or without."""
 from __future__ import annotations
 
 import math
@@ -14,24 +14,25 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
-from .checkpoint import (WHOLE, mend_last_checkpoint, plain,
-                         pointed_checkpoint, unwrapped)
+from .checkpoint import plain, unwrapped
+from .whole_files import (WHOLE, WholeFileBackend, mend_last_checkpoint,
+                          pointed_checkpoint)
 
 RandomState = dict[str, Any]
 
 
 @HOOKS.register_module()
 class ResumeHook(Hook):
-    """Makes a training resume as if it had never been interrupted.
+    """Hook that makes a training resume as if it had not been interrupted.
 
-    - Checkpoints carry the state of the random numbers, and validation does
-      not touch it. A resumed training draws what it would have drawn.
-    - A checkpoint is there as a whole or not at all, and the last one is
-      removed only when the next is complete. ``--resume`` does not stumble
-      over a file that something else damaged.
-    - Weights that are not finite are not saved, and losses that are not, for
-      some iterations in a row, end the training.
-    - Labels that the model has no class for are an error that names the file.
+    - Checkpoints contain the state of the random number generators, and
+      validation does not change it. A resumed training draws the numbers that
+      the uninterrupted one draws.
+    - A checkpoint file is complete or absent, and the last one is removed only
+      when the next one is complete. ``--resume`` passes over a damaged file.
+    - Weights that are not finite are not saved. Losses that are not finite
+      for some iterations in a row end the training.
+    - A label that the model has no class for is an error that names the file.
 
     ``GDPHook`` does all this; a training without gates gets it by
     ``default_hooks = dict(resume=dict(type='gdp_mmseg.ResumeHook'))``.
@@ -46,16 +47,18 @@ class ResumeHook(Hook):
     def __init__(self, patience: int = 10) -> None:
         self.patience = patience
         self._not_finite = 0
-        # Of the checkpoint that was loaded, and of a training that validates.
+        # State of the loaded checkpoint, until the training begins.
         self._loaded: RandomState | None = None
+        # State of the training, while a validation runs.
         self._paused: RandomState | None = None
+        # Pointer that an earlier training left in the work folder.
         self._earlier: tuple[str, int] | None = None
 
     def before_run(self, runner: Runner) -> None:
-        """Look at what a resume would start from, before it does.
+        """Check the files that a resume would start from.
 
         Raises:
-            ValueError: If there are checkpoints, but no whole one.
+            ValueError: If there are checkpoints, but no complete one.
         """
         if runner.cfg.get('resume') and not runner.cfg.get('load_from'):
             if is_main_process():
@@ -65,11 +68,12 @@ class ResumeHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner,
                               checkpoint: dict[str, Any]) -> None:
-        """Keep the state of the random numbers that a checkpoint has."""
+        """Keep the random state of a checkpoint until the training begins."""
         self._loaded = (checkpoint.get('meta') or {}).get('random_state')
 
     def before_train(self, runner: Runner) -> None:
-        """Let local checkpoints be written as a whole."""
+        """Make checkpoint hooks write local files completely or not at all."""
+        WholeFileBackend.forget(Path(runner.work_dir))
         self._earlier = (None if runner.iter else pointed_checkpoint(
             Path(runner.work_dir)))
         for hook in runner.hooks:
@@ -79,10 +83,10 @@ class ResumeHook(Hook):
                 hook.backend_args = dict(backend=WHOLE)
 
     def before_train_epoch(self, runner: Runner) -> None:
-        """Set the random numbers right before a resumed training goes on."""
+        """Restore the random state right before a resumed training goes on."""
         state, self._loaded = self._loaded, None
-        # Fine-tuning starts anew. Processes that draw different numbers have
-        # states of their own, and the checkpoint is of the first one.
+        # Fine-tuning starts with fresh numbers. Processes with different
+        # seeds have states of their own, and the checkpoint has the first's.
         if state is None or not runner.iter or (get_rank() and
                                                 (runner.cfg.get('randomness')
                                                  or {}).get('diff_rank_seed')):
@@ -97,10 +101,10 @@ class ResumeHook(Hook):
                           runner: Runner,
                           batch_idx: int,
                           data_batch: Any = None) -> None:
-        """Look at the labels of a batch.
+        """Check the labels of a batch.
 
         Raises:
-            ValueError: If the model has no class for one.
+            ValueError: If the model has no class for a label.
         """
         check_labels(runner.model, data_batch)
 
@@ -109,10 +113,10 @@ class ResumeHook(Hook):
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: Any = None) -> None:
-        """Count the losses in a row that are not finite.
+        """Count consecutive losses that are not finite.
 
         Raises:
-            FloatingPointError: If they are too many.
+            FloatingPointError: If there are ``patience`` of them.
         """
         loss = float(torch.as_tensor((outputs or {}).get('loss', 0.)).detach())
         if math.isfinite(loss):
@@ -130,7 +134,7 @@ class ResumeHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
-        """Add the state of the random numbers, and the widths of an export.
+        """Add the random state and the widths of an export to the meta.
 
         Raises:
             FloatingPointError: If a weight is not finite.
@@ -140,7 +144,7 @@ class ResumeHook(Hook):
             value = state.get(name)
             if value is not None and not value.isfinite().all():
                 raise FloatingPointError(
-                    f'expected finite weights to save, but got others in '
+                    f'expected finite weights to save, but got nan or inf in '
                     f'{name} after iteration {runner.iter + 1}; nothing was '
                     f'saved; {self._advice(runner)}')
         checkpoint['meta']['random_state'] = self._paused or random_state()
@@ -150,17 +154,17 @@ class ResumeHook(Hook):
             checkpoint['meta']['widths'] = plain(widths)
 
     def before_val(self, runner: Runner) -> None:
-        """Remember the random numbers of the training."""
+        """Keep the random state of the training during a validation."""
         self._paused = random_state()
 
     def after_val(self, runner: Runner) -> None:
-        """Set them back: a resume does not repeat the validation."""
+        """Restore the random state: a resume does not repeat a validation."""
         if self._paused is not None:
             set_random_state(self._paused)
         self._paused = None
 
     def _advice(self, runner: Runner) -> str:
-        """What to do when numbers are not finite."""
+        """Advice for a training whose numbers are not finite."""
         last = pointed_checkpoint(Path(runner.work_dir))
         if last is None or last == self._earlier:
             return ('there is no good checkpoint of this training yet; lower '
@@ -171,16 +175,16 @@ class ResumeHook(Hook):
 
 
 class _SkippingIterator:
-    """Stands in for the data of an iteration-based loop after a resume.
+    """Iterator that restores the random state after skipped batches.
 
-    The loop first skips what was trained on. By mmengine's version it asks
-    for that to be skipped, or takes and drops each batch, which draws random
-    numbers; so they are set when the first batch to train on is asked for.
-    Then the loop gets its own iterator back.
+    An iteration-based loop first skips the batches that were trained on. Some
+    versions of mmengine ask for that; others take and drop each batch, which
+    draws random numbers. So the state is restored when the first batch to
+    train on is requested. Then the loop gets its own iterator back.
 
     Args:
         loop (Any): mmengine's IterBasedTrainLoop, or one like it.
-        state (RandomState): What to set.
+        state (RandomState): State to restore.
     """
 
     def __init__(self, loop: Any, state: RandomState) -> None:
@@ -193,7 +197,7 @@ class _SkippingIterator:
         return self
 
     def skip_iter(self, iterations: int) -> None:
-        """Skip batches."""
+        """Skip batches that were trained on."""
         self._inner.skip_iter(iterations)
 
     def __next__(self) -> Any:
@@ -202,8 +206,9 @@ class _SkippingIterator:
             return next(self._inner)
         self._loop.dataloader_iterator = self._inner
         set_random_state(self._state)
-        # A loader may make its iterator now, which it had made at the start
-        # before, and that draws a number. Let it draw another's.
+        # A loader may create its iterator only now, and that draws a number
+        # from its generator. The straight training drew it at the start, so
+        # the number is drawn from a throw-away generator.
         loader = self._loop.dataloader
         own = loader.generator
         loader.generator = torch.Generator()
@@ -214,11 +219,11 @@ class _SkippingIterator:
 
 
 def random_state() -> RandomState:
-    """State of Python's, NumPy's and torch's global random numbers.
+    """Return the state of all global random number generators.
 
     Returns:
-        RandomState: Tensors and plain types, so that ``weights_only=True``
-        loads it.
+        RandomState: State of Python, NumPy, torch and the GPU, as tensors and
+        plain types that ``torch.load(weights_only=True)`` reads.
     """
     version, words, gauss = random.getstate()
     kind, keys, place, has_gauss, cached = np.random.get_state()
@@ -238,7 +243,7 @@ def random_state() -> RandomState:
 
 
 def set_random_state(state: RandomState) -> None:
-    """Set what :func:`random_state` returned, wherever it was loaded to."""
+    """Restore what :func:`random_state` returned, loaded to any device."""
     version, words, gauss = state['python']
     random.setstate((version, tuple(words.tolist()), gauss))
     kind, keys, *rest = state['numpy']
@@ -249,16 +254,15 @@ def set_random_state(state: RandomState) -> None:
 
 
 def check_labels(model: nn.Module, batch: Any) -> None:
-    """Fail at labels of a batch that a segmentor cannot learn from.
+    """Check the labels of a batch against the classes of a segmentor.
 
     Args:
-        model (nn.Module): Looked at are ``num_classes`` and ``ignore_index``
-            of its decode head, the last one of several.
-        batch (Any): Of a training, before it is preprocessed.
+        model (nn.Module): Model whose decode head (the last one of several)
+            has ``num_classes`` and ``ignore_index``.
+        batch (Any): Training batch before preprocessing.
 
     Raises:
-        ValueError: If a label is of no class, or there is not one for each
-            pixel.
+        ValueError: If a label has no class, or a pixel has no label.
     """
     head = getattr(_network(model), 'decode_head', None)
     head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
@@ -273,16 +277,17 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         path = sample.get('seg_map_path', 'an image')
         if labels.dim() != 3 or labels.shape[-2:] != image.shape[-2:]:
             raise ValueError(
-                f'labels: expected one for each of {list(image.shape[-2:])} '
-                f'pixels, but got {list(labels.shape)} in {path}; replace the '
-                'file by a map of class numbers of the size of its image')
+                'labels: expected one for each pixel of '
+                f'{list(image.shape[-2:])}, but got {list(labels.shape)} in '
+                f'{path}; replace the file by a map of class numbers of the '
+                'size of its image')
         _check_range(labels, classes, getattr(head, 'ignore_index', 255), path)
 
 
 def _check_range(labels: Tensor, classes: int, ignored: int,
                  path: str) -> None:
-    """Fail at a label that is neither a class nor to be ignored."""
-    # One class, or two, may be told apart by one output.
+    """Check that each label is a class or the ignored value."""
+    # A single output may distinguish two classes.
     highest = max(classes, 2) - 1
     least, most = (int(value) for value in labels.aminmax())
     if least >= 0 and most <= highest:

@@ -1,85 +1,174 @@
-"""Outputs of the gated and of the exported network, compared on inputs."""
+"""Comparison of the gated network and the exported files on inputs."""
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
-from typing import Any
+from typing import Any, Iterator, Mapping
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..engine.model import find_pruner
+from ..engine.model import find_pruner, inference_forward
 from ..surgery.verify import largest_difference
 
+# Largest difference of outputs, relative to the largest output, in single
+# precision on real inputs.
 TOLERANCE = 1e-4
+# Largest relative difference of a metric. Rounding may change the class of a
+# pixel between two classes that are equally likely, and no more than that.
+METRIC_TOLERANCE = 0.01
+_BATCHES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Result of a comparison.
+
+    Args:
+        max_rel_diff (float): Largest difference between outputs of the two
+            networks, relative to the largest output.
+        compared_on (str): Inputs on which they were compared.
+    """
+    max_rel_diff: float
+    compared_on: str
 
 
 def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
-            needs_data: bool) -> dict[str, Any]:
-    """Largest difference of outputs on a few inputs, and what these are.
+            needs_data: bool) -> Comparison:
+    """Compare the outputs and predictions of two networks on a few inputs.
+
+    Compared are the logits (``mode='tensor'``) and what ``test_step`` returns:
+    preprocessing, sliding windows, and all heads of the prediction.
 
     Args:
-        cfg (Config): Its test set is where the inputs are from.
-        gated (nn.Module): In eval mode.
-        exported (nn.Module): In eval mode.
-        needs_data (bool): Whether a missing test set is an error; if not,
-            the inputs are random then.
+        cfg (Config): Config with the test set that the inputs come from.
+        gated (nn.Module): Gated network in eval mode.
+        exported (nn.Module): Exported network in eval mode.
+        needs_data (bool): Whether a missing test set is an error. If it is
+            not, the inputs are random in that case.
 
     Raises:
         RuntimeError: If the outputs are not equal.
     """
-    settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
-    try:
-        loader = Runner.build_dataloader(_in_this_process(settings))
-    except (FileNotFoundError, AssertionError, TypeError):
-        if needs_data:
-            raise
+    batches = _test_batches(cfg, needs_data)
+    if batches is None:
         shape = find_pruner(gated).analysis.input_shape
-        inputs = [torch.randn(shape) for _ in range(2)]
-        source = '2 random inputs (no data set found)'
+        images = [torch.randn(shape) for _ in range(_BATCHES)]
+        source = f'{_BATCHES} random inputs (no data set found)'
     else:
-        inputs = _preprocessed(loader, gated)
-        source = f'{len(inputs)} inputs of the test set'
-    difference = max_rel_diff(gated, exported, inputs)
-    # Also false for nan.
+        images = _preprocessed(batches, gated)
+        source = f'{len(images)} inputs of the test set'
+    difference = max(
+        *(_difference(inference_forward, gated, exported, image)
+          for image in images),
+        *(_difference(_predict, gated, exported, batch)
+          for batch in batches or ()))
+    # The comparison is also false for nan.
     if not difference <= TOLERANCE:
         raise RuntimeError(
             f'expected equal outputs of the gated and the pruned network, '
             f'but got a relative difference of {difference:.1e} on {source}; '
             'nothing was written. Please report this with the config')
-    return dict(max_rel_diff=difference, compared_on=source)
+    return Comparison(difference, source)
+
+
+def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
+                                                              float]) -> None:
+    """Check that two evaluations agree.
+
+    Raises:
+        RuntimeError: If a metric differs by more than rounding explains.
+    """
+    for name, value in gated.items():
+        found = pruned.get(name, float('nan'))
+        # Two metrics that are nan agree: a class may be absent.
+        if value != value and found != found:
+            continue
+        if not abs(value -
+                   found) <= METRIC_TOLERANCE * max(abs(value), abs(found)):
+            raise RuntimeError(
+                f'expected equal metrics of the gated and the pruned network, '
+                f'but got {name} {value} and {found}; nothing was written. '
+                'Please report this with the config')
+
+
+def _test_batches(cfg: Config, needs_data: bool) -> list[Any] | None:
+    """Load the first batches of the test set; None if there is no data."""
+    settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+    if not settings:
+        return None
+    try:
+        loader = Runner.build_dataloader(_in_this_process(settings))
+    # mmengine's and mmseg's errors for files and folders that are missing.
+    except (FileNotFoundError, AssertionError):
+        if needs_data:
+            raise
+        return None
+    return list(itertools.islice(loader, _BATCHES))
 
 
 def _in_this_process(settings: Any) -> dict[str, Any]:
-    """A loader's config, without what only goes with other processes."""
+    """Copy a loader's config without the options of worker processes."""
     plain = dict(settings, num_workers=0, persistent_workers=False)
     for key in ('prefetch_factor', 'timeout', 'multiprocessing_context'):
         plain.pop(key, None)
     return plain
 
 
-def _preprocessed(loader: Any, model: nn.Module) -> list[Tensor]:
-    """Inputs ``(1, C, H, W)`` of the first two batches of a loader."""
+def _preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
+    """Inputs ``(1, C, H, W)`` of some batches."""
     preprocess: Any = model.data_preprocessor
     images: list[Tensor] = []
-    for data in itertools.islice(loader, 2):
-        images += [image[None] for image in preprocess(data, False)['inputs']]
+    for data in batches:
+        inputs = preprocess(copy.deepcopy(data), False)['inputs']
+        images += [image[None] for image in inputs]
     settings = getattr(model, 'test_cfg', None) or {}
     if settings.get('mode') == 'slide':
-        # Such a model may take windows only.
+        # A model that is tested on windows may accept nothing larger.
         height, width = settings['crop_size']
         images = [image[..., :height, :width] for image in images]
     return images
 
 
+def _predict(model: Any, batch: Any) -> Any:
+    # Preprocessing and prediction may write into the batch.
+    return model.test_step(copy.deepcopy(batch))
+
+
 @torch.no_grad()
-def max_rel_diff(gated: nn.Module, pruned: nn.Module,
-                 inputs: list[Tensor]) -> float:
-    """Largest difference of outputs, over the largest output."""
-    return max(
-        largest_difference(*([
-            leaf for leaf in tree_leaves(model(image, mode='tensor'))
-            if isinstance(leaf, Tensor)
-        ] for model in (pruned, gated))) for image in inputs)
+def _difference(forward: Any, gated: nn.Module, exported: nn.Module,
+                inputs: Any) -> float:
+    """Largest difference of outputs, relative to the largest output.
+
+    Both networks start from the same random state, because a forward pass may
+    draw random numbers.
+    """
+    outputs = []
+    for model in (exported, gated):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs.append(list(_tensors(forward(model, inputs))))
+    return largest_difference(*outputs)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield all tensors and arrays in nested outputs, data samples included.
+    """
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, np.ndarray) and value.dtype.kind in 'fiub':
+        yield torch.from_numpy(value)
+    elif isinstance(value, BaseDataElement):
+        for _, item in sorted(value.items()):
+            yield from _tensors(item)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)

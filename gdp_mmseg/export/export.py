@@ -1,7 +1,7 @@
-"""From a trained, gated checkpoint to a pruned config and checkpoint.
+"""Export of a trained, gated checkpoint to a pruned config and checkpoint.
 
-Everything is made in a folder of a temporary name, proven there, and renamed:
-a folder that exists is a complete one.
+All files are written to a folder with a temporary name and verified there,
+then the folder is renamed. So a folder that exists is a complete one.
 """
 from __future__ import annotations
 
@@ -10,32 +10,37 @@ import dataclasses
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import nn
 
 from ..analysis.structure import Analysis
-from ..engine.checkpoint import (closed_gates, other_versions, read_checkpoint,
-                                 save_exported)
+from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.compat import moves_gates
-from ..engine.config import default_base, without_pretrained
-from ..engine.model import find_pruner
-from ..engine.monitor import RECORD, path_figure
-from ..files import write_json
-from ..pruner.settings import COSTS
-from ..report.measure import count_macs, count_parameters, paired_latency_ms
+from ..engine.config import PRUNED, SCOPE, ModelConfig
+from ..engine.model import find_pruner, inference_forward
+from ..pruner.pruner import Pruner
+from ..report.measure import count_flops, count_parameters, paired_latency_ms
+from ..report.plots import draw_record
+from ..report.record import RECORD
 from ..report.summary import dead_parts, kept_by_part
-from ..report.tables import Progress, markdown
+from ..report.tables import (GroupRow, NetworkRow, Report, markdown,
+                             scalar_metrics)
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
 from ..version import __version__
-from .compare import compare
+from .compare import Comparison, check_metrics, compare
 from .folder import check_out_dir, new_folder, writing
-from .networks import build_dense, build_gated, enter_scope, load_exported
+from .networks import build_networks, enter_scope, load_exported
+
+Progress = Callable[[str], None]
+
+# Points above the target from which on an export says so.
+_NOTE_ABOVE = 0.01
+_PICTURE = 'gates.png'
 
 
 def export(cfg: Config,
@@ -43,26 +48,25 @@ def export(cfg: Config,
            out_dir: str | Path,
            name: str,
            evaluate: bool = True,
-           progress: Progress = print) -> dict[str, Any]:
-    """Prune a gated checkpoint, prove it, evaluate it, write it.
+           progress: Progress = print) -> Report:
+    """Prune a gated checkpoint, verify and evaluate the result, write it.
 
     Args:
-        cfg (Config): The config that it was trained with.
-        checkpoint (str): Its path.
-        out_dir (str | Path): A folder that does not exist or is empty; gets
+        cfg (Config): Config of the gated training.
+        checkpoint (str): Path of the checkpoint.
+        out_dir (str | Path): A new or empty folder. It gets
             ``<name>_pruned.py``, ``<name>_pruned.pth``, ``report.json`` and
-            ``report.md``; and ``gates.png``, the gates' path, if its record
-            lies beside the checkpoint.
-        name (str): Of the config.
-        evaluate (bool): Whether to run the config's test loop on both.
-        progress (Callable[[str], None]): Gets a line now and then.
-
-    Returns:
-        dict[str, Any]: What ``report.json`` holds.
+            ``report.md``, and ``gates.png`` if the record of the gates lies
+            beside the checkpoint.
+        name (str): Name of the config.
+        evaluate (bool): Whether to run the config's test loop on the gated
+            and on the pruned network.
+        progress (Callable[[str], None]): Called with a line now and then.
 
     Raises:
         ValueError: If config, checkpoint and folder do not fit together.
-        RuntimeError: If gated and pruned outputs differ by more than 1e-4.
+        RuntimeError: If gated and pruned network differ: in their outputs by
+            more than 1e-4, or in a metric.
     """
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
@@ -73,111 +77,119 @@ def export(cfg: Config,
             'test_dataloader = val_dataloader, or pass --no-eval')
     enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
-    gated = build_gated(cfg, state)
-    dense = build_dense(cfg, state)
-    pruner = find_pruner(gated)
-    closed_gates(pruner.analysis, state, meta)
+    dense, gated = build_networks(cfg, state, meta)
     changed = other_versions(meta)
     if changed:
         progress(f'note: trained with other versions: {changed}')
-    pruned, widths = prune(dense, pruner.analysis, pruner.gates.openness())
-    report = dict(name=name, **_measure(gated, dense, pruned))
-    target = pruner.settings.target
-    if report['cost_pruned'] > target.ratio + 0.01:
-        progress(f'note: {report["cost_pruned"]:.3f} of the '
-                 f'{COSTS[target.type]} are left, asked for {target.ratio}; '
-                 'is the pruning phase over in this checkpoint?')
+    pruner = find_pruner(gated)
+    pruned, widths = prune(dense, pruner.analysis, pruner.gates.decided())
     with new_folder(out_dir) as partial:
         with writing(out_dir):
-            _write_pair(partial, name, cfg, pruned, widths, meta)
+            save_exported(partial / f'{name}_pruned.pth', pruned.state_dict(),
+                          widths, meta)
+            pruned_config(cfg, name,
+                          widths).dump(partial / f'{name}_pruned.py')
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
-        report.update(compare(cfg, gated, exported, needs_data=evaluate))
+        comparison = compare(cfg, gated, exported, needs_data=evaluate)
+        report = _report(name, pruner,
+                         dict(dense=dense, gated=gated, pruned=pruned),
+                         comparison)
+        _note_target(report, pruner, progress)
         if evaluate:
-            progress('evaluating the gated network')
-            report.update(_metrics(run_test(cfg, gated), 'gated'))
-            progress('evaluating the exported files')
             files = Config.fromfile(partial / f'{name}_pruned.py')
-            report.update(_metrics(run_test(files, exported), 'pruned'))
-        else:
-            report.update(miou_gated=None, miou_pruned=None)
+            report = _evaluated(report, (cfg, gated), (files, exported),
+                                progress)
         with writing(out_dir):
-            report['gates_picture'] = draw_record(
-                partial,
-                Path(checkpoint).with_name(RECORD), pruner.analysis,
-                meta.get('iter', math.inf), progress)
-            write_json(partial / 'report.json', report)
+            report = _with_picture(report, partial,
+                                   Path(checkpoint).with_name(RECORD),
+                                   pruner.analysis, meta.get('iter', math.inf),
+                                   progress)
+            report.write(partial / 'report.json')
             (partial / 'report.md').write_text(markdown(report))
     return report
 
 
-def draw_record(folder: Path, record: Path, analysis: Analysis, until: float,
-                progress: Progress) -> str | None:
-    """Name of the picture of a training's record, if there is one."""
-    try:
-        figure = path_figure(record, analysis.groups, until)
-    except (ValueError, KeyError, TypeError) as error:
-        progress(f'note: no picture of the gates: {error}')
-        return None
-    if figure is None:
-        return None
-    figure.savefig(folder / 'gates.png')
-    return 'gates.png'
-
-
-def _measure(gated: nn.Module, dense: nn.Module,
-             pruned: nn.Module) -> dict[str, Any]:
-    """The report's sizes and times."""
-    pruner = find_pruner(gated)
-    shape = pruner.analysis.input_shape
+def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
+            comparison: Comparison) -> Report:
+    """Measure the networks and describe what was kept."""
+    analysis, settings = pruner.analysis, pruner.settings
+    shape = analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
-        [copy.deepcopy(model).to(device) for model in (dense, gated, pruned)],
-        shape)
+        [copy.deepcopy(model).to(device) for model in networks.values()],
+        shape, inference_forward)
     channels = pruner.channels()
     keep = channels.cpu() > 0
-    return dict(
-        target=pruner.settings.target.ratio,
-        target_type=pruner.settings.target.type,
-        cost_pruned=float(pruner.cost(channels)),
-        phases=list(pruner.settings.phases),
+    rows = [
+        NetworkRow(name, count_flops(model, shape, inference_forward),
+                   count_parameters(model),
+                   {f'pytorch {device.type}': latency})
+        for (name, model), latency in zip(networks.items(), latencies)
+    ]
+    return Report(
+        name=name,
+        target=settings.target.ratio,
+        target_type=settings.target.type,
+        reached=float(pruner.cost(channels)),
+        phases=list(settings.phases),
         input_shape=list(shape),
-        macs_dense=count_macs(dense, shape),
-        macs_pruned=count_macs(pruned, shape),
-        params_dense=count_parameters(dense),
-        params_pruned=count_parameters(pruned),
-        latency_ms_dense=latencies[0],
-        latency_ms_gated=latencies[1],
-        latency_ms_pruned=latencies[2],
-        device=str(device),
-        torch=torch.__version__,
-        gdp_mmseg=__version__,
-        parts=[
-            dataclasses.asdict(part)
-            for part in kept_by_part(pruner.analysis.groups, keep)
-        ],
-        dead=dead_parts(pruner.analysis, keep),
+        networks=rows,
+        parts=kept_by_part(analysis.groups, keep),
+        dead=dead_parts(analysis, keep),
         groups=[
-            dict(
-                writers=list(group.writers),
-                readers=list(group.readers),
-                channels=len(group.gates),
-                kept=int(keep[group.gates].sum()))
-            for group in pruner.analysis.groups
-        ])
+            GroupRow(
+                list(group.writers), list(group.readers), len(group.gates),
+                int(keep[group.gates].sum())) for group in analysis.groups
+        ],
+        max_rel_diff=comparison.max_rel_diff,
+        compared_on=comparison.compared_on,
+        torch=torch.__version__,
+        gdp_mmseg=__version__)
 
 
-def _metrics(metrics: Mapping[str, Any], which: str) -> dict[str, Any]:
-    # Also of classes one by one, which some metrics give as lists.
-    plain = {
-        key: float(value)
-        for key, value in metrics.items() if np.ndim(value) == 0
-    }
-    return {f'miou_{which}': plain.get('mIoU'), f'metrics_{which}': plain}
+def _note_target(report: Report, pruner: Pruner, progress: Progress) -> None:
+    """Say so if the checkpoint is above the target."""
+    if report.reached > report.target + _NOTE_ABOVE:
+        progress(f'note: {report.reached:.3f} of the '
+                 f'{pruner.settings.target.resource} are left, but the target '
+                 f'is {report.target}; is the pruning phase over in this '
+                 'checkpoint?')
 
 
-def run_test(cfg: Config, model: nn.Module) -> dict[str, float]:
-    """Run the config's test loop on a model that is built and loaded."""
+def _evaluated(report: Report, gated: tuple[Config, nn.Module],
+               exported: tuple[Config,
+                               nn.Module], progress: Progress) -> Report:
+    """Evaluate two networks by their configs and add the metrics."""
+    progress('evaluating the gated network')
+    before = scalar_metrics(run_test(*gated))
+    progress('evaluating the exported files')
+    after = scalar_metrics(run_test(*exported))
+    check_metrics(before, after)
+    return report.with_metrics(dict(gated=before, pruned=after))
+
+
+def _with_picture(report: Report, folder: Path, record: Path,
+                  analysis: Analysis, until: float,
+                  progress: Progress) -> Report:
+    """Draw the record of a training into a folder, if there is one."""
+    try:
+        figure = draw_record(record, analysis.groups, until)
+    except ValueError as error:
+        progress(f'note: no picture of the gates: {error}')
+        return report
+    if figure is None:
+        return report
+    figure.savefig(folder / _PICTURE)
+    return dataclasses.replace(report, gates_picture=_PICTURE)
+
+
+def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
+    """Run the config's test loop on a model that is built and loaded.
+
+    Returns:
+        dict[str, Any]: Metrics as the evaluator returns them.
+    """
     with tempfile.TemporaryDirectory() as folder:
         runner = Runner(
             model=model,
@@ -193,27 +205,26 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, float]:
         return runner.test()
 
 
-def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,
-                widths: Widths, meta: Mapping[str, Any]) -> None:
-    """``<name>_pruned.py`` and ``<name>_pruned.pth``."""
-    save_exported(folder / f'{name}_pruned.pth', pruned.state_dict(), widths,
-                  meta)
-    pruned_config(cfg, name, widths).dump(folder / f'{name}_pruned.py')
-
-
 def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
-    """The config of the pruned model: stock tools read it.
+    """Make the config of the pruned network, which stock tools read.
 
-    Training starts from the exported weights beside the config.
+    A training with it starts from the exported weights beside the config.
+
+    Args:
+        cfg (Config): Config of the gated training.
+        name (str): Name of that config.
+        widths (Widths): Widths of the pruned network.
     """
     content = cfg.to_dict()
-    model = without_pretrained(cfg).to_dict()
-    model.update(type='gdp_mmseg.PrunedModel', gdp=dict(widths=widths))
-    model.setdefault('base', default_base(model))
-    model['init_cfg'] = dict(
-        type='Pretrained',
-        checkpoint='{{ fileDirname }}/' + f'{name}_pruned.pth')
-    content['model'] = model
+    config = ModelConfig.of(cfg).without_pretrained()
+    content['model'] = dict(
+        config.parts,
+        type=f'{SCOPE}.{PRUNED}',
+        base=config.base,
+        gdp=dict(widths=widths),
+        init_cfg=dict(
+            type='Pretrained',
+            checkpoint='{{ fileDirname }}/' + f'{name}_pruned.pth'))
     hooks = content.get('default_hooks') or {}
     content['default_hooks'] = {
         key: hook

@@ -1,73 +1,110 @@
 """Networks of an export, built from a config and a checkpoint."""
 from __future__ import annotations
 
+import copy
 from pathlib import Path
-from typing import Mapping
+from typing import Any, Mapping
 
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
+from ..analysis.state import fits, from_state
+from ..analysis.structure import Analysis
 from ..engine.checkpoint import read_checkpoint
-from ..engine.config import split_config, without_pretrained
-from ..engine.model import build_base_model
+from ..engine.config import ModelConfig
+from ..engine.matching import THETA, check_gate_meta, check_gates
+from ..engine.model import add_gates_, analyse_model, find_pruner
 
 
-def build_gated(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
-    """The gated model of a config, with a checkpoint in it, in eval mode.
+def build_networks(cfg: Config, state: Mapping[str, Tensor],
+                   meta: Mapping[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """Build the dense and the gated network of a gated checkpoint.
+
+    The analysis comes from the checkpoint, so nothing is traced again, unless
+    the config counts FLOPs at another input size than the training did.
+
+    Args:
+        cfg (Config): Config of the gated training.
+        state (Mapping[str, Tensor]): State dict of the checkpoint.
+        meta (Mapping[str, Any]): Its meta.
+
+    Returns:
+        tuple[nn.Module, nn.Module]: Network without gates and with gates, on
+        the CPU in eval mode.
 
     Raises:
-        ValueError: If the config has no gates, or the checkpoint is of
+        ValueError: If the config has no gates, or the checkpoint belongs to
             another model.
     """
-    if cfg.model.get('type') != 'gdp_mmseg.GDPModel':
+    config = ModelConfig.of(cfg).without_pretrained()
+    if config.kind != 'gated':
         raise ValueError(
             "config: expected model.type='gdp_mmseg.GDPModel', but got "
             f"{cfg.model.get('type')!r}; pass the config of the gated "
             'training')
-    if not any(key.startswith('gdp.') for key in state):
+    if THETA not in state:
         raise ValueError('checkpoint: expected one with gates, but it has '
                          'none; pass one that was trained with GDPModel and '
                          'GDPHook')
-    gated = revert_sync_batchnorm(MODELS.build(without_pretrained(cfg)))
-    load_strictly(gated, state)
-    return gated.eval()
-
-
-def build_dense(cfg: Config, state: Mapping[str, Tensor]) -> nn.Module:
-    """The same model without gates, in eval mode."""
-    base, _, model = split_config(without_pretrained(cfg))
-    dense = revert_sync_batchnorm(build_base_model(base, model))
+    check_gate_meta(meta)
+    dense = revert_sync_batchnorm(MODELS.build(config.ungated))
     load_strictly(dense, {
         key: value
         for key, value in state.items() if not key.startswith('gdp.')
     })
-    return dense.eval()
+    analysis = _analysis(dense, config, from_state(meta['gdp']['analysis']))
+    gated = add_gates_(copy.deepcopy(dense), analysis, config.settings)
+    check_gates(find_pruner(gated), state, meta)
+    load_strictly(gated, state)
+    return dense.eval(), gated.eval()
+
+
+def _analysis(dense: nn.Module, config: ModelConfig,
+              stored: Analysis) -> Analysis:
+    """Take the stored analysis where it fits, else analyse the network."""
+    shape = config.input_shape()
+    if fits(stored, dense.state_dict()) and stored.input_shape[1:] == shape:
+        return stored
+    settings = config.settings
+    return analyse_model(dense, shape, settings.ignore, settings.only)[0]
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load strictly, with one line for an error."""
+    """Load a state dict that must fit, with one line for an error.
+
+    Raises:
+        ValueError: If a tensor is missing, has another shape or no place.
+    """
     wanted = model.state_dict()
-    other = [
+    shapes = [
         key for key in wanted
-        if key not in state or state[key].shape != wanted[key].shape
+        if key in state and state[key].shape != wanted[key].shape
     ]
-    extra = [key for key in state if key not in wanted]
-    if other or extra:
+    missing, extra = shapes, list[str]()
+    if not shapes:
+        # Some modules drop or add keys when they load; only they know which.
+        result = model.load_state_dict(dict(state), strict=False)
+        missing = [key for key in result.missing_keys if key not in state]
+        extra = list(result.unexpected_keys)
+    if missing or extra:
         raise ValueError(
             'checkpoint: expected the weights of the config\'s model, but '
-            f'{len(other)} are missing or of another shape and {len(extra)} '
-            f'have no place ({(other + extra)[0]} first); pass the checkpoint '
-            'and the config of the same training')
-    model.load_state_dict(state)
+            f'{len(missing)} are missing or of another shape and {len(extra)} '
+            f'have no place ({(missing + extra)[0]} first); pass the '
+            'checkpoint and the config of the same training')
 
 
 def load_exported(folder: Path, name: str) -> nn.Module:
-    """Build the pruned model from its two files, in eval mode.
+    """Build the pruned network from its two files, in eval mode.
+
+    Args:
+        folder (Path): Folder of an export.
+        name (str): Name of the gated config.
 
     Raises:
-        ValueError: If they do not fit together.
+        ValueError: If the files do not fit together.
     """
     cfg = Config.fromfile(folder / f'{name}_pruned.py')
     enter_scope(cfg)
@@ -78,5 +115,5 @@ def load_exported(folder: Path, name: str) -> nn.Module:
 
 
 def enter_scope(cfg: Config) -> None:
-    """Let type names in a config mean what they mean to its tools."""
+    """Resolve type names in a config as the tools of its library do."""
     init_default_scope(cfg.get('default_scope') or 'mmseg')

@@ -31,7 +31,7 @@ class Schedule:
 
     Examples:
         >>> schedule = Schedule(phases=(0.1, 0.5, 0.4))
-        >>> schedule.pruned_share(0.35)
+        >>> round(schedule.pruned_share(0.35), 6)
         0.5
         >>> schedule.budget_at(0.0, 0.4), schedule.budget_at(1., 0.4)
         (1.0, 0.4)

@@ -1,73 +1,85 @@
-"""Multiply-adds, parameters and latency of a network."""
+"""FLOPs, parameters and latency of a network."""
 from __future__ import annotations
 
 import copy
 import statistics
 import time
-from typing import Sequence
+from typing import Any, Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+Forward = Callable[[nn.Module, Tensor], Any]
 
-def count_macs(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Multiply-adds of one forward pass in ``tensor`` mode.
 
-    Counted by torch's own counter, which knows nothing of this project.
+def count_flops(model: nn.Module, input_shape: tuple[int, ...],
+                forward: Forward) -> int:
+    """Count the multiply-adds of one forward pass by torch's own counter.
+
+    The counter knows nothing of this project, so it checks the project's own
+    count.
 
     Args:
-        model (nn.Module): An mm model; a copy is run, without data where its
-            forward asks for none.
+        model (nn.Module): Any model; a copy is run, on the meta device where
+            its forward works without values.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
+        forward (Forward): Called with the copy and an input.
+
+    Returns:
+        int: One fused multiply-add counts as one.
     """
     for device in ('meta', 'cpu'):
         shadow = copy.deepcopy(model).to(device).eval()
         try:
-            # The others of a CPU the counter does not know.
+            # The counter misses the fused attention kernels of a CPU.
             with torch.no_grad(), sdpa_kernel(
                     SDPBackend.MATH), FlopCounterMode(
                         display=False) as counter:
-                shadow(torch.zeros(input_shape, device=device), mode='tensor')
+                forward(shadow, torch.zeros(input_shape, device=device))
             break
-        except Exception:  # the model's own, of any kind
+        except Exception:  # the model's own error, of any kind
             if device == 'cpu':
                 raise
+    # torch counts a multiply-add as two.
     return counter.get_total_flops() // 2
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All parameters of a model, those that only training uses included."""
+    """Count all parameters, those that only training uses included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def paired_latency_ms(models: Sequence[nn.Module],
                       input_shape: tuple[int, ...],
+                      forward: Forward,
                       repeats: int = 7,
                       seconds: float = 6.) -> list[float]:
-    """Median time of a forward pass of each model, measured in turn.
+    """Measure the median time of a forward pass of each model.
 
-    The models alternate, so that a machine that slows down slows all of them:
-    the ratios hold where the times do not.
+    The models alternate, so a machine that slows down slows all of them:
+    ratios can be compared where times cannot.
 
     Args:
-        models (Sequence[nn.Module]): mm models on one device, in eval mode.
+        models (Sequence[nn.Module]): Models on one device, in eval mode.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
-        repeats (int): Timed rounds at most, after one that is not timed.
-        seconds (float): No third timed round starts after this.
+        forward (Forward): Called with a model and an input.
+        repeats (int): Largest number of timed rounds, after one untimed.
+        seconds (float): No third timed round starts after this time.
 
     Returns:
-        list[float]: Milliseconds.
+        list[float]: Milliseconds, in the order of the models.
     """
     device = next(models[0].parameters()).device
     inputs = torch.rand(input_shape, device=device)
 
     def once(model: nn.Module) -> float:
+        # Kernels of a GPU run after the call that starts them.
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
         start = time.perf_counter()
-        model(inputs, mode='tensor')
+        forward(model, inputs)
         if device.type == 'cuda':
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
@@ -78,5 +90,5 @@ def paired_latency_ms(models: Sequence[nn.Module],
         while len(runs) <= 2 or (len(runs) <= repeats
                                  and time.perf_counter() < end):
             runs.append([once(model) for model in models])
-    runs = runs[1:]
-    return [statistics.median(times) for times in zip(*runs)]
+    # The first round allocates memory and chooses algorithms.
+    return [statistics.median(times) for times in zip(*runs[1:])]

@@ -1,19 +1,55 @@
-"""Pictures of what the gates did.
+"""Plots of the gates over a training, and of the widths that they leave.
 
-Figures without pyplot: they need no display, and leave alone what a program
-draws otherwise.
+The figures are made without pyplot: they need no display and do not change
+the state of a program that draws with pyplot.
 """
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from ..analysis.structure import Group
+from .record import read_rows
+from .summary import parts_of
+
 _FONT = 8
-# Inches from one label to the next.
+# Inches between two labels of an axis.
 _LINE = 0.115
+
+
+def draw_record(record: Path,
+                groups: Sequence[Group],
+                until: float = math.inf) -> Figure | None:
+    """Draw the openness of each group over a training, and its budget.
+
+    Args:
+        record (Path): A ``gates.jsonl``; it may be absent.
+        groups (Sequence[Group]): Groups of the network that was trained.
+        until (float): Last iteration that is drawn.
+
+    Returns:
+        Figure, optional: None if there is no such file or no line in it.
+
+    Raises:
+        ValueError: If it cannot be read, or belongs to another network.
+    """
+    rows = read_rows(record, until) if record.is_file() else []
+    if not rows:
+        return None
+    for row in rows:
+        if len(row.openness) != len(groups):
+            raise ValueError(
+                f'expected the openness of {len(groups)} groups in {record}, '
+                f'but got {len(row.openness)}; it belongs to another training')
+    return draw_path([row.iter
+                      for row in rows], [row.openness for row in rows],
+                     parts_of(groups), [row.budget for row in rows],
+                     [row.held_cost for row in rows])
 
 
 def draw_path(
@@ -23,21 +59,20 @@ def draw_path(
     budget: Sequence[float] = (),
     held: Sequence[float] = ()
 ) -> Figure:
-    """Openness of each group over the training, and the budget below.
+    """Draw the openness of each group over a training, the budget below.
 
     Args:
         iterations (Sequence[int]): ``(T,)``, at equal distances.
         openness (Sequence[Sequence[float]]): ``(T, S)`` mean openness of each
             group.
-        parts (Sequence[str]): ``(S,)`` part of the network that each group
-            is of.
-        budget (Sequence[float]): ``(T,)`` budget, share of the dense cost; or
-            none, for no curve.
-        held (Sequence[float]): ``(T,)`` what was held against it.
+        parts (Sequence[str]): ``(S,)`` name of the part of each group.
+        budget (Sequence[float]): ``(T,)`` budget, a share of the dense cost;
+            empty for no curve.
+        held (Sequence[float]): ``(T,)`` cost that was held against it.
     """
     rows = len(dict.fromkeys(parts))
     panel = min(max(0.07 * len(parts), 1.4 * _LINE * rows, 1.5), 12)
-    order = _by_stage(parts)
+    order = _by_part(parts)
     if len(budget):
         figure = _figure(9, panel + 2.1)
         upper, lower = figure.subplots(
@@ -66,14 +101,14 @@ def plot_gates(openness: Any,
                iterations: int,
                axes: Any,
                parts: Sequence[str] = ()) -> None:
-    """Draw the gates' path: mean openness of each group over training.
+    """Draw the mean openness of each group over a training.
 
     Args:
-        openness (Any): ``(T, S)``, an array, at equal distances.
+        openness (Any): ``(T, S)`` array, at equal distances in time.
         iterations (int): Length of the training.
         axes (Any): matplotlib axes to draw on.
-        parts (Sequence[str]): ``(S,)`` part of the network that each group
-            is of, those of a part together; or none, for no names.
+        parts (Sequence[str]): ``(S,)`` name of the part of each group, groups
+            of the same part side by side; empty for no names.
     """
     groups = openness.shape[1]
     image = axes.imshow(
@@ -102,15 +137,14 @@ def plot_gates(openness: Any,
 
 def draw_widths(shares: Sequence[float], parts: Sequence[str],
                 title: str) -> Figure:
-    """Share of the channels that each group keeps, in network order.
+    """Draw the share of the channels that each group keeps.
 
     Args:
-        shares (Sequence[float]): ``(S,)`` in [0, 1].
-        parts (Sequence[str]): ``(S,)`` part of the network that each group
-            is of.
-        title (str): Above.
+        shares (Sequence[float]): ``(S,)`` kept shares in [0, 1].
+        parts (Sequence[str]): ``(S,)`` name of the part of each group.
+        title (str): Title of the figure.
     """
-    order = _by_stage(parts)
+    order = _by_part(parts)
     kept = np.asarray(shares, dtype=float)[order]
     runs = _runs([parts[index] for index in order])
     width = min(max(6, 0.1 * len(kept), 1.5 * _LINE * len(runs)), 24)
@@ -123,7 +157,7 @@ def draw_widths(shares: Sequence[float], parts: Sequence[str],
             width=0.9,
             color=f'C{index % 2}',
             edgecolor='none')
-        # A closed group has no bar to see.
+        # A group that keeps nothing has no visible bar.
         dead = [place for place in range(first, end) if kept[place] == 0]
         axes.plot(dead, [0.01] * len(dead), 'x', color='black', markersize=4)
         axes.hlines(
@@ -144,7 +178,7 @@ def draw_widths(shares: Sequence[float], parts: Sequence[str],
 
 
 def pixels(figure: Figure) -> np.ndarray:
-    """A figure as RGB, uint8 ``(H, W, 3)``."""
+    """Render a figure as RGB, uint8 ``(H, W, 3)``."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -152,18 +186,19 @@ def pixels(figure: Figure) -> np.ndarray:
 
 def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=110, layout='constrained')
+    # Without a canvas a figure cannot be measured or saved.
     FigureCanvasAgg(figure)
     return figure
 
 
-def _by_stage(parts: Sequence[str]) -> list[int]:
-    """Groups in the order of their stages, which is that of the network."""
+def _by_part(parts: Sequence[str]) -> list[int]:
+    """Indices of the groups, those of the same part side by side."""
     place = {name: index for index, name in enumerate(dict.fromkeys(parts))}
     return sorted(range(len(parts)), key=lambda index: place[parts[index]])
 
 
 def _runs(parts: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Name, first and end of each run of the same stage."""
+    """Name, first index and end of each run of the same part."""
     starts = [
         index for index, name in enumerate(parts)
         if index == 0 or parts[index - 1] != name
@@ -174,7 +209,11 @@ def _runs(parts: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _places(runs: Sequence[tuple[str, int, int]],
             inches: float) -> list[float]:
-    """Where the labels of runs go on an axis: their middles, but apart."""
+    """Positions of the labels of runs: the middles, moved apart.
+
+    One pass moves labels up until they do not overlap; the other moves them
+    back down from the end of the axis.
+    """
     end = runs[-1][2]
     gap = _LINE * end / inches
     places = [(first + end - 1) / 2 for _, first, end in runs]

@@ -1,52 +1,69 @@
-"""Records of a training: ``gates.jsonl`` and the evaluations."""
+"""Records of a training: ``gates.jsonl`` and the logged evaluations."""
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Sequence
 
 from ..files import write_whole
 
-
-def last_miou(work_dir: Path) -> float:
-    """mIoU, in percent, of the last evaluation that a training logged."""
-    scalars = sorted(work_dir.glob('*/vis_data/scalars.json'))[-1]
-    rows = [json.loads(line) for line in scalars.read_text().splitlines()]
-    return float([row['mIoU'] for row in rows if 'mIoU' in row][-1])
+# Name of the record in the work folder of a training.
+RECORD = 'gates.jsonl'
 
 
-def read_gates(path: Path) -> tuple[list[int], list[float], list[list[float]]]:
-    """Read the ``gates.jsonl`` of a training.
+@dataclasses.dataclass(frozen=True)
+class GateRow:
+    """One line of a record.
 
-    Returns:
-        tuple: ``(T,)`` iterations, ``(T,)`` shares of FLOPs, ``(T, S)`` mean
-        openness of each group.
+    Args:
+        iter (int): Number of iterations that are over.
+        flops (float): Share of the dense FLOPs, by whole channels.
+        budget (float): Share of the dense cost that was allowed.
+        held_cost (float): Cost that was held against the budget.
+        openness (list[float]): ``(S,)`` mean openness of each group.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return ([row['iter'] for row in rows], [row['flops'] for row in rows],
-            [row['openness'] for row in rows])
+    iter: int
+    flops: float
+    budget: float
+    held_cost: float
+    openness: list[float]
 
 
-def read_budget(path: Path) -> tuple[list[float], list[float]]:
-    """Read the ``gates.jsonl`` of a training.
+def append_row(path: Path, row: GateRow) -> None:
+    """Append a line to a record."""
+    with open(path, 'a') as file:
+        file.write(json.dumps(dataclasses.asdict(row)) + '\n')
 
-    Returns:
-        tuple: ``(T,)`` budgets asked for, and what was held against them;
-        none of a record that does not say.
+
+def read_rows(path: Path, until: float = math.inf) -> list[GateRow]:
+    """Read the lines of a record up to an iteration.
+
+    Args:
+        path (Path): A ``gates.jsonl``.
+        until (float): Last iteration that is read.
+
+    Raises:
+        ValueError: If a line is not one of a record.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    if not all('budget' in row for row in rows):
-        return [], []
-    return [row['budget'] for row in rows], [row['held_cost'] for row in rows]
+    try:
+        rows = [
+            GateRow(**json.loads(line))
+            for line in path.read_text().splitlines()
+        ]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'expected the lines of a gated training in {path}, '
+                         f'but got: {error}') from error
+    return [row for row in rows if row.iter <= until]
 
 
 def drop_rows_after(path: Path, iteration: int) -> None:
-    """Keep the rows of a record up to an iteration, each whole, in place.
+    """Remove truncated lines and those after an iteration, in place.
 
     Args:
-        path (Path): Holds a JSON object with ``iter`` in each line; may be
-            absent.
-        iteration (int): The last that is kept.
+        path (Path): A record; it may be absent.
+        iteration (int): Last iteration whose line is kept.
     """
     if not path.is_file():
         return
@@ -58,8 +75,26 @@ def drop_rows_after(path: Path, iteration: int) -> None:
 
 
 def _iteration(line: str) -> float:
-    """Of a row; infinite if it was cut short."""
+    """Iteration of one line; infinity if the line is truncated."""
     try:
         return float(json.loads(line)['iter'])
     except ValueError:
         return math.inf
+
+
+def last_metrics(work_dir: Path, names: Sequence[str]) -> dict[str, float]:
+    """Read the last value of some metrics that a training logged.
+
+    Args:
+        work_dir (Path): Work folder of an mmengine training.
+        names (Sequence[str]): Names of the metrics, e.g. ``'mIoU'``.
+
+    Returns:
+        dict[str, float]: Value of each metric that was logged.
+    """
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
+    found: dict[str, float] = {}
+    for line in logs[-1].read_text().splitlines() if logs else ():
+        row = json.loads(line)
+        found.update({name: row[name] for name in names if name in row})
+    return found

@@ -1,4 +1,4 @@
-"""What is left of a network, part by part."""
+"""Summary of what was kept of a network, part by part."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,18 +10,18 @@ from torch import Tensor
 from ..analysis.structure import Analysis, Group, Layer
 from ..gates.layers import slot_values
 
-# Numbered stages of a backbone; else a stage is a part of a part.
+# A numbered stage of a backbone; elsewhere, the first two levels of a name.
 _PART = re.compile(r'[^.]+\.(?:layers|stages|blocks)\.\d+|[^.]+\.[^.]+')
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Groups that are written in the same top-level part.
+    """Channels of the groups that the same part of a network writes.
 
     Args:
-        name (str): Of the part, e.g. ``backbone.layer1``.
-        channels (int): Of its groups.
-        kept (int): Of these.
+        name (str): Name of the part, e.g. ``backbone.layer1``.
+        channels (int): Number of channels of its groups.
+        kept (int): Number of those that were kept.
     """
     name: str
     channels: int
@@ -43,12 +43,17 @@ def part_of(module: str) -> str:
     return found.group() if found else module
 
 
+def parts_of(groups: Sequence[Group]) -> list[str]:
+    """Name of the part ``(S,)`` whose modules write each group first."""
+    return [part_of(group.writers[0]) for group in groups]
+
+
 def kept_by_part(groups: Sequence[Group], keep: Tensor) -> list[Part]:
-    """Channels that stay, by stage, in the order of the network.
+    """Count the channels that were kept, by part, in network order.
 
     Args:
-        groups (Sequence[Group]): Of the network.
-        keep (Tensor): ``(G,)`` bool, which gates' channels stay.
+        groups (Sequence[Group]): Groups of the network.
+        keep (Tensor): ``(G,)`` bool, the gates whose channels were kept.
     """
     numbers: dict[str, tuple[int, int]] = {}
     for group in groups:
@@ -60,14 +65,14 @@ def kept_by_part(groups: Sequence[Group], keep: Tensor) -> list[Part]:
 
 
 def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:
-    """The largest parts of which every layer reads, or writes, no channel.
+    """Name the largest parts all of whose layers read or write no channel.
 
-    Layers of a part of which others live, as the convolutions of a residual
-    block with a downsample, are named together.
+    Dead layers of a part whose other layers live are named together, e.g. the
+    convolutions of a residual block with a downsample.
 
     Args:
-        analysis (Analysis): What the analysis found.
-        keep (Tensor): ``(G,)`` bool, which gates' channels stay.
+        analysis (Analysis): Analysis of the network.
+        keep (Tensor): ``(G,)`` bool, the gates whose channels were kept.
 
     Returns:
         list[str]: In the order of the network, e.g. ``backbone.layer2.1`` and
@@ -83,7 +88,7 @@ def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:
     gone = {layer.name: dead(layer) for layer in layers if layer.kernel}
 
     def whole(name: str) -> str:
-        """The largest part around a dead layer that is dead."""
+        """Name of the largest dead part around a dead layer."""
         parent = name.rpartition('.')[0]
         below = [gone[one] for one in gone if one.startswith(f'{parent}.')]
         return whole(parent) if parent and all(below) else name
@@ -95,7 +100,7 @@ def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:
     inside: dict[str, list[str]] = {}
     for part in parts:
         parent, _, leaf = part.rpartition('.')
-        # Of a part that is no layer, its own name says what died.
+        # A single layer is listed under its parent, a larger part by name.
         key, rest = (parent, [leaf]) if part in gone else (part, [])
         inside.setdefault(key, []).extend(rest)
     return [

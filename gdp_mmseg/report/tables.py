@@ -1,11 +1,160 @@
-"""What an export reports: sizes, latency, tables, pictures."""
+"""Report of an export: networks, what was kept, and its tables.
+
+All numbers of ``report.json``, ``report.md`` and the printed table come from
+one :class:`Report`. FLOPs are multiply-adds of one image.
+"""
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping, Sequence
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+from ..files import write_json
+from .summary import Part
+
+# Metrics that stand for a whole evaluation, best known first.
+_HEADLINES = ('mIoU', 'accuracy/top1')
+# Resources that a target can be about besides FLOPs, in whole sentences.
+_RESOURCES = dict(
+    params='Parameters that inference reads',
+    latency='Latency of the layers, by the fit made before the training')
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkRow:
+    """Size, speed and quality of one network.
+
+    Args:
+        name (str): ``'dense'``, ``'gated'`` or ``'pruned'``.
+        flops (int): Multiply-adds of one image at the report's input shape.
+        params (int): Number of all parameters.
+        latency_ms (dict[str, float]): Milliseconds of one forward pass, by
+            runtime and device, e.g. ``'pytorch cpu'``.
+        metrics (dict[str, float], optional): Scalar metrics under the names
+            that the evaluator gives them; None if it was not evaluated.
+    """
+    name: str
+    flops: int
+    params: int
+    latency_ms: dict[str, float]
+    metrics: dict[str, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupRow:
+    """A group of channels and how many of them were kept.
+
+    Args:
+        writers (list[str]): Modules that write the channels.
+        readers (list[str]): Modules that read them through a gate.
+        channels (int): Number of channels of the group.
+        kept (int): Number of those that were kept.
+    """
+    writers: list[str]
+    readers: list[str]
+    channels: int
+    kept: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Result of an export.
+
+    Args:
+        name (str): Name of the config.
+        target (float): Share of the resource that was to be kept.
+        target_type (str): ``'flops'``, ``'params'`` or ``'latency'``.
+        reached (float): Share of that resource that was kept.
+        phases (list[float]): Shares of warm-up, pruning and settling.
+        input_shape (list[int]): ``(N, C, H, W)`` at which FLOPs and latency
+            are taken.
+        networks (list[NetworkRow]): Dense, gated and pruned network.
+        parts (list[Part]): Channels kept in each part of the network.
+        dead (list[str]): Parts of which at most a constant is left.
+        groups (list[GroupRow]): Channels kept in each group.
+        max_rel_diff (float): Largest difference between the outputs of the
+            gated and the pruned network, relative to the largest output.
+        compared_on (str): Inputs on which they were compared.
+        torch (str): Version of torch.
+        gdp_mmseg (str): Version of this package.
+        gates_picture (str, optional): File name of the picture of the gates.
+    """
+    name: str
+    target: float
+    target_type: str
+    reached: float
+    phases: list[float]
+    input_shape: list[int]
+    networks: list[NetworkRow]
+    parts: list[Part]
+    dead: list[str]
+    groups: list[GroupRow]
+    max_rel_diff: float
+    compared_on: str
+    torch: str
+    gdp_mmseg: str
+    gates_picture: str | None = None
+
+    def network(self, name: str) -> NetworkRow:
+        """Return the row of a network by its name."""
+        return next(row for row in self.networks if row.name == name)
+
+    def with_metrics(
+            self, metrics: Mapping[str, Mapping[str, float]
+                                   | None]) -> Report:
+        """Return a copy with the metrics of some networks, by name."""
+        return dataclasses.replace(
+            self,
+            networks=[
+                dataclasses.replace(row, metrics=dict(found)) if
+                (found := metrics.get(row.name)) is not None else row
+                for row in self.networks
+            ])
+
+    @property
+    def metric(self) -> str | None:
+        """Name of the metric that tables show; None without an evaluation."""
+        names = [name for row in self.networks for name in row.metrics or ()]
+        known = [name for name in _HEADLINES if name in names]
+        return next(iter(known + names), None)
+
+    def share(self, field: str) -> float:
+        """Pruned network's ``'flops'`` or ``'params'`` over the dense one's.
+        """
+        pruned, dense = (
+            getattr(self.network(name), field) for name in ('pruned', 'dense'))
+        return float(pruned / dense)
+
+    def latency_share(self) -> float:
+        """Pruned network's latency over the dense one's, first runtime."""
+        dense, pruned = (
+            next(iter(self.network(name).latency_ms.values()))
+            for name in ('dense', 'pruned'))
+        return pruned / dense
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON: a complete file or none."""
+        write_json(path, dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Read a report that :meth:`write` wrote; other keys are ignored."""
+        content = json.loads(path.read_text())
+        rows = dict(networks=NetworkRow, parts=Part, groups=GroupRow)
+        fields = {
+            field.name: content[field.name]
+            for field in dataclasses.fields(cls) if field.name in content
+        }
+        for key, row in rows.items():
+            fields[key] = [row(**one) for one in fields[key]]
+        return cls(**fields)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table; the first row is its head, numbers to the right.
+    """Format a markdown table; the first row is its head.
+
+    The first column is aligned to the left, all others to the right.
 
     Examples:
         >>> print(table([['network', 'mIoU'], ['dense', '61.2']]))
@@ -27,80 +176,89 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return '\n'.join([line(rows[0]), rule, *map(line, rows[1:])])
 
 
-def comparison(report: Mapping[str, Any]) -> str:
-    """Dense, gated, pruned: mIoU, GFLOPs, parameters, latency."""
+def comparison(report: Report) -> str:
+    """Table of the networks: metric, GFLOPs, parameters and latencies."""
+    metric = report.metric
+    runtimes = list(
+        dict.fromkeys(runtime for row in report.networks
+                      for runtime in row.latency_ms))
 
-    def row(name: str, size: str) -> list[str]:
-        latency = report.get(f'latency_ms_{name}')
-        value = report.get(f'miou_{name}')
+    def cells(row: NetworkRow) -> list[str]:
+        value = (row.metrics or {}).get(metric or '')
         return [
-            name, '-' if value is None else f'{value:.2f}',
-            f'{report[f"macs_{size}"] / 1e9:.2f}',
-            f'{report[f"params_{size}"] / 1e6:.2f}',
-            '-' if latency is None else f'{latency:.1f}'
+            row.name, '-' if value is None else f'{value:.2f}',
+            f'{row.flops / 1e9:.2f}', f'{row.params / 1e6:.2f}',
+            *('-' if runtime not in row.latency_ms else
+              f'{row.latency_ms[runtime]:.1f}' for runtime in runtimes)
         ]
 
-    return table([
-        ['network', 'mIoU', 'GFLOPs', 'params (M)', 'latency (ms)'],
-        row('dense', 'dense'),
-        row('gated', 'dense'),
-        row('pruned', 'pruned'),
-    ])
+    return table([[
+        'network', metric or 'metric', 'GFLOPs', 'params (M)',
+        *(f'{runtime} (ms)' for runtime in runtimes)
+    ], *map(cells, report.networks)])
 
 
-# What else a target can be about.
-_COSTS = dict(
-    params='Parameters that inference reads',
-    latency='Latency of the layers, by the fit made before the training')
-
-
-def markdown(report: Mapping[str, Any]) -> str:
-    """``report.json`` for a reader."""
-    _, channels, height, width = report['input_shape']
-    share = report['macs_pruned'] / report['macs_dense']
-    asked = f', asked for {report["target"]}'
-    by_flops = report['target_type'] == 'flops'
-    of_cost = [] if by_flops else [
-        f'{_COSTS[report["target_type"]]}: {report["cost_pruned"]:.4f} of '
-        f'the dense network\'s{asked}.'
+def markdown(report: Report) -> str:
+    """Format a report as a page for a reader."""
+    _, channels, height, width = report.input_shape
+    target = f' (target {report.target})'
+    by_flops = report.target_type == 'flops'
+    of_resource = [] if by_flops else [
+        f'{_RESOURCES[report.target_type]}: {report.reached:.4f} of '
+        f'the dense network\'s{target}.'
     ]
-    picture = ([] if report['gates_picture'] is None else [
-        f'![Openness of each group over the training, asked against got]'
-        f'({report["gates_picture"]})', ''
-    ])
-    parts = [['part', 'channels', 'kept', 'kept share']]
-    for part in report['parts']:
-        parts.append([
-            part['name'],
-            str(part['channels']),
-            str(part['kept']), f'{part["kept"] / part["channels"]:.0%}'
-        ])
-    dead = ['Nothing died.'] if not report['dead'] else [
-        'Died: what is left of each is at most a constant.', '',
-        *(f'- {part}' for part in report['dead'])
+    picture = [] if report.gates_picture is None else [
+        '![Openness of each group over the training, budget and held cost]'
+        f'({report.gates_picture})', ''
     ]
-    groups = [['group (written by)', 'channels', 'kept', 'kept share']]
-    for group in report['groups']:
-        more = len(group['writers']) - 1
-        groups.append([
-            group['writers'][0] + (f' and {more} more' if more else ''),
-            str(group['channels']),
-            str(group['kept']), f'{group["kept"] / group["channels"]:.0%}'
-        ])
+    dead = ['No part was removed as a whole.'] if not report.dead else [
+        'Removed parts, of which at most a constant is left:', '',
+        *(f'- {part}' for part in report.dead)
+    ]
     return '\n'.join([
-        f'# {report["name"]}', '',
+        f'# {report.name}', '',
         comparison(report), '',
         f'FLOPs (multiply-adds of one {channels} x {height} x {width} input): '
-        f'{share:.4f} of the dense ones{asked if by_flops else ""}.', *of_cost,
-        f'Largest difference between the outputs of the gated and the pruned '
-        f'network, relative to the largest output: '
-        f'{report["max_rel_diff"]:.1e} on {report["compared_on"]}.',
-        f'Latency: median of alternating runs on {report["device"]}, '
-        f'torch {report["torch"]}; only the ratio travels to another '
-        'machine.', '', '## What the gates did', '', *picture,
-        table(parts), '', *dead, '', '## Groups', '',
-        table(groups), ''
+        f'{report.share("flops"):.4f} of the dense network\'s'
+        f'{target if by_flops else ""}.', *of_resource,
+        'Largest difference between the outputs of the gated and the pruned '
+        f'network, relative to the largest output: {report.max_rel_diff:.1e} '
+        f'on {report.compared_on}.',
+        'Latency: median of alternating runs of one forward pass, torch '
+        f'{report.torch}. Only the ratio can be compared with other machines.',
+        '', '## Gates', '', *picture,
+        table([['part', 'channels', 'kept', 'kept share'],
+               *(_kept(row.name, row)
+                 for row in report.parts)]), '', *dead, '', '## Groups', '',
+        table([['group (written by)', 'channels', 'kept', 'kept share'],
+               *(_kept(_writers(row), row) for row in report.groups)]), ''
     ])
 
 
-Progress = Callable[[str], None]
+def _kept(name: str, row: Part | GroupRow) -> list[str]:
+    """Cells of a part or group: its channels, and those that were kept."""
+    return [
+        name,
+        str(row.channels),
+        str(row.kept), f'{row.kept / row.channels:.0%}'
+    ]
+
+
+def _writers(row: GroupRow) -> str:
+    """First writer of a group, and the number of the others."""
+    more = len(row.writers) - 1
+    return row.writers[0] + (f' and {more} more' if more else '')
+
+
+def scalar_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Select the metrics that are single numbers.
+
+    Evaluators may also return lists, tables and texts, e.g. of each class.
+    """
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return found

@@ -1,0 +1,146 @@
+"""An analysis as plain types, to travel in a checkpoint.
+
+Lists, numbers and strings only, so that ``torch.load(weights_only=True)``
+reads them. Whoever has the state needs neither trace nor verify the model
+again.
+"""
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .structure import Analysis, FrozenChannels, Group, Layer, LayerCall
+
+
+def to_state(analysis: Analysis) -> dict[str, Any]:
+    """Turn an analysis into plain types.
+
+    Examples:
+        >>> from torch import nn
+        >>> from gdp_mmseg.analysis.analyse import analyse
+        >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
+        >>> found = analyse(net, (3, 5, 5), lambda net, x: net(x))
+        >>> state = to_state(found)
+        >>> state['num_gates'], to_state(from_state(state)) == state
+        (2, True)
+    """
+    state = _plain({
+        field.name: getattr(analysis, field.name)
+        for field in dataclasses.fields(Analysis)
+        if field.name != 'gate_of_slot'
+    })
+    # A pair is no key of a plain mapping.
+    state['gate_of_slot'] = [[
+        name, axis, gates.tolist()
+    ] for (name, axis), gates in analysis.gate_of_slot.items()]
+    return state
+
+
+def from_state(state: Mapping[str, Any]) -> Analysis:
+    """Make an analysis of what :func:`to_state` returned.
+
+    Raises:
+        ValueError: If it was written by another version of the package.
+    """
+    try:
+        return Analysis(
+            num_gates=state['num_gates'],
+            gate_of_slot={
+                (name, axis): torch.tensor(gates)
+                for name, axis, gates in state['gate_of_slot']
+            },
+            layers=tuple(_layer(**row) for row in state['layers']),
+            groups=tuple(
+                Group(
+                    torch.tensor(row['gates']), tuple(row['writers']),
+                    tuple(row['readers']), row['can_be_empty'])
+                for row in state['groups']),
+            parameters={
+                name: tuple(shape)
+                for name, shape in state['parameters'].items()
+            },
+            frozen=tuple(
+                FrozenChannels(row['reason'], tuple(row['writers']),
+                               row['channels']) for row in state['frozen']),
+            norms=dict(state['norms']),
+            input_shape=tuple(state['input_shape']))
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            'expected an analysis of this version of gdp_mmseg, but got one '
+            f'with other fields ({error}); use the version that wrote it'
+        ) from error
+
+
+def fits(analysis: Analysis, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether tensors have all axes that an analysis puts gates on.
+
+    Args:
+        analysis (Analysis): Analysis of a model.
+        tensors (Mapping[str, Tensor]): State dict of a dense model.
+    """
+    return all(name in tensors and axis < tensors[name].dim()
+               and tensors[name].shape[axis] == len(gates)
+               for (name, axis), gates in analysis.gate_of_slot.items())
+
+
+def first_difference(one: Analysis, other: Analysis) -> str | None:
+    """Name the first module whose gates differ between two analyses.
+
+    A vector of gates means nothing to a model that was analysed otherwise,
+    also where the number of gates is the same.
+
+    Returns:
+        str, optional: Name of a module; None if each gate acts on the same
+        channels in both.
+    """
+    for first, second in zip(one.groups, other.groups):
+        if (first.writers, first.readers) != (second.writers, second.readers):
+            return first.writers[0]
+        if not torch.equal(first.gates, second.gates):
+            return first.writers[0]
+    if len(one.groups) != len(other.groups):
+        longer = max(one.groups, other.groups, key=len)
+        return longer[min(len(one.groups), len(other.groups))].writers[0]
+    for key in (*one.gate_of_slot, *other.gate_of_slot):
+        if (key not in one.gate_of_slot
+                or key not in other.gate_of_slot or not torch.equal(
+                    one.gate_of_slot[key], other.gate_of_slot[key])):
+            return key[0].rpartition('.')[0]
+    return None
+
+
+def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
+           outputs: list[int], **rest: Any) -> Layer:
+    return Layer(
+        inputs=torch.tensor(inputs, dtype=torch.long),
+        outputs=torch.tensor(outputs, dtype=torch.long),
+        calls=tuple(
+            LayerCall(**{
+                name: _tuples(value)
+                for name, value in call.items()
+            }) for call in calls),
+        **rest)
+
+
+def _plain(value: Any) -> Any:
+    """Lists, mappings, numbers and strings in place of everything else."""
+    if dataclasses.is_dataclass(value):
+        value = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _tuples(value: Any) -> Any:
+    """Tuples in place of lists, at each depth."""
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return value

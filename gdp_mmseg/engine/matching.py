@@ -1,0 +1,152 @@
+"""Checkpoints and the models that they belong to."""
+from __future__ import annotations
+
+import functools
+from typing import Any, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..analysis.state import first_difference, from_state, to_state
+from ..pruner.pruner import Pruner
+from ..surgery.widths import Fitting
+from .checkpoint import other_versions
+
+# Names in a state dict: the gates, and the mask of those that are closed.
+THETA = 'gdp.gates.theta'
+CLOSED = 'gdp.gates.closed'
+
+
+def gate_meta(pruner: Pruner) -> dict[str, Any]:
+    """Describe the gates of a model in plain types, for a checkpoint's meta.
+
+    Args:
+        pruner (Pruner): Pruner of the model.
+
+    Returns:
+        dict[str, Any]: The gate method, the modules that the settings keep
+        out of the pruning, and the whole analysis.
+    """
+    settings = pruner.settings
+    return dict(
+        gate=settings.gate,
+        ignore=[*settings.ignore],
+        only=None if settings.only is None else [*settings.only],
+        analysis=to_state(pruner.analysis))
+
+
+def check_gates(pruner: Pruner, state: Mapping[str, Any],
+                meta: Mapping[str, Any]) -> int | None:
+    """Check that the gates of a checkpoint are those of a model.
+
+    Args:
+        pruner (Pruner): Pruner of the model that the checkpoint is loaded
+            into.
+        state (Mapping[str, Any]): State dict of the checkpoint, unwrapped.
+        meta (Mapping[str, Any]): Its meta.
+
+    Returns:
+        int, optional: Number of gates that are closed in the checkpoint; None
+        if it has no gates.
+
+    Raises:
+        ValueError: If it has other gates, or is of a pruned model.
+    """
+    if 'widths' in meta:
+        raise ValueError(
+            'checkpoint: expected the weights of a model with all its '
+            'channels, but got those of an export; use them with the config '
+            'beside them, or change load_from')
+    if THETA not in state:
+        return None
+    check_gate_meta(meta)
+    gates = meta['gdp']
+    settings = pruner.settings
+    if gates['gate'] != settings.gate:
+        raise ValueError(
+            f'checkpoint: expected gates of the method {settings.gate!r}, as '
+            f'in gdp.gate, but got those of {gates["gate"]!r}; change '
+            'gdp.gate or the checkpoint')
+    module = first_difference(from_state(gates['analysis']), pruner.analysis)
+    if module is not None:
+        raise ValueError(_other_analysis(pruner, gates, meta, module))
+    return int((state[CLOSED] > 0).sum())
+
+
+def check_gate_meta(meta: Mapping[str, Any]) -> None:
+    """Check that a gated checkpoint has the analysis of its gates.
+
+    Raises:
+        ValueError: If an early development version wrote it, or another
+            program removed its meta.
+    """
+    if 'analysis' not in (meta.get('gdp') or {}):
+        raise ValueError(
+            'checkpoint: expected gates together with their analysis in its '
+            'meta, but got gates alone; it was written before gdp_mmseg '
+            'stored the analysis in checkpoints, and cannot be used any more; '
+            'train it again')
+
+
+def _other_analysis(pruner: Pruner, gates: Mapping[str, Any],
+                    meta: Mapping[str, Any], module: str) -> str:
+    """Message for a checkpoint with gates on other channels."""
+    ours = gate_meta(pruner)
+    for key in ('ignore', 'only'):
+        if gates[key] != ours[key]:
+            return (f'checkpoint: expected one that was trained with gdp.{key}'
+                    f'={ours[key]}, as in the config, but got one with gdp.'
+                    f'{key}={gates[key]}; change gdp.{key} or the checkpoint')
+    other = other_versions(meta)
+    return ('checkpoint: expected the gates of this model, but got gates on '
+            f'other channels ({module} first); change load_from, the model, '
+            'or the versions it was trained with' +
+            (f': {other}' if other else ''))
+
+
+def refuse_others_(network: nn.Module, fitting: Fitting) -> None:
+    """Make a network refuse state dicts of another network, in place.
+
+    mmengine loads what fits and logs the rest, which leaves random weights in
+    place. That is right for fine-tuning, and wrong for gates and widths.
+
+    Args:
+        network (nn.Module): Gated or pruned model.
+        fitting (Fitting): Tensors, or modules of such tensors, that must fit
+            or be absent; see :data:`gdp_mmseg.surgery.widths.Fitting`.
+    """
+    inside = {
+        key: axes
+        for name, axes in fitting.items()
+        for key in network.state_dict()
+        if key == name or key.startswith(f'{name}.')
+    }
+    network._register_load_state_dict_pre_hook(
+        functools.partial(_refuse, inside), with_module=True)
+
+
+def _refuse(fitting: Fitting, network: nn.Module, state: Mapping[str, Tensor],
+            prefix: str, *_: Any) -> None:
+    """Raise a ValueError if a state dict is of another network."""
+    wanted = network.state_dict()
+    if state and not any(prefix + key in state for key in wanted):
+        raise ValueError(
+            'checkpoint: expected weights of the model in the config, but got '
+            f'none of its {len(wanted)}, and others ({next(iter(state))} '
+            'first); pass the checkpoint and the config of the same training')
+    for key in filter(wanted.__contains__, fitting):
+        came = state.get(prefix + key)
+        if came is not None and not _fits(came.shape, wanted[key].shape,
+                                          fitting[key]):
+            raise ValueError(
+                f'checkpoint: expected {key} of the shape in the config, '
+                f'{list(wanted[key].shape)}, but got {list(came.shape)}; pass '
+                'the checkpoint and the config of the same training or export')
+
+
+def _fits(came: torch.Size, wanted: torch.Size,
+          axes: tuple[int, ...] | None) -> bool:
+    """Compare two shapes along some axes; None stands for all axes."""
+    if axes is None or len(came) != len(wanted):
+        return came == wanted
+    return all(came[axis] == wanted[axis] for axis in axes)
