@@ -22,7 +22,7 @@ ARROWS: dict[str, set[str]] = {
     'registry': set(),
     'files': set(),
     'analysis': set(),
-    'gates': set(),
+    'gates': {'analysis'},
     'cost': {'analysis'},
     'surgery': {'analysis', 'gates'},
     'pruner': {'analysis', 'gates', 'cost'},
