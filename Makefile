@@ -1,5 +1,6 @@
-# make .venv   the pinned environment    make test   the tests
-# make demo    train, prune and report   make lint   the style checks
+# make .venv   the pinned environment    make test   all tests
+# make demo    train, prune and report   make check  those of torch alone
+# make lint    the style checks
 # make clean   remove what make made, and caches; work_dirs and data stay
 #
 # PYTHON chooses the interpreter (3.10, 3.11 or 3.12); by default the first
@@ -13,10 +14,12 @@ BIN := .venv/bin
 # Written last: an environment without it is incomplete and made anew.
 STAMP := .venv/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+WORKERS := --numprocesses 2 --dist loadgroup
+TORCH_ONLY := analysis gates cost surgery pruner report
 # One line per package.
 PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
 
-.PHONY: .venv demo test lint clean
+.PHONY: .venv demo test check lint clean
 
 .venv: $(STAMP)
 
@@ -46,8 +49,15 @@ $(STAMP): setup.py $(wildcard requirements/*.txt)
 demo: .venv
 	$(BIN)/python tools/demo.py
 
+# One thread in each of two processes: runs are small, machines shared.
+test check: export OMP_NUM_THREADS := 1
+
 test: .venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
+
+# What needs no mm package: under a minute.
+check: .venv
+	$(BIN)/python -m pytest $(WORKERS) $(foreach folder,$(TORCH_ONLY),tests/$(folder) gdp_mmseg/$(folder))
 
 lint: .venv
 	$(BIN)/python -m pre_commit run --all-files

@@ -1,8 +1,14 @@
 """One thread for each test process: runs are small, machines shared."""
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
+
+# What serves plain PyTorch models is tested without any mm package too.
+pytest_plugins = ['helpers.project'
+                  ] if importlib.util.find_spec('mmseg') else []
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -1,127 +1,114 @@
-"""The house: one version, arrows one way, configs and command lines."""
+"""One version, and folders that import each other in one direction."""
 from __future__ import annotations
 
 import ast
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Callable
 
 import pytest
 
-mmengine = pytest.importorskip('mmengine')
-pytest.importorskip('mmseg')
+from helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / 'gdp_mmseg'
-MODULES = sorted(path.stem for path in PACKAGE.glob('*.py'))
-CONFIGS = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
-PRUNED = [name for name in CONFIGS if name.startswith('gdp_')]
 
-# Which modules of the package each module may import.
+# Folders, and modules beside them, in the order in which data passes them:
+# none imports what stands below it here.
+ORDER = ('version', 'registry', 'files', 'analysis', 'gates', 'cost',
+         'surgery', 'pruner', 'report', 'engine', 'export', 'cli', '__init__')
+# What each of them imports of the others: no more and no less.
 ARROWS: dict[str, set[str]] = {
     'version': set(),
-    'gate': set(),
-    'schedule': set(),
-    'kernel': {'gate'},
-    'labels': set(),
-    'operators': {'labels'},
-    'trace': {'labels', 'operators'},
-    'groups': {'labels', 'trace'},
-    'lively': {'trace'},
-    'proof': {'gate', 'groups', 'kernel', 'lively', 'surgery', 'trace'},
-    'cost': {'groups'},
-    'latency': {'groups', 'labels'},
-    'surgery': {'groups', 'kernel', 'trace'},
     'registry': set(),
-    'amp': {'registry'},
     'files': set(),
-    'checkpoint': {'files', 'groups', 'version'},
-    'guard': {'checkpoint', 'registry'},
-    'report': {'cost', 'files', 'groups', 'surgery'},
-    'stages': {'groups', 'kernel'},
-    'pictures': set(),
-    'diary': {'groups', 'pruner', 'pictures', 'report', 'stages'},
-    'pruner': {'cost', 'gate', 'groups', 'latency', 'schedule', 'surgery'},
-    'model': {
-        'checkpoint', 'groups', 'kernel', 'proof', 'pruner', 'registry',
-        'surgery'
+    'analysis': set(),
+    'gates': {'analysis'},
+    'cost': {'analysis'},
+    'surgery': {'analysis', 'gates'},
+    'pruner': {'analysis', 'gates', 'cost'},
+    'report': {'files', 'analysis', 'gates'},
+    'engine': {
+        'version', 'registry', 'files', 'analysis', 'gates', 'cost', 'surgery',
+        'pruner', 'report'
     },
-    'support': set(),
-    'hook': {
-        'checkpoint', 'cost', 'diary', 'files', 'gate', 'guard', 'latency',
-        'model', 'pruner', 'registry', 'support'
-    },
-    'export': {
-        'checkpoint', 'cost', 'diary', 'files', 'groups', 'model', 'proof',
-        'pruner', 'report', 'stages', 'support', 'surgery', 'version'
-    },
-    '__init__': set(MODULES) - {'__init__'},
+    'export':
+    {'version', 'files', 'analysis', 'surgery', 'pruner', 'report', 'engine'},
+    '__init__': {'version'},
 }
-# What serves plain PyTorch models imports no mm package.
+# Libraries that each may import. What serves plain PyTorch models needs no
+# mm package.
 LIBRARIES: dict[str, set[str]] = {
     'version': set(),
+    'registry': {'mmengine'},
     'files': set(),
-    'gate': {'torch'},
-    'schedule': set(),
-    'kernel': {'torch'},
-    'pruner': {'torch'},
-    'labels': {'torch'},
-    'operators': {'torch'},
-    'trace': {'torch'},
-    'lively': {'torch'},
-    'proof': {'torch'},
-    'groups': {'torch', 'scipy', 'numpy'},
-    'cost': {'torch'},
-    'latency': {'torch', 'scipy', 'numpy'},
+    'analysis': {'torch', 'scipy', 'numpy'},
+    'gates': {'torch'},
+    'cost': {'torch', 'scipy', 'numpy'},
     'surgery': {'torch'},
-    'stages': {'torch'},
-    'pictures': {'matplotlib', 'numpy'},
+    'pruner': {'torch'},
+    'report': {'torch', 'matplotlib', 'numpy'},
+    'engine': {'torch', 'numpy', 'matplotlib', 'mmengine'},
+    'export': {'torch', 'numpy', 'mmengine'},
+    'cli': {'torch', 'numpy', 'mmengine', 'mmseg'},
+    '__init__': set(),
 }
 
 
-def imports(module: str) -> tuple[set[str], set[str]]:
-    """Return the package's own modules and the libraries a module imports."""
+def modules(room: str) -> list[Path]:
+    """The files of a folder, or the module of that name."""
+    folder = PACKAGE / room
+    return sorted(
+        folder.rglob('*.py')) if folder.is_dir() else [PACKAGE / f'{room}.py']
+
+
+def rooms() -> set[str]:
+    """Folders and modules that stand directly in the package."""
+    return {
+        path.relative_to(PACKAGE).parts[0].removesuffix('.py')
+        for path in PACKAGE.rglob('*.py')
+    }
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names that a module imports anywhere in it.
+
+    ``from a import b`` gives ``a.b``, which may be a module or not.
+    """
     names: set[str] = set()
-    for node in ast.walk(ast.parse((PACKAGE / f'{module}.py').read_text())):
+    package = ('gdp_mmseg', *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = 'gdp_mmseg' if node.level else node.module or ''
-            if node.level and node.module:
-                base = f'{base}.{node.module}'
-            names |= ({f'{base}.{alias.name}'
-                       for alias in node.names}
-                      if base == 'gdp_mmseg' else {base})
-    own = {name.split('.')[1] for name in names if 'gdp_mmseg.' in name}
-    libraries = {name.split('.')[0] for name in names}
-    return own & set(MODULES), (
-        libraries - sys.stdlib_module_names - {'gdp_mmseg'})
+            above = package[:len(package) + 1 - node.level]
+            base = '.'.join(
+                [*(above if node.level else ()), *filter(None, [node.module])])
+            names |= {f'{base}.{alias.name}' for alias in node.names}
+    return names
 
 
-def load(path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Import a script as ``python <path>`` would find its neighbours."""
-    monkeypatch.syspath_prepend(str(path.parent))
-    spec = importlib.util.spec_from_file_location(f'tool_{path.stem}', path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def imported_rooms(room: str) -> set[str]:
+    """What a room imports of the package, but for itself."""
+    own = {
+        name.split('.')[1]
+        for path in modules(room)
+        for name in imports(path) if name.startswith('gdp_mmseg.')
+    }
+    return own - {room}
 
 
-def flags(path: Path) -> list[str]:
-    """Return the ``add_argument`` calls of a script, without their help."""
-    calls = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
-                and node.func.attr == 'add_argument'):
-            node.keywords = [
-                keyword for keyword in node.keywords if keyword.arg != 'help'
-            ]
-            calls.append(ast.unparse(node))
-    return calls
+def has_cycle(arrows: dict[str, set[str]]) -> bool:
+    """Whether what is imported leads back to what imports it."""
+    left = {name: targets & set(arrows) for name, targets in arrows.items()}
+    while left:
+        leaves = {name for name, targets in left.items() if not targets}
+        if not leaves:
+            return True
+        left = {
+            name: targets - leaves
+            for name, targets in left.items() if name not in leaves
+        }
+    return False
 
 
 def test_version_is_written_once() -> None:
@@ -132,7 +119,7 @@ def test_version_is_written_once() -> None:
                               text=True,
                               check=True).stdout.split()[-1]
     writers = [
-        path.name for path in [*PACKAGE.glob('*.py'), ROOT / 'setup.py']
+        path.name for path in [*PACKAGE.rglob('*.py'), ROOT / 'setup.py']
         if '__version__ =' in path.read_text()
     ]
     assert reported == __version__
@@ -140,191 +127,55 @@ def test_version_is_written_once() -> None:
     assert f'[{__version__}]' in (ROOT / 'CHANGELOG.md').read_text()
 
 
-@pytest.mark.parametrize('module', MODULES)
-def test_arrows_point_one_way(module: str) -> None:
-    own, libraries = imports(module)
-    assert module in ARROWS, f'add {module} to ARROWS'
-    assert own <= ARROWS[module]
-    assert libraries <= LIBRARIES.get(module, libraries)
+def test_each_room_has_its_row() -> None:
+    assert rooms() == set(ARROWS)
+    assert set(ARROWS) <= set(ORDER) == set(LIBRARIES)
 
 
-def test_arrows_have_no_cycle() -> None:
-    below = {name: set(arrows) for name, arrows in ARROWS.items()}
-    while below:
-        leaves = {name for name, arrows in below.items() if not arrows}
-        assert leaves, f'a cycle among {sorted(below)}'
-        below = {
-            name: arrows - leaves
-            for name, arrows in below.items() if name not in leaves
-        }
+@pytest.mark.parametrize('room', ARROWS)
+def test_room_imports_what_its_row_says(room: str) -> None:
+    assert imported_rooms(room) == ARROWS[room]
 
 
-@pytest.mark.parametrize('name', CONFIGS)
-def test_config_parses(name: str) -> None:
-    cfg = mmengine.Config.fromfile(ROOT / 'configs' / name)
-    assert cfg.model.type in ('EncoderDecoder', 'gdp_mmseg.GDPModel')
-    assert cfg.train_dataloader and cfg.test_dataloader and cfg.train_cfg
+@pytest.mark.parametrize('room', ARROWS)
+def test_no_room_imports_upwards(room: str) -> None:
+    below = set(ORDER[:ORDER.index(room)])
+    assert imported_rooms(room) <= below
 
 
-@pytest.mark.parametrize('name', PRUNED)
-def test_drop_in_adds_a_model_type_and_a_hook_only(name: str) -> None:
-    dense = mmengine.Config.fromfile(ROOT / 'configs' /
-                                     name.removeprefix('gdp_')).to_dict()
-    pruned = mmengine.Config.fromfile(ROOT / 'configs' / name).to_dict()
-    assert pruned['model'].pop('gdp') and pruned['default_hooks'].pop('gdp')
-    pruned['model']['type'] = dense['model']['type']
-    assert pruned == dense
-
-
-def test_base_model_type_can_be_named_in_a_drop_in(tmp_path: Path) -> None:
-    template = (ROOT / 'configs' / 'drop_in_template.py').read_text()
-    assert '# base=_base_.model.type' in template
-    changed = tmp_path / 'config.py'
-    changed.write_text(
-        template.replace('# base=', 'base=').replace(
-            './deeplabv3plus_voc.py',
-            str(ROOT / 'configs' / 'deeplabv3plus_voc.py')))
-    assert mmengine.Config.fromfile(changed).model.base == 'EncoderDecoder'
-
-
-def test_demo_config_names_the_classes_that_are_drawn(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / 'tools'))
-    import make_demo_data
-    cfg = mmengine.Config.fromfile(ROOT / 'configs/deeplabv3plus_demo.py')
-    for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        assert loader.dataset.metainfo.classes == make_demo_data.CLASSES
-        assert loader.dataset.metainfo.palette == make_demo_data.PALETTE
-    assert cfg.model.decode_head.num_classes == len(make_demo_data.CLASSES)
-
-
-@pytest.mark.parametrize('name', ['train.py', 'test.py'])
-def test_tools_have_the_flags_of_mmseg(name: str) -> None:
-    import mmseg
-    theirs = Path(mmseg.__file__).parent / '.mim' / 'tools' / name
-    if not theirs.exists():
-        pytest.skip(f'this mmseg was installed without its tools: {theirs}')
-    assert flags(ROOT / 'tools' / name) == flags(theirs) != []
-
-
-@pytest.mark.parametrize('name, arguments, named', [
-    ('train.py', ['no_config.py'], 'no_config.py'),
-    ('test.py', ['no_config.py', 'no.pth'], 'no_config.py'),
-    ('test.py', ['configs/deeplabv3plus_demo.py', 'no.pth'], 'no.pth'),
-    ('train.py', [
-        'configs/deeplabv3plus_voc.py', '--cfg-options',
-        'train_dataloader.dataset.datasets.0.data_root=no_folder'
-    ], 'train_dataloader.dataset.datasets.0.data_root'),
-])
-def test_a_wrong_path_ends_with_one_line(
-        name: str, arguments: list[str], named: str,
-        monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    tool = load(ROOT / 'tools' / name, monkeypatch)
-    monkeypatch.setattr(sys, 'argv', [name, *arguments])
-    with pytest.raises(SystemExit) as end:
-        tool.main()
-    error = capsys.readouterr().err
-    assert end.value.code == 2
-    assert error.count('\n') == 1
-    assert 'expected' in error and 'but got' in error and named in error
-
-
-def dataset(root: Path) -> dict:
-    """Return a data set in VOC layout below ``root``."""
-    return dict(
-        type='PascalVOCDataset',
-        data_root=str(root),
-        ann_file='train.txt',
-        data_prefix=dict(img_path='images', seg_map_path='masks'))
-
-
-@pytest.mark.parametrize('wrap, prefix', [
-    (lambda inner: inner, ''),
-    (lambda inner: dict(type='RepeatDataset', times=2, dataset=inner),
-     'dataset.'),
-    (lambda inner: dict(type='ConcatDataset', datasets=[inner]),
-     'datasets.0.'),
-])
-@pytest.mark.parametrize(
-    'missing',
-    ['ann_file', 'data_prefix.img_path', 'data_prefix.seg_map_path', None])
-def test_check_paths_names_what_is_missing(
-        wrap: Callable[[dict], dict], prefix: str, missing: str | None,
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    made = {
-        'ann_file': 'train.txt',
-        'data_prefix.img_path': 'images',
-        'data_prefix.seg_map_path': 'masks'
+@pytest.mark.parametrize('room', ARROWS)
+def test_room_imports_its_libraries_only(room: str) -> None:
+    libraries = {
+        name.split('.')[0]
+        for path in modules(room)
+        for name in imports(path)
     }
-    for key, name in made.items():
-        if key != missing:
-            (tmp_path / name).mkdir()
-    cfg = mmengine.Config(
-        dict(train_dataloader=dict(dataset=wrap(dataset(tmp_path)))))
-    cli = load(ROOT / 'tools' / '_cli.py', monkeypatch)
-    if missing is None:
-        assert cli.check_paths(cfg) is None
-        return
-    with pytest.raises(SystemExit):
-        cli.check_paths(cfg)
-    key = f'train_dataloader.dataset.{prefix}{missing}='
-    assert f'--cfg-options {key}' in capsys.readouterr().err
+    assert (libraries - sys.stdlib_module_names -
+            {'gdp_mmseg'}) <= LIBRARIES[room]
 
 
-def test_labels_that_nothing_reads_need_not_be_there(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ('train.txt', 'images'):
-        (tmp_path / name).mkdir()
-    unread = dataset(tmp_path)
-    unread['pipeline'] = [dict(type='LoadImageFromFile')]
-    cfg = mmengine.Config(dict(test_dataloader=dict(dataset=unread)))
-    cli = load(ROOT / 'tools' / '_cli.py', monkeypatch)
-    assert cli.check_paths(cfg) is None
-    unread['pipeline'].append(dict(type='LoadAnnotations'))
-    with pytest.raises(SystemExit):
-        cli.check_paths(
-            mmengine.Config(dict(test_dataloader=dict(dataset=unread))))
+def test_rooms_have_no_cycle() -> None:
+    assert not has_cycle({room: imported_rooms(room) for room in ARROWS})
 
 
-def raise_wrapped(cli: ModuleType) -> None:
-    """Raise our error as a registry passes it on."""
-    try:
-        cli.check_target(-1)
-    except ValueError as error:
-        raise ValueError(f'class `GDPModel`: {error}') from error
+@pytest.mark.parametrize('room', ARROWS)
+def test_modules_of_a_room_have_no_cycle(room: str) -> None:
+    names = {
+        '.'.join(path.relative_to(PACKAGE.parent).with_suffix('').parts): path
+        for path in modules(room)
+    }
+    arrows = {
+        name: {
+            other
+            for other in names
+            for found in imports(path)
+            if other == found or found.startswith(f'{other}.')
+        } - {name}
+        for name, path in names.items()
+    }
+    assert not has_cycle(arrows)
 
 
-@pytest.fixture
-def cli(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The shared code, plus a function that raises as ours do."""
-    module = load(ROOT / 'tools' / '_cli.py', monkeypatch)
-    source = ('def check_target(target):\n'
-              "    raise ValueError('expected target > 0,\\n'\n"
-              "                     f'but got {target}; change gdp.target')\n")
-    exec(compile(source, str(PACKAGE / 'model.py'), 'exec'), module.__dict__)
-    return module
-
-
-def test_our_error_is_one_line_even_when_wrapped(
-        cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as end, cli.one_line_errors():
-        raise_wrapped(cli)
-    assert end.value.code == 2
-    assert capsys.readouterr().err.endswith(
-        ': error: expected target > 0, but got -1; change gdp.target\n')
-
-
-def test_debugging_keeps_the_traceback(
-        cli: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('GDP_DEBUG', '1')
-    with pytest.raises(ValueError), cli.one_line_errors():
-        raise_wrapped(cli)
-
-
-def test_errors_of_others_keep_their_traceback(cli: ModuleType) -> None:
-    with pytest.raises(ValueError), cli.one_line_errors():
-        int('no number')
+def test_a_cycle_is_noticed() -> None:
+    assert not has_cycle({'a': {'b'}, 'b': {'c', 'elsewhere'}, 'c': set()})
+    assert has_cycle({'a': {'b'}, 'b': {'c'}, 'c': {'b'}})

@@ -69,10 +69,9 @@ def mend_last_checkpoint(folder: Path, warn: Callable[[str], None]) -> None:
             f'last_checkpoint names {came}, and there is no other; train '
             'without --resume, or into another --work-dir')
     write_whole(folder / 'last_checkpoint', str(whole).encode())
-    warn(
-        f'GDP: expected a complete checkpoint in {folder}, but last_checkpoint '
-        f'names {came}; resuming from {whole.name}, the newest complete '
-        'one')
+    warn('GDP: expected a complete checkpoint in '
+         f'{folder}, but last_checkpoint names {came}; resuming from '
+         f'{whole.name}, the newest complete one')
 
 
 def _what_is_wrong(path: Path) -> str | None:

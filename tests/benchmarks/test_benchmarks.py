@@ -1,0 +1,272 @@
+"""The benchmarks run on the package as it is."""
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from helpers import BENCHMARKS, ROOT
+from helpers.toys import Net
+
+pytest.importorskip('mmseg')
+
+
+@pytest.mark.parametrize('name, options', [
+    ('budget', ['--models', 'SegFormer', '--targets', '0.3', '0.6']),
+    ('controllers', ['--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6'
+                     ]),
+])
+def test_budget_is_measured_run_by_run(name: str, options: list[str],
+                                       tmp_path: Path) -> None:
+    report = tmp_path / 'report.json'
+    subprocess.run([
+        sys.executable, '-W', 'ignore', BENCHMARKS / f'{name}.py', *options,
+        '--iterations', '8', '--work-dir', tmp_path, '--report', report
+    ],
+                   check=True,
+                   capture_output=True)
+    runs = json.loads(report.read_text())['runs']
+    # SegFormer cannot be pruned to 0.3.
+    assert runs and all(one['run']['target'] == 0.6 for one in runs)
+    assert all(0 < one['flops'] <= 1 and one['loss'] > 0 for one in runs)
+
+
+def test_reports_of_the_repository_become_the_results_page(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import results
+    reports = sorted((ROOT / 'docs' / 'reports').glob('*.json'))
+    page, readme = tmp_path / 'results.md', tmp_path / 'README.md'
+    readme.write_bytes((ROOT / 'README.md').read_bytes())
+    monkeypatch.setattr(results, 'RESULTS', page)
+    monkeypatch.setattr(results, 'README', readme)
+    monkeypatch.setattr(sys, 'argv', ['results.py', *map(str, reports)])
+    results.main()
+    assert page.read_text() == (ROOT / 'docs' / 'results.md').read_text()
+    assert readme.read_text() == (ROOT / 'README.md').read_text()
+
+
+def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
+    return dict(
+        method=method,
+        target=target,
+        seed=seed,
+        miou=miou,
+        macs=target,
+        miou_gated=miou,
+        undecided=0.001,
+        start_miou=None if method == 'start' else 50.)
+
+
+def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import results
+    monkeypatch.setattr(results, 'RESULTS', tmp_path / 'results.md')
+    report = dict(
+        data='voc',
+        weights='none',
+        weights_sha256='0' * 64,
+        torch_pruning='1.6',
+        start=30,
+        iterations=8,
+        batch_size=2,
+        crop=[9, 9],
+        optimizer='SGD',
+        precision='float32',
+        phases=[0.1, 0.6, 0.3],
+        train='',
+        test='',
+        rows=[
+            _row('start', 50., 0, 1.),
+            _row('dense', 60., 0, 1.),
+            _row('dense', 64., 1, 1.),
+            _row('gdp', 58., 0),
+            _row('gdp', 62., 1),
+            dict(_row('l1', 55., 0, 0.25), start_miou=51.),
+            dict(method='l1', target=0.4, seed=0, miou=None, start_miou=50.),
+        ])
+    text = '\n'.join(results.accuracy(report))
+    cells = [[cell.strip() for cell in line.split('|')[1:-1]]
+             for line in text.splitlines() if line.startswith('|')]
+    assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
+    assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
+                         ['L1 norm', '55.00 (1)', 'out of reach']]
+    assert 'Dense: 62.00 ± 2.83 (2)' in text
+    assert 'GDP at 0.4 is 2.00 below dense; the' in text
+    assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
+    assert ('(none): 50.00; that of `l1-0.25-0` was trained another time: '
+            '51.00.') in text
+    assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
+    results.plot_accuracy(report)
+    assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
+
+
+@pytest.mark.parametrize('methods, cells', [
+    (('dense', 'gdp', 'random', 'l1'),
+     ['M on D', '60.00 (1)', '60.00 (1)', '61.00 (1), L1 norm']),
+    (('dense', 'gdp'), ['M on D', '60.00 (1)', '60.00 (1)', '-']),
+    (('gdp', 'l1'), []),
+])
+def test_readme_has_the_best_alternative(
+        methods: tuple[str, ...], cells: list[str], tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    import results
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- accuracy -->\nold\n<!-- /accuracy -->\n')
+    monkeypatch.setattr(results, 'README', readme)
+    rows = [
+        _row('dense', 60., 0, 1.),
+        _row('gdp', 60., 0),
+        _row('random', 59., 0),
+        _row('l1', 61., 0)
+    ]
+    results.show_accuracy([
+        dict(
+            title='M on D: all',
+            data='voc',
+            iterations=8,
+            rows=[row for row in rows if row['method'] in methods])
+    ])
+    last = readme.read_text().splitlines()[3]
+    assert [cell.strip() for cell in last.split('|')[1:-1]] == cells
+
+
+def test_alternatives_prune_every_layer_by_the_same_share() -> None:
+    tp = pytest.importorskip('torch_pruning')
+    from one_shot import WithinLayers
+
+    # Kernels of 3 x 3 and far smaller ones of 1 x 1.
+    model = Net(
+        lambda net, x: net.last(
+            net.depthwise(torch.cat([net.wide(x), net.narrow(x)], 1))),
+        wide=nn.Conv2d(3, 8, 3, padding=1),
+        narrow=nn.Conv2d(3, 4, 1),
+        depthwise=nn.Conv2d(12, 12, 3, padding=1, groups=12),
+        last=nn.Conv2d(12, 2, 1))
+    for layer, scale in (model.wide, 1.), (model.narrow, 0.01):
+        for channel, kernel in enumerate(layer.weight.data):
+            kernel.fill_(scale * (1 + channel))
+    nn.init.ones_(model.depthwise.weight)
+    nn.init.ones_(model.last.weight)
+    tp.pruner.BasePruner(
+        model,
+        torch.zeros(1, 3, 5, 5),
+        WithinLayers(tp.importance.GroupMagnitudeImportance(p=1)),
+        pruning_ratio=0.5,
+        ignored_layers=[model.last]).step()
+    for layer, scale, left in ((model.wide, 1., [5, 6, 7, 8]), (model.narrow,
+                                                                0.01, [3, 4])):
+        kept = layer.weight[:, 0, 0, 0] / scale
+        assert kept.tolist() == pytest.approx(left)
+
+
+def _widths(model: nn.Module) -> dict[str, int]:
+    return {
+        name: module.out_channels
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d)
+    }
+
+
+def _small_deeplab() -> nn.Module:
+    """DeepLabV3Plus-MobileNetV2 with a decode head of 16 channels."""
+    from mmengine.config import Config
+    from mmengine.registry import init_default_scope
+    from mmseg.registry import MODELS
+    cfg = Config.fromfile(ROOT / 'configs/deeplabv3plus_mobilenetv2_voc.py')
+    init_default_scope('mmseg')
+    cfg.model.pretrained = None
+    cfg.model.decode_head.update(channels=16, norm_cfg=dict(type='BN'))
+    model: nn.Module = MODELS.build(cfg.model)
+    return model
+
+
+def _changed(before: dict[str, int], after: dict[str, int]) -> set[str]:
+    return {name for name in before if after[name] != before[name]}
+
+
+def test_alternative_in_the_head_leaves_the_backbone_whole() -> None:
+    pytest.importorskip('torch_pruning')
+    from one_shot import METHODS, prune_
+    model = _small_deeplab()
+    before = _widths(model)
+    prune_(model, METHODS['l1_head'], 0.5, (1, 3, 64, 64), 0)
+    after = _widths(model)
+    changed = _changed(before, after)
+    assert changed and all(name.startswith('decode_head') for name in changed)
+    assert after['decode_head.bottleneck.conv'] == 8
+    assert after['decode_head.c1_bottleneck.conv'] == 24
+    assert after['decode_head.conv_seg'] == before['decode_head.conv_seg']
+
+
+def test_one_threshold_takes_channels_where_their_scales_are_small() -> None:
+    pytest.importorskip('torch_pruning')
+    from one_shot import METHODS, prune_
+    model: Any = _small_deeplab()
+    before = _widths(model)
+    model.decode_head.image_pool[1].bn.weight.data[:10] = 0.01
+    few = 10 / sum(before.values())
+    prune_(model, METHODS['slimming_global'], few, (1, 3, 64, 64), 0)
+    after = _widths(model)
+    assert _changed(before, after) == {'decode_head.image_pool.1.conv'}
+    assert after['decode_head.image_pool.1.conv'] == 6
+
+
+def test_groups_of_the_optimizer_outlive_the_pruning() -> None:
+    pytest.importorskip('torch_pruning')
+    from one_shot import PruneOnce
+    model: Any = _small_deeplab()
+    optimizer = torch.optim.AdamW([
+        dict(params=model.backbone.parameters(), lr=1.),
+        dict(params=model.decode_head.parameters(), lr=10.)
+    ])
+    runner: Any = SimpleNamespace(
+        model=model,
+        iter=0,
+        optim_wrapper=SimpleNamespace(optimizer=optimizer),
+        logger=logging.getLogger())
+    PruneOnce('random', 0.5, 0, (1, 3, 64, 64), 0).before_train_iter(runner, 0)
+    for part, group in zip((model.backbone, model.decode_head),
+                           optimizer.param_groups):
+        assert set(group['params']) == set(part.parameters())
+    assert [group['lr'] for group in optimizer.param_groups] == [1., 10.]
+    assert model.decode_head.bottleneck.conv.out_channels < 16
+
+
+def test_page_on_reliability_has_the_figures_of_its_report() -> None:
+    import faults
+    report = json.loads((ROOT / 'docs/reports/faults.json').read_text())
+    assert len(report['trainings']) == len(report['exports']) == 25
+    page = (ROOT / 'docs/reliability.md').read_text()
+    assert faults.markdown(report) in page
+
+
+def test_page_on_reliability_has_the_figures_of_two_processes() -> None:
+    import processes
+    report = json.loads((ROOT / 'docs/reports/processes.json').read_text())
+    page = (ROOT / 'docs/reliability.md').read_text()
+    assert processes.markdown(report) in page
+
+
+def test_training_that_is_killed_ends_as_the_one_that_is_not(
+        tmp_path: Path) -> None:
+    report = tmp_path / 'report.json'
+    subprocess.run([
+        sys.executable, '-W', 'ignore', BENCHMARKS / 'faults.py', '--kills',
+        '1', '--seed', '1', '--report', report
+    ],
+                   check=True,
+                   capture_output=True)
+    written = json.loads(report.read_text())
+    training, = written['trainings']
+    assert all(training[key] for key in training if key != 'ends')
+    assert any(end['killed'] for end in training['ends'])
+    assert written['exports'][0]['left'] in ('nothing', 'complete')
+    assert written['left_by_killed_exports'] == 0

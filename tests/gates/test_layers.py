@@ -1,0 +1,154 @@
+"""Gates on the weight side: the layer on gated activations."""
+from __future__ import annotations
+
+import copy
+from typing import Any, Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdp_mmseg.gates.gdp import GDPGates
+from gdp_mmseg.gates.layers import gate_layer_, slot_values
+
+SLOTS = torch.tensor([2, -1, 0, 0, 1, -1])
+IMAGE = (2, 6, 7, 7)
+TOKENS = (2, 5, 6)
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    'convolution': (lambda: nn.Conv2d(6, 4, 3, padding=1), IMAGE),
+    'strided, dilated, no bias':
+    (lambda: nn.Conv2d(6, 4, 3, stride=2, dilation=2, bias=False), IMAGE),
+    'reflection padding':
+    (lambda: nn.Conv2d(6, 4, 3, padding=1, padding_mode='reflect'), IMAGE),
+    'convolution over time': (lambda: nn.Conv1d(6, 4, 3), (2, 6, 9)),
+    'transposed convolution':
+    (lambda: nn.ConvTranspose2d(6, 4, 3, stride=2, output_padding=1), IMAGE),
+    'linear': (lambda: nn.Linear(6, 4), (2, 6)),
+    'linear on tokens, no bias': (lambda: nn.Linear(6, 4, bias=False), TOKENS),
+}
+
+
+def layer_and_gates(name: str) -> tuple[nn.Module, GDPGates, Tensor]:
+    torch.manual_seed(0)
+    build, shape = LAYERS[name]
+    gates = GDPGates(3).double()
+    with torch.no_grad():
+        gates.theta.copy_(torch.tensor([0.5, 0., 1.5]))
+    return build().double(), gates, torch.randn(shape).double()
+
+
+def scaled(inputs: Tensor, values: Tensor, name: str) -> Tensor:
+    """Activations times the openness of their channels."""
+    if name.startswith('linear'):
+        return inputs * values
+    return inputs * values.reshape(1, -1, *[1] * (inputs.dim() - 2))
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gated_layer_is_the_layer_on_gated_activations(name: str) -> None:
+    layer, gates, inputs = layer_and_gates(name)
+    values = slot_values(gates.openness(), SLOTS)
+    wanted = layer(scaled(inputs, values, name))
+    gradient, = torch.autograd.grad(wanted.square().sum(), gates.theta)
+    gate_layer_(layer, gates, SLOTS)
+    found = layer(inputs)
+    torch.testing.assert_close(found, wanted)
+    by_weight, = torch.autograd.grad(found.square().sum(), gates.theta)
+    torch.testing.assert_close(by_weight, gradient)
+    assert by_weight[1] == 0 and (by_weight[[0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_gradient_of_theta_is_the_finite_difference(name: str) -> None:
+    layer, gates, inputs = layer_and_gates(name)
+    gate_layer_(layer, gates, SLOTS)
+    gradient, = torch.autograd.grad(layer(inputs).square().sum(), gates.theta)
+    for index in range(3):
+        sides = []
+        for way in (1e-5, -1e-5):
+            with torch.no_grad():
+                gates.theta[index] += way
+                sides.append(float(layer(inputs).square().sum()))
+                gates.theta[index] -= way
+        assert (sides[0] - sides[1]) / 2e-5 == pytest.approx(
+            float(gradient[index]), rel=1e-5, abs=1e-5)
+
+
+def test_closed_form_of_the_gradient_of_a_linear_layer() -> None:
+    gates = GDPGates(1).double()
+    layer = nn.Linear(1, 1, bias=False).double()
+    gate_layer_(layer, gates, torch.tensor([0]))
+    layer(torch.full((1, 1), 3.).double()).sum().backward()
+    epsilon = float(gates.epsilon)
+    assert float(gates.theta.grad) == pytest.approx(
+        3 * float(layer.weight.detach()) * 2 * epsilon / (1 + epsilon))
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_state_dict_of_a_gated_layer_is_unchanged(name: str) -> None:
+    layer, gates, _ = layer_and_gates(name)
+    before = {
+        key: tensor.clone()
+        for key, tensor in layer.state_dict().items()
+    }
+    gate_layer_(layer, gates, SLOTS)
+    assert list(layer.state_dict()) == list(before)
+    assert all(
+        torch.equal(tensor, before[key])
+        for key, tensor in layer.state_dict().items())
+    assert [name for name, _ in layer.named_modules()] == ['']
+    assert not any('slots' in key for key in gates.state_dict())
+
+
+def gated_net() -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), nn.Conv2d(3, 2, 1))
+    net.gates = GDPGates(3)
+    gate_layer_(net[2], net.gates, torch.arange(3))
+    return net
+
+
+def output(net: Any, inputs: Tensor) -> Tensor:
+    return net[2](F.relu(net[0](inputs)))
+
+
+def test_deepcopy_is_bound_to_its_own_gates() -> None:
+    net, inputs = gated_net(), torch.ones(1, 3, 5, 5)
+    before = output(net, inputs)
+    copied = copy.deepcopy(net)
+    assert torch.equal(output(copied, inputs), before)
+    copied.gates.close_(torch.ones(3, dtype=torch.bool))
+    assert torch.equal(output(net, inputs), before)
+    closed = output(copied, inputs)
+    assert torch.equal(closed, copied[2].bias.reshape(1, 2, 1,
+                                                      1).expand_as(closed))
+    output(copied, inputs).sum().backward()
+    assert net.gates.theta.grad is None
+    assert copied.gates.theta.grad is not None
+
+
+def test_deepcopy_is_bound_to_its_own_kernel() -> None:
+    net, inputs = gated_net(), torch.ones(1, 3, 5, 5)
+    before = output(net, inputs)
+    copied = copy.deepcopy(net)
+    with torch.no_grad():
+        copied[2].weight.zero_()
+    assert torch.equal(output(net, inputs), before)
+    assert not torch.equal(output(copied, inputs), before)
+
+
+def test_slots_move_with_the_gates() -> None:
+    net = gated_net()
+    net.gates.to('meta')
+    assert all(buffer.is_meta for buffer in net.gates.buffers())
+
+
+@pytest.mark.parametrize(
+    'layer', [nn.ReLU(), nn.BatchNorm2d(6),
+              nn.Embedding(6, 4)])
+def test_only_convolutions_and_linear_layers_are_gated(
+        layer: nn.Module) -> None:
+    with pytest.raises(TypeError, match=type(layer).__name__):
+        gate_layer_(layer, GDPGates(3), SLOTS)

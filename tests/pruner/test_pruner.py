@@ -1,0 +1,168 @@
+"""The pruner holds each kind of cost to its target, on small networks."""
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.structure import Layer
+from gdp_mmseg.gates.gdp import GDPGates
+from gdp_mmseg.pruner import pruner as pruner_module
+from gdp_mmseg.pruner.pruner import Pruner
+from gdp_mmseg.pruner.settings import Settings
+from gdp_mmseg.surgery.prune import prune
+
+from helpers.toys import block, gated, last, run
+
+RATIO = 0.5
+
+STEPS = 120
+
+
+def times(layers: list[Layer], device: torch.device, *_: Any) -> Tensor:
+    """A device on which layers of all kernel sizes take as long."""
+    return torch.tensor([[1., 0., 0.01, 0.001]] * len(layers))
+
+
+def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
+    """A chain, trained to a target on random inputs and random wishes."""
+    torch.manual_seed(0)
+    net = nn.Sequential(*block(3, 96), *block(96, 128, kernel=1), last(128))
+    analysis = analyse(net, (3, 8, 8), run)
+    pruner = Pruner(
+        analysis,
+        Settings.from_config(
+            dict(
+                target=dict(type=kind, ratio=RATIO),
+                phases=(0.1, 0.8, 0.1),
+                **settings)))
+    if pruner.unmeasured:
+        pruner.measure_()
+    with_gates = gated(net, analysis, pruner.gates)
+    theta = pruner.gates.theta
+    optimizer = torch.optim.SGD(with_gates.parameters(), lr=0.05)
+    inputs = torch.randn(4, 3, 8, 8)
+    wishes = torch.randn(4, 2, 8, 8)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        theta.grad = None
+        F.mse_loss(with_gates(inputs), wishes).backward()
+        pruner.step_(step / STEPS, STEPS)
+        optimizer.step()
+    return net, pruner
+
+
+def test_a_training_takes_the_gates_of_another_as_they_are() -> None:
+    _, pruner = trained_toy('params')
+    before = pruner.gates.openness().detach()
+    for step in range(STEPS // 10 + 1):  # the warm-up, and one step more
+        pruner.gates.theta.grad = torch.zeros_like(before)
+        pruner.step_(step / STEPS, STEPS)
+    assert float(pruner.gates.epsilon) > 0.09
+    assert float(
+        (pruner.gates.openness() - before).abs().max().detach()) < 0.01
+
+
+def test_training_without_the_hook_is_warned_of() -> None:
+    _, pruner = trained_toy('params')
+    model = nn.ModuleDict(dict(gdp=pruner)).eval()
+    with pytest.warns(UserWarning, match='GDPHook'):
+        model.train()
+    pruner.hooked = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.train()
+
+
+def test_training_ends_within_one_point_of_the_parameters() -> None:
+    net, pruner = trained_toy('params')
+    pruned, _ = prune(net, pruner.analysis, pruner.gates.openness())
+    left, dense = (
+        sum(parameter.numel() for parameter in model.parameters())
+        for model in (pruned, net))
+    assert RATIO - 0.01 <= left / dense <= RATIO + 0.01
+    # Which is not where that of FLOPs would be.
+    flops = float(pruner.flops(pruner.channels()))
+    assert abs(flops - left / dense) > 0.005
+
+
+def test_a_floor_keeps_its_share_of_each_group_and_the_target() -> None:
+    kept = {}
+    for floor in (0., 0.6):
+        _, pruner = trained_toy('flops', min_keep_ratio=floor)
+        channels = pruner.channels()
+        assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
+        kept[floor] = min(
+            float(channels[group.gates].mean())
+            for group in pruner.analysis.groups)
+    assert kept[0.] < 0.6 <= kept[0.6]
+
+
+class Branches(nn.Module):
+    """Two that cost the same, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Sequential(*block(3, 96), last(96))
+        self.b = nn.Sequential(*block(3, 96), last(96))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.a(inputs) + self.b(inputs)
+
+
+def test_widths_are_those_of_groups_worth_the_logarithm_of_their_width(
+) -> None:
+    pruner = Pruner(
+        analyse(Branches(), (3, 8, 8), run),
+        Settings.from_config(dict(target=RATIO, phases=(0.1, 0.8, 0.1))))
+    gates = pruner.gates
+    spread = 1 + 0.1 * torch.rand(192, generator=torch.Generator())
+    worth = torch.tensor([2., 1.])[pruner.cost.group_of] * spread
+    for step in range(400):
+        # With the others of its group as they are a channel gains ``worth``.
+        loss = -(worth * gates.openness()).sum()
+        gates.theta.grad, = torch.autograd.grad(loss, gates.theta)
+        pruner.step_(step / 400, 400)
+    a, b = pruner.cost.group_sums(pruner.channels()).tolist()
+    # The most of 2 log a + log b at this a + b.
+    assert a + b == pytest.approx(96, abs=2)
+    assert a / b == pytest.approx(2, rel=0.1)
+
+
+def test_a_target_below_what_a_floor_keeps_is_refused() -> None:
+    with pytest.raises(ValueError, match='gdp.target: expected more than'):
+        trained_toy('flops', min_keep_ratio=0.9)
+
+
+def test_training_ends_within_one_point_of_the_latency(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pruner_module, 'measure', times)
+    _, pruner = trained_toy('latency')
+    channels = pruner.channels()
+    assert RATIO - 0.01 <= float(pruner.cost(channels)) <= RATIO + 0.01
+    a, b = (
+        float(channels[group.gates].sum()) for group in pruner.analysis.groups)
+
+    def time(a: float, b: float) -> float:
+        return 3 + 0.01 * (a + b + 2) + 0.001 * (3 * a + a * b + b * 2)
+
+    assert float(pruner.cost(channels)) == pytest.approx(
+        time(a, b) / time(96, 128))
+
+
+def test_a_number_is_a_target_of_flops() -> None:
+    """With the same gates, and no more in the state dict than ever."""
+    analysis = analyse(
+        nn.Sequential(*block(3, 4), *block(4, 6), last(6)), (3, 8, 8), run)
+    number, named = (
+        Pruner(analysis, Settings.from_config(dict(target=target)))
+        for target in (0.4, dict(type='flops', ratio=0.4)))
+    assert number.cost is number.flops
+    assert number.settings == named.settings
+    assert [*number.state_dict()
+            ] == [f'gates.{key}' for key in GDPGates(10).state_dict()]
