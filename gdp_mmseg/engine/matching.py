@@ -70,6 +70,11 @@ def check_gates(pruner: Pruner, state: Mapping[str, Any],
     module = first_difference(from_state(gates['analysis']), pruner.analysis)
     if module is not None:
         raise ValueError(_other_analysis(pruner, gates, meta, module))
+    if len(state[THETA]) != pruner.analysis.num_gates:
+        raise ValueError(
+            f'checkpoint: expected {pruner.analysis.num_gates} gates, as in '
+            f'its own analysis, but got {len(state[THETA])}; it was changed '
+            'after the training, so use another checkpoint')
     return int((state[CLOSED] > 0).sum())
 
 

@@ -85,10 +85,7 @@ def export(cfg: Config,
     pruned, widths = prune(dense, pruner.analysis, pruner.gates.decided())
     with new_folder(out_dir) as partial:
         with writing(out_dir):
-            save_exported(partial / f'{name}_pruned.pth', pruned.state_dict(),
-                          widths, meta)
-            pruned_config(cfg, name,
-                          widths).dump(partial / f'{name}_pruned.py')
+            _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
         comparison = compare(cfg, gated, exported, needs_data=evaluate)
@@ -108,6 +105,14 @@ def export(cfg: Config,
             report.write(partial / 'report.json')
             (partial / 'report.md').write_text(markdown(report))
     return report
+
+
+def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,
+                widths: Widths, meta: Mapping[str, Any]) -> None:
+    """Write ``<name>_pruned.py`` and ``<name>_pruned.pth`` into a folder."""
+    save_exported(folder / f'{name}_pruned.pth', pruned.state_dict(), widths,
+                  meta)
+    pruned_config(cfg, name, widths).dump(folder / f'{name}_pruned.py')
 
 
 def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],

@@ -82,10 +82,11 @@ def test_classifier_is_trained_exported_and_evaluated(config: Config,
     assert bool((pruner.gates.openness() == 0).any())
     report = export(config, str(tmp_path / 'work/epoch_8.pth'),
                     tmp_path / 'pair', 'gated')
-    assert report['max_rel_diff'] <= 1e-5
-    assert report['macs_pruned'] <= 0.53 * report['macs_dense']
-    accuracy = report['metrics_pruned']['accuracy/top1']
-    assert accuracy == report['metrics_gated']['accuracy/top1'] > 80
+    assert report.max_rel_diff <= 1e-5
+    assert report.network(
+        'pruned').flops <= 0.53 * report.network('dense').flops
+    accuracy = report.network('pruned').metrics['accuracy/top1']
+    assert accuracy == report.network('gated').metrics['accuracy/top1'] > 80
     pruned = load_exported(tmp_path / 'pair', 'gated')
     assert type(pruned).__name__ == 'ImageClassifier'
     from mmpretrain import get_model

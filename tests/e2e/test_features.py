@@ -165,8 +165,8 @@ def _check_the_whole_way(runner: Any, report: dict[str, Any]) -> None:
     """Some gates are closed, some open, as asked; the export is exact."""
     theta = find_pruner(runner.model).gates.theta
     assert bool((theta == 0).any()) and bool((theta > 0).any())
-    assert report['max_rel_diff'] <= 1e-5
-    assert report['cost_pruned'] == pytest.approx(TARGET, abs=0.05)
+    assert report.max_rel_diff <= 1e-5
+    assert report.reached == pytest.approx(TARGET, abs=0.05)
 
 
 def _short(**options: Any) -> dict[str, Any]:
@@ -251,7 +251,7 @@ def test_compiled_training_is_the_plain_one(
         assert torch.allclose(one, other, atol=1e-4)
     theta = runner.model.gdp.gates.theta
     assert bool((theta == 0).any()) and bool((theta > 0).any())
-    assert _export(project, tmp_path)['max_rel_diff'] <= 1e-5
+    assert _export(project, tmp_path).max_rel_diff <= 1e-5
 
 
 # -- accumulation -----------------------------------------------------------

@@ -22,7 +22,7 @@ from mmengine.runner import Runner
 from torch import Tensor
 
 from gdp_mmseg.export.export import export
-from gdp_mmseg.report.record import read_gates
+from gdp_mmseg.report.record import read_rows
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
 from helpers.project import WITHOUT_SYNC, Exported, Project, Trained, run_tool
@@ -135,8 +135,8 @@ def test_two_processes_do_what_one_does_with_both_batches(
 
 
 def test_one_of_the_processes_writes(together: Path) -> None:
-    assert read_gates(together / 'gates.jsonl')[0] == list(
-        range(1, ITERATIONS + 1))
+    assert [row.iter for row in read_rows(together / 'gates.jsonl')
+            ] == list(range(1, ITERATIONS + 1))
     assert len(list(together.glob('*.pth'))) == 1 + 2  # the records
     assert len(list(together.glob('*/*.log'))) == 1
 
@@ -146,12 +146,14 @@ def test_two_processes_evaluate_and_export_what_one_does(
     report = export(
         project.load(tmp_path, project.config('exact', EXACT)),
         str(together / f'iter_{ITERATIONS}.pth'), tmp_path / 'pair', 'exact')
-    assert report['max_rel_diff'] <= 1e-5
-    assert report['cost_pruned'] == pytest.approx(0.4, abs=0.02)
+    assert report.max_rel_diff <= 1e-5
+    assert report.reached == pytest.approx(0.4, abs=0.02)
     scalars = next(together.glob('*/vis_data/scalars.json')).read_text()
     logged = json.loads(scalars.splitlines()[-1])
-    assert logged['mIoU'] == pytest.approx(report['miou_gated'], abs=0.01)
-    assert report['miou_gated'] == report['miou_pruned'] > 0
+    assert logged['mIoU'] == pytest.approx(
+        report.network('gated').metrics['mIoU'], abs=0.01)
+    assert report.network('gated').metrics['mIoU'] == report.network(
+        'pruned').metrics['mIoU'] > 0
 
 
 @pytest.fixture(scope='module')
@@ -195,7 +197,7 @@ def test_dist_test_gives_the_reports_miou(exported: Exported,
     ])
     metrics = json.loads(next((tmp_path / 'out').glob('*/*.json')).read_text())
     assert metrics['mIoU'] == pytest.approx(
-        exported.report['miou_pruned'], abs=0.005)
+        exported.report.network('pruned').metrics['mIoU'], abs=0.005)
 
 
 def test_synced_norms_on_cpus_are_refused(project: Project,
@@ -215,7 +217,7 @@ def test_synced_norms_go_all_the_way_in_one_process(
     for path in (trained.config, exported.config):
         cfg = Config.fromfile(path)
         assert cfg.model.backbone.norm_cfg.type == 'SyncBN'
-    assert exported.report['max_rel_diff'] <= 1e-5
+    assert exported.report.max_rel_diff <= 1e-5
     inputs = torch.randn(1, 3, 64, 64)
     gated = trained.runner.model.eval()
     with torch.no_grad():
@@ -294,4 +296,5 @@ def test_slurms_launcher_trains(project: Project, tmp_path: Path,
     finally:
         torch.distributed.destroy_process_group()
     assert outcome.status == 0, outcome.stderr
-    assert read_gates(tmp_path / 'out/gates.jsonl')[0] == [1, 2]
+    assert [row.iter
+            for row in read_rows(tmp_path / 'out/gates.jsonl')] == [1, 2]

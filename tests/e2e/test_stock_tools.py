@@ -42,7 +42,7 @@ def test_stock_test_gives_the_reports_miou(exported: Exported,
         cwd=tmp_path)
     metrics = _metrics(tmp_path / 'out')
     assert metrics['mIoU'] == pytest.approx(
-        exported.report['miou_pruned'], abs=0.005)
+        exported.report.network('pruned').metrics['mIoU'], abs=0.005)
 
 
 def test_stock_train_trains_the_gated_config(project: Project,
@@ -116,7 +116,7 @@ def test_our_test_gives_the_reports_miou(exported: Exported, trained: Trained,
             cwd=tmp_path)
         assert outcome.status == 0, outcome.stderr
         assert _metrics(tmp_path / which)['mIoU'] == pytest.approx(
-            exported.report[f'miou_{which}'], abs=0.005)
+            exported.report.network(which).metrics['mIoU'], abs=0.005)
 
 
 @pytest.mark.parametrize('of', ['exported', 'trained'])

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from gdp_mmseg.engine.checkpoint import (WholeFileBackend, checksum,
-                                         mend_last_checkpoint, other_versions,
+from gdp_mmseg.engine.checkpoint import (checksum, other_versions,
                                          read_checkpoint, save_exported,
                                          versions)
+from gdp_mmseg.engine.whole_files import WholeFileBackend, mend_last_checkpoint
 
 STATE = dict(
     weight=torch.arange(5000.),
@@ -188,6 +188,19 @@ def test_a_file_that_is_written_anew_is_not_removed(tmp_path: Path) -> None:
         backend.remove(path)
     backend.put(b'3', path)
     assert path.read_bytes() == b'3'
+
+
+def test_a_file_outlives_a_training_that_ended_before_the_next(
+        tmp_path: Path) -> None:
+    """What one training left to remove is nothing to another."""
+    kept, other = tmp_path / 'a/iter_1.pth', tmp_path / 'b/iter_1.pth'
+    WholeFileBackend().put(b'1', kept)
+    WholeFileBackend().remove(kept)
+    WholeFileBackend().put(b'2', other)
+    assert kept.exists()
+    WholeFileBackend.forget(kept.parent)
+    WholeFileBackend().put(b'3', tmp_path / 'a/iter_2.pth')
+    assert kept.exists()
 
 
 def test_foreign_files_are_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from gdp_mmseg.engine.hook import averages
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.report.record import read_gates
+from gdp_mmseg.report.record import read_rows
 
 from helpers.project import (ITERATIONS, PHASES, TARGET, Project, Recorder,
                              Trained, build, train)
@@ -177,10 +178,7 @@ def test_path_of_the_gates_is_recorded(trained: Trained) -> None:
     for row in rows:
         assert len(row['openness']) == len(pruner.analysis.groups)
         assert all(0 <= value <= 1 for value in row['openness'])
-    iterations, flops, openness = read_gates(path)
-    assert iterations == [row['iter'] for row in rows]
-    assert flops == [row['flops'] for row in rows]
-    assert openness == [row['openness'] for row in rows]
+    assert [dataclasses.asdict(row) for row in read_rows(path)] == rows
 
 
 def test_share_of_flops_is_logged_with_the_losses(trained: Trained) -> None:
@@ -198,7 +196,7 @@ def test_interval_is_that_of_the_record(project: Project,
     cfg.default_hooks.gdp.interval = 4
     cfg.train_cfg.max_iters = 10
     train(cfg)
-    assert read_gates(tmp_path / 'gates.jsonl')[0] == [4, 8]
+    assert [row.iter for row in read_rows(tmp_path / 'gates.jsonl')] == [4, 8]
 
 
 def test_a_new_training_starts_a_new_record(project: Project,
@@ -207,7 +205,8 @@ def test_a_new_training_starts_a_new_record(project: Project,
     cfg.train_cfg.max_iters = 2
     for _ in range(2):
         train(copy.deepcopy(cfg))
-        assert read_gates(tmp_path / 'gates.jsonl')[0] == [1, 2]
+        assert [row.iter
+                for row in read_rows(tmp_path / 'gates.jsonl')] == [1, 2]
 
 
 # A fused optimizer unscales by itself and is called at overflows too.
@@ -300,8 +299,8 @@ def test_resumed_training_goes_on_where_it_stopped(project: Project,
         assert bool((theta[first.theta[-1] == 0] == 0).all())
     share = _share(runner.model.gdp, second.theta[-1])
     assert TARGET - 0.02 <= share <= TARGET + 0.02
-    assert read_gates(tmp_path / 'gates.jsonl')[0] == list(
-        range(1, ITERATIONS + 1))
+    assert [row.iter for row in read_rows(tmp_path / 'gates.jsonl')
+            ] == list(range(1, ITERATIONS + 1))
 
 
 def test_hook_without_gates_is_an_error(project: Project,
@@ -311,7 +310,7 @@ def test_hook_without_gates_is_an_error(project: Project,
     with pytest.raises(ValueError) as error:
         Runner.from_cfg(cfg).train()
     message = str(error.value)
-    assert message.startswith('GDPHook: expected')
+    assert message.startswith('expected a model with gates')
     assert 'but got EncoderDecoder' in message
     assert 'gdp_mmseg.GDPModel' in message
 
@@ -402,5 +401,5 @@ def test_averaged_checkpoint_exports_at_the_target(project: Project,
         tmp_path / 'pair',
         'averaged',
         evaluate=False)
-    share = report['macs_pruned'] / report['macs_dense']
+    share = report.network('pruned').flops / report.network('dense').flops
     assert share <= TARGET + 0.02

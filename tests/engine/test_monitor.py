@@ -11,6 +11,7 @@ pytest.importorskip('mmseg')
 import numpy as np
 from PIL import Image
 
+from gdp_mmseg.report.plots import draw_record
 from gdp_mmseg.report.summary import dead_parts, kept_by_part
 
 from helpers.project import Exported, Project, Trained, train
@@ -78,12 +79,12 @@ def test_record_says_what_was_asked_and_got(trained: Trained) -> None:
 
 def test_log_ends_with_what_is_kept_and_what_died(trained: Trained) -> None:
     log = next(trained.work_dir.glob('*/*.log')).read_text()
-    line = [line for line in log.splitlines() if 'GDP: asked for' in line][-1]
+    line = [line for line in log.splitlines() if 'channels kept: ' in line][-1]
     pruner = trained.runner.model.gdp
     keep = pruner.channels() > 0
     for part in kept_by_part(pruner.analysis.groups, keep):
         assert f'{part.name} {part.kept / part.channels:.0%}' in line
-    for part in dead_parts(pruner.analysis, keep) or ['died: nothing']:
+    for part in dead_parts(pruner.analysis, keep) or ['removed parts: none']:
         assert part in line
 
 
@@ -92,49 +93,51 @@ def test_report_shows_stages_and_deaths_and_the_path(exported: Exported,
     pruner = trained.runner.model.gdp
     report, text = exported.report, (exported.folder / 'report.md').read_text()
     keep = pruner.channels() > 0
-    assert report['dead'] == dead_parts(pruner.analysis, keep)
-    assert sum(part['kept'] for part in report['parts']) == int(keep.sum())
-    assert 'backbone.layer1' in [part['name'] for part in report['parts']]
-    for part in report['parts']:
-        assert f'| {part["name"]} ' in text
-    assert all(f'- {part}\n' in text for part in report['dead'])
-    assert report['gates_picture'] == 'gates.png'
+    assert report.dead == dead_parts(pruner.analysis, keep)
+    assert sum(part.kept for part in report.parts) == int(keep.sum())
+    assert 'backbone.layer1' in [part.name for part in report.parts]
+    for part in report.parts:
+        assert f'| {part.name} ' in text
+    assert all(f'- {part}\n' in text for part in report.dead)
+    assert report.gates_picture == 'gates.png'
     assert '](gates.png)' in text
     assert is_drawn(
         np.asarray(Image.open(exported.folder / 'gates.png').convert('RGB')))
+
+
+ROW = ('{"iter": %s, "flops": 1.0, "budget": 1.0, "held_cost": 1.0, '
+       '"openness": %s}')
 
 
 @pytest.mark.parametrize('record, said', [
     (None, ''),
     ('', ''),
     ('{"iter": 1, "fl', 'no picture of the gates'),
-    ('{"iter": 1, "flops": 1.0, "openness": [0.5]}', 'another training'),
-    ('{"iter": 99, "flops": 1.0, "openness": [0.5, 0.5, 0.5]}', ''),
+    (ROW % (1, [0.5]), 'another training'),
+    (ROW % (99, [0.5, 0.5, 0.5]), ''),
 ])
 def test_export_needs_no_record_of_the_gates(record: str | None, said: str,
                                              tmp_path: Path) -> None:
-    from gdp_mmseg.export.export import draw_record
-    groups, _ = network()
+    from gdp_mmseg.export.export import _with_picture
+    analysis, _ = network()
     path = tmp_path / 'gates.jsonl'
     if record is not None:
         path.write_text(record)
     lines: list[str] = []
-    assert draw_record(tmp_path, path, groups, 10, lines.append) is None
+    report = object()
+    assert _with_picture(report, tmp_path, path, analysis, 10,
+                         lines.append) is report  # type: ignore[arg-type]
     assert not (tmp_path / 'gates.png').exists()
     assert (said in lines[0]) if said else not lines
 
 
-def test_path_until_the_checkpoint_is_drawn_also_without_a_budget(
-        tmp_path: Path) -> None:
-    from gdp_mmseg.engine.monitor import path_figure
+def test_path_until_the_checkpoint_is_drawn(tmp_path: Path) -> None:
     analysis, _ = network()
-    rows = [
-        dict(iter=number, flops=1., openness=[0.5] * len(analysis.groups))
-        for number in (10, 20, 30)
-    ]
+    openness = [0.5] * len(analysis.groups)
     path = tmp_path / 'gates.jsonl'
-    path.write_text('\n'.join(map(json.dumps, rows)))
-    figure = path_figure(path, analysis.groups, until=20)
+    path.write_text('\n'.join(ROW % (number, openness)
+                              for number in (10, 20, 30)))
+    figure = draw_record(path, analysis.groups, until=20)
     assert figure is not None
     image = figure.axes[0].images[0]
     assert image.get_array().shape == (len(analysis.groups), 2)

@@ -109,12 +109,11 @@ def test_report_says_what_the_target_is_about(project: Project,
                                               tmp_path: Path) -> None:
     report, text, lines = report_of(by_params, tmp_path / 'out', 'params',
                                     project)
-    assert report['target'] == 0.6 and report['target_type'] == 'params'
+    assert report.target == 0.6 and report.target_type == 'params'
     share = find_pruner(by_params.runner.model)
-    assert report['cost_pruned'] == pytest.approx(
-        float(share.cost(share.channels())))
-    assert report['cost_pruned'] == pytest.approx(0.6, abs=0.02)
-    assert f'{report["cost_pruned"]:.4f}' in text
+    assert report.reached == pytest.approx(float(share.cost(share.channels())))
+    assert report.reached == pytest.approx(0.6, abs=0.02)
+    assert f'{report.reached:.4f}' in text
     assert 'Parameters that inference reads' in text
     assert not [line for line in lines if line.startswith('note')]
 
@@ -153,10 +152,10 @@ def test_latency_is_measured_once_and_kept(
     trained = by_latency.trained
     pruner = find_pruner(trained.runner.model)
     report, text, _ = report_of(trained, tmp_path / 'out', 'latency', project)
-    assert report['cost_pruned'] == pytest.approx(
+    assert report.reached == pytest.approx(
         float(pruner.cost(pruner.channels())), abs=1e-6)
-    assert report['cost_pruned'] == pytest.approx(0.6, abs=0.02)
-    assert report['target_type'] == 'latency' and 'Latency of the' in text
+    assert report.reached == pytest.approx(0.6, abs=0.02)
+    assert report.target_type == 'latency' and 'Latency of the' in text
     cfg = load(project, tmp_path / 'resumed', 'latency')
     cfg.load_from, cfg.resume = str(trained.checkpoint), True
     cfg.train_cfg.max_iters = 33

@@ -19,11 +19,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
-from gdp_mmseg.engine.model import analyse_config
+from gdp_mmseg.engine.model import analyse_config, inference_forward
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.export import export, pruned_config
-from gdp_mmseg.report.measure import count_macs
+from gdp_mmseg.report.measure import count_flops
+from gdp_mmseg.report.tables import Report
 from gdp_mmseg.surgery.constant import Constant
+from gdp_mmseg.version import __version__
 
 from helpers.project import (NAME, TARGET, Exported, Project, Trained, build,
                              run_tool, train, tree, unet)
@@ -85,20 +87,29 @@ def _group_gates(analysis: Analysis, written_by: str) -> list[Tensor]:
 
 
 def test_report_says_what_was_measured(exported: Exported) -> None:
-    assert {
-        'target', 'input_shape', 'macs_dense', 'macs_pruned', 'params_dense',
-        'params_pruned', 'max_rel_diff', 'miou_gated', 'miou_pruned',
-        'latency_ms_dense', 'latency_ms_gated', 'latency_ms_pruned', 'device',
-        'torch', 'groups', 'name', 'compared_on', 'gdp_mmseg'
-    } <= set(exported.report)
     report = exported.report
-    assert report['target'] == TARGET
-    assert report['input_shape'] == [1, 3, 64, 64]
-    assert report['torch'] == torch.__version__
-    assert report['name'] == NAME
-    assert 'test set' in report['compared_on']
-    assert min(report[f'latency_ms_{name}']
-               for name in ('dense', 'gated', 'pruned')) > 0
+    assert report.target == TARGET
+    assert report.input_shape == [1, 3, 64, 64]
+    assert report.torch == torch.__version__
+    assert report.name == NAME
+    assert 'test set' in report.compared_on
+    assert [row.name
+            for row in report.networks] == ['dense', 'gated', 'pruned']
+    for row in report.networks:
+        assert min(row.flops, row.params, row.latency_ms['pytorch cpu']) > 0
+        assert row.metrics is None if row.name == 'dense' else row.metrics
+    assert report.metric == 'mIoU'
+    assert report.gdp_mmseg == __version__
+
+
+def test_report_is_read_as_it_was_written(exported: Exported,
+                                          tmp_path: Path) -> None:
+    report = exported.report
+    report.write(tmp_path / 'again.json')
+    assert Report.read(tmp_path / 'again.json') == report
+    assert (tmp_path /
+            'again.json').read_text() == (exported.folder /
+                                          'report.json').read_text()
 
 
 def test_folder_holds_these_files_and_no_others(exported: Exported) -> None:
@@ -113,12 +124,12 @@ def test_folder_holds_these_files_and_no_others(exported: Exported) -> None:
 def test_report_for_a_reader_has_the_reports_numbers(
         exported: Exported) -> None:
     report, text = exported.report, (exported.folder / 'report.md').read_text()
-    assert f'{report["max_rel_diff"]:.1e}' in text
-    assert f'{report["miou_pruned"]:.2f}' in text
-    share = report['macs_pruned'] / report['macs_dense']
+    assert f'{report.max_rel_diff:.1e}' in text
+    assert f'{report.network("pruned").metrics["mIoU"]:.2f}' in text
+    share = report.network('pruned').flops / report.network('dense').flops
     assert f'{share:.4f}' in text
-    for group in report['groups']:
-        assert group['writers'][0] in text
+    for group in report.groups:
+        assert group.writers[0] in text
 
 
 def test_no_path_of_the_machine_is_in_the_report_or_the_weights(
@@ -149,34 +160,35 @@ def test_other_versions_of_the_training_are_noted(project: Project,
 
 
 def test_outputs_of_gated_and_pruned_agree(exported: Exported) -> None:
-    assert 0 <= exported.report['max_rel_diff'] <= 1e-4
+    assert 0 <= exported.report.max_rel_diff <= 1e-4
 
 
 def test_miou_of_gated_and_pruned_agree_to_two_decimals(
         exported: Exported) -> None:
-    gated, pruned = exported.report['miou_gated'], exported.report[
-        'miou_pruned']
+    gated, pruned = (
+        exported.report.network(name).metrics['mIoU']
+        for name in ('gated', 'pruned'))
     assert f'{gated:.2f}' == f'{pruned:.2f}'
     assert 0 < pruned < 100
 
 
 def test_flops_are_at_the_target(exported: Exported) -> None:
     report = exported.report
-    share = report['macs_pruned'] / report['macs_dense']
+    share = report.network('pruned').flops / report.network('dense').flops
     assert TARGET - 0.03 <= share <= TARGET + 0.02
 
 
 def test_groups_of_the_report_are_those_of_the_gates(exported: Exported,
                                                      trained: Trained) -> None:
     pruner = trained.runner.model.gdp
-    analysis = exported.report['groups']
-    assert len(analysis) == len(pruner.analysis.groups)
-    for row, group in zip(analysis, pruner.analysis.groups):
-        assert row['writers'] == list(group.writers)
-        assert row['readers'] == list(group.readers)
-        assert row['channels'] == len(group.gates)
-        assert 0 <= row['kept'] <= row['channels']
-    assert sum(row['kept'] for row in analysis) == int(pruner.channels().sum())
+    rows = exported.report.groups
+    assert len(rows) == len(pruner.analysis.groups)
+    for row, group in zip(rows, pruner.analysis.groups):
+        assert row.writers == list(group.writers)
+        assert row.readers == list(group.readers)
+        assert row.channels == len(group.gates)
+        assert 0 <= row.kept <= row.channels
+    assert sum(row.kept for row in rows) == int(pruner.channels().sum())
 
 
 def test_checkpoint_holds_tensors_and_plain_types_only(
@@ -211,16 +223,18 @@ def test_checkpoint_loads_strictly_in_a_stock_model(exported: Exported,
 def test_multiply_adds_and_parameters_are_those_of_the_files(
         exported: Exported) -> None:
     model, report = _load(exported), exported.report
-    assert _macs(model, tuple(report['input_shape'])) == report['macs_pruned']
-    assert _parameters(model) == report['params_pruned']
+    assert _macs(model,
+                 tuple(report.input_shape)) == report.network('pruned').flops
+    assert _parameters(model) == report.network('pruned').params
 
 
 def test_dense_sizes_are_those_of_the_users_own_config(
         exported: Exported, project: Project) -> None:
     cfg, report = Config.fromfile(project.dense), exported.report
     model = MODELS.build(_without_sync(cfg.model)).eval()
-    assert _macs(model, tuple(report['input_shape'])) == report['macs_dense']
-    assert _parameters(model) == report['params_dense']
+    assert _macs(model,
+                 tuple(report.input_shape)) == report.network('dense').flops
+    assert _parameters(model) == report.network('dense').params
 
 
 def test_files_compute_what_the_gated_network_computes(
@@ -267,10 +281,11 @@ def test_dead_blocks_leave_and_nothing_changes(
     assert outcome.status == 0, outcome.stderr
     exported = Exported(tmp_path / 'pair')
     report, model = exported.report, _load(exported)
-    assert report['max_rel_diff'] <= 1e-4
-    assert _macs(model, tuple(report['input_shape'])) == report['macs_pruned']
+    assert report.max_rel_diff <= 1e-4
+    assert _macs(model,
+                 tuple(report.input_shape)) == report.network('pruned').flops
     dead = torch.cat(gates)
-    for row, group in zip(report['groups'], analysis.groups):
+    for row, group in zip(report.groups, analysis.groups):
         if bool(torch.isin(group.gates, dead).all()):
             assert row['kept'] <= (0 if group.can_be_empty else 1)
 
@@ -291,7 +306,7 @@ def test_all_gates_closed_is_still_a_network(trained: Trained, changed: Change,
         cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     exported = Exported(tmp_path / 'pair')
-    assert exported.report['max_rel_diff'] <= 1e-4
+    assert exported.report.max_rel_diff <= 1e-4
     assert _load(exported)(
         torch.randn(1, 3, 64, 64), mode='tensor').isfinite().all()
 
@@ -310,8 +325,9 @@ def test_network_of_windows_is_compared_in_them(project: Project,
         model.gdp.gates.theta[::2] = 0
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'gated.pth')
     report = export(cfg, str(tmp_path / 'gated.pth'), tmp_path / 'pair', 'x')
-    assert report['compared_on'] == '2 inputs of the test set'
-    assert report['miou_gated'] == report['miou_pruned']
+    assert report.compared_on == '2 inputs of the test set'
+    assert report.network('gated').metrics['mIoU'] == report.network(
+        'pruned').metrics['mIoU']
 
 
 def test_nothing_to_evaluate_on_is_said_first(trained: Trained,
@@ -338,10 +354,10 @@ def test_exported_config_is_analysed_as_the_model_that_it_is(
         exported: Exported) -> None:
     analysis = analyse_config(Config.fromfile(exported.config).model)
     cost = FlopCost(analysis)
-    assert cost.dense == exported.report['macs_pruned']
+    assert cost.dense == exported.report.network('pruned').flops
     for group in analysis.groups:
         kept, = [
-            one['kept'] for one in exported.report['groups']
+            one.kept for one in exported.report.groups
             if group.writers[0] in one['writers']
         ]
         assert len(group.gates) == kept
@@ -454,7 +470,7 @@ def test_metrics_that_are_no_numbers_are_left_out(
     report = export(
         project.load(tmp_path), str(trained.checkpoint), tmp_path / 'pair',
         'x')
-    assert report['metrics_pruned'] == dict(mIoU=50.)
+    assert report.network('pruned').metrics == dict(mIoU=50.)
 
 
 def test_multiply_adds_are_counted_where_a_forward_asks_for_values() -> None:
@@ -464,7 +480,8 @@ def test_multiply_adds_are_counted_where_a_forward_asks_for_values() -> None:
         def forward(self, inputs: Tensor, mode: str) -> Tensor:
             return super().forward(inputs / max(inputs.max().item(), 1))
 
-    assert count_macs(Asking(3, 2, 1), (1, 3, 4, 4)) == 3 * 2 * 16
+    assert count_flops(Asking(3, 2, 1), (1, 3, 4, 4),
+                       inference_forward) == 3 * 2 * 16
 
 
 def test_wrong_surgery_is_an_error_and_leaves_nothing_behind(
@@ -598,9 +615,10 @@ def test_without_data_random_inputs_are_compared_and_named(
         cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     report = Exported(tmp_path / 'pair').report
-    assert 'random' in report['compared_on']
-    assert report['max_rel_diff'] <= 1e-4
-    assert report['miou_gated'] is report['miou_pruned'] is None
+    assert 'random' in report.compared_on
+    assert report.max_rel_diff <= 1e-4
+    assert report.network('gated').metrics is None
+    assert report.network('pruned').metrics is None and report.metric is None
     assert 'random' in (tmp_path / 'pair/report.md').read_text()
 
 
@@ -613,7 +631,7 @@ def test_config_without_a_test_set_exports_too(project: Project,
             cfg.pop(f'{split}_{key}')
     report = export(
         cfg, str(trained.checkpoint), tmp_path / 'pair', 'x', evaluate=False)
-    assert 'random' in report['compared_on']
+    assert 'random' in report.compared_on
 
 
 def test_checkpoint_is_read_without_running_code_from_it(
@@ -656,7 +674,7 @@ def test_own_base_class_survives_export(project: Project,
         tmp_path / 'pair',
         NAME,
         evaluate=False)
-    assert report['max_rel_diff'] <= 1e-4
+    assert report.max_rel_diff <= 1e-4
     exported = Exported(tmp_path / 'pair')
     assert Config.fromfile(
         exported.config).model.base == 'CascadeEncoderDecoder'

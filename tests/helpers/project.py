@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import runpy
 import subprocess
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.networks import load_exported
+from gdp_mmseg.report.tables import Report
 
 from helpers import PYTHONPATH, TOOLS
 from make_demo_data import make_demo_data
@@ -300,8 +300,8 @@ class Exported:
         return self.folder / f'{NAME}_pruned.pth'
 
     @property
-    def report(self) -> dict[str, Any]:
-        return json.loads((self.folder / 'report.json').read_text())
+    def report(self) -> Report:
+        return Report.read(self.folder / 'report.json')
 
     def model(self) -> nn.Module:
         """The pruned model with its weights, in eval mode."""
