@@ -15,8 +15,7 @@ from torch import Tensor
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.surgery.prune import prune
 
-from project import (ITERATIONS, TOOLS, Exported, Project, Trained, build,
-                     run_tool)
+from project import ITERATIONS, Exported, Project, Trained, build, run_tool
 
 pytest_plugins = ['project']
 
@@ -24,10 +23,9 @@ HALF = ITERATIONS // 2
 
 
 @pytest.fixture()
-def cli(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import _cli
-    return _cli
+def cli() -> ModuleType:
+    from gdp_mmseg.cli import checks
+    return checks
 
 
 @pytest.fixture()
@@ -80,7 +78,7 @@ def test_resume_is_from_the_work_folder_unless_the_command_line_says(
         (tmp_path / 'last_checkpoint').write_text('iter_1.pth')
     cfg = Config(
         dict(resume=resume, load_from='start.pth', work_dir=str(tmp_path)))
-    cli.go_on(cfg, chosen)
+    cli.resolve_resume_(cfg, chosen)
     assert (cfg.load_from, cfg.resume) == expected
 
 

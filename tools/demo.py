@@ -22,7 +22,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from _cli import fail, load_config, one_line_errors
+from gdp_mmseg.cli.checks import load_config
+from gdp_mmseg.cli.errors import fail, one_line_errors
+
 from make_demo_data import PALETTE, make_demo_data
 
 ROOT = Path(__file__).resolve().parents[1]
