@@ -8,7 +8,7 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 crop_size = (96, 96)
-max_iters = 800
+max_iters = 500
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
@@ -46,7 +46,7 @@ dataset = dict(
         classes=('background', 'disc', 'ring', 'cross'),
         palette=[[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0]]))
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=6,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(pipeline=train_pipeline, **dataset))
@@ -58,7 +58,9 @@ test_dataloader = val_dataloader
 
 optim_wrapper = dict(
     type='gdp_mmseg.BFloat16OptimWrapper',
-    optimizer=dict(_delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01))
+    # fused: one pass over the weights; on a CPU half the time of a step.
+    optimizer=dict(
+        _delete_=True, type='AdamW', lr=1e-3, weight_decay=0.01, fused=True))
 param_scheduler = [
     dict(
         type='PolyLR',

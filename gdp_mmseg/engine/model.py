@@ -163,13 +163,8 @@ def build_base_model(base: Any, parts: Mapping[str, Any]) -> nn.Module:
     return MMENGINE_MODELS.build(dict(parts, type=base or default_base(parts)))
 
 
-def analyse_config(model: Mapping[str, Any]) -> Analysis:
-    """Analyse the model of a config, gated or not.
-
-    Args:
-        model (Mapping[str, Any]): ``cfg.model``.
-    """
-    config = ModelConfig.parse(model)
+def analyse_config(config: ModelConfig) -> Analysis:
+    """Analyse the model of a config, gated or not."""
     network = MMENGINE_MODELS.build(config.ungated)
     settings = config.settings
     return analyse_model(network, config.input_shape(), settings.ignore,

@@ -139,8 +139,12 @@ class Report:
 
     @classmethod
     def read(cls, path: Path) -> Report:
-        """Read a report that :meth:`write` wrote; other keys are ignored."""
-        content = json.loads(path.read_text())
+        """Read a report that :meth:`write` wrote."""
+        return cls.parse(json.loads(path.read_text()))
+
+    @classmethod
+    def parse(cls, content: Mapping[str, Any]) -> Report:
+        """Take a report from a mapping, which may have other keys too."""
         rows = dict(networks=NetworkRow, parts=Part, groups=GroupRow)
         fields = {
             field.name: content[field.name]

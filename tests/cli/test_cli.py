@@ -46,7 +46,7 @@ def test_tools_have_the_flags_of_mmseg(name: str) -> None:
     theirs = Path(mmseg.__file__).parent / '.mim' / 'tools' / name
     if not theirs.exists():
         pytest.skip(f'this mmseg was installed without its tools: {theirs}')
-    assert flags(ROOT / 'tools' / name) == flags(theirs) != []
+    assert flags(PACKAGE / 'cli' / name) == flags(theirs) != []
 
 
 @pytest.mark.parametrize('name, arguments, named', [
@@ -107,7 +107,7 @@ def test_check_paths_names_what_is_missing(
             (tmp_path / name).mkdir()
     cfg = mmengine.Config(
         dict(train_dataloader=dict(dataset=wrap(dataset(tmp_path)))))
-    cli = load(ROOT / 'tools' / '_cli.py')
+    from gdp_mmseg.cli import data_checks as cli
     if missing is None:
         assert cli.check_paths(cfg) is None
         return
@@ -124,7 +124,7 @@ def test_labels_that_nothing_reads_need_not_be_there(
     unread = dataset(tmp_path)
     unread['pipeline'] = [dict(type='LoadImageFromFile')]
     cfg = mmengine.Config(dict(test_dataloader=dict(dataset=unread)))
-    cli = load(ROOT / 'tools' / '_cli.py')
+    from gdp_mmseg.cli import data_checks as cli
     assert cli.check_paths(cfg) is None
     unread['pipeline'].append(dict(type='LoadAnnotations'))
     with pytest.raises(SystemExit):
@@ -143,7 +143,9 @@ def raise_wrapped(cli: ModuleType) -> None:
 @pytest.fixture
 def cli() -> ModuleType:
     """The shared code, plus a function that raises as ours do."""
-    module = load(ROOT / 'tools' / '_cli.py')
+    from gdp_mmseg.cli import errors
+    module = ModuleType('gdp_mmseg.engine.model')
+    module.__dict__['one_line_errors'] = errors.one_line_errors
     source = ('def check_target(target):\n'
               "    raise ValueError('expected target > 0,\\n'\n"
               "                     f'but got {target}; change gdp.target')\n")

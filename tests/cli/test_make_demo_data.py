@@ -185,7 +185,7 @@ def test_second_run_does_nothing(tmp_path: Path,
                                  monkeypatch: pytest.MonkeyPatch) -> None:
     _make(tmp_path / 'set')
     before = _digests(tmp_path / 'set')
-    monkeypatch.setattr(demo, '_draw', None)  # drawing again would raise
+    monkeypatch.setattr(demo, 'draw', None)  # drawing again would raise
     _make(tmp_path / 'set')
     assert _digests(tmp_path / 'set') == before
 
@@ -201,7 +201,7 @@ def test_failed_run_leaves_nothing(tmp_path: Path,
     def fail(*_: object) -> None:
         raise RuntimeError('disk full')
 
-    monkeypatch.setattr(demo, '_draw', fail)
+    monkeypatch.setattr(demo, 'draw', fail)
     with pytest.raises(RuntimeError, match='disk full'):
         _make(tmp_path / 'set')
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
-from gdp_mmseg.engine.config import default_base
+from gdp_mmseg.engine.config import ModelConfig, default_base
 from gdp_mmseg.engine.model import (analyse_config, build_base_model,
                                     build_gated_model, find_pruner)
 from gdp_mmseg.pruner.pruner import Pruner
@@ -161,7 +161,7 @@ def test_analysis_of_a_config_is_that_of_its_gated_model(
     build(gated.model)  # Enters mmseg's scope.
     analysis = build(gated.model).gdp.analysis
     for model in (dense.model, gated.model):
-        found = analyse_config(model)
+        found = analyse_config(ModelConfig.parse(model))
         assert found.num_gates == analysis.num_gates
         assert found.input_shape == analysis.input_shape == (1, 3, 64, 64)
         assert [group.writers for group in found.groups

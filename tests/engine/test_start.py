@@ -26,8 +26,8 @@ HALF = ITERATIONS // 2
 
 @pytest.fixture()
 def cli() -> ModuleType:
-    import _cli
-    return _cli
+    from gdp_mmseg.cli import checks
+    return checks
 
 
 @pytest.fixture()
@@ -80,7 +80,7 @@ def test_resume_is_from_the_work_folder_unless_the_command_line_says(
         (tmp_path / 'last_checkpoint').write_text('iter_1.pth')
     cfg = Config(
         dict(resume=resume, load_from='start.pth', work_dir=str(tmp_path)))
-    cli.go_on(cfg, chosen)
+    cli.resolve_resume_(cfg, chosen)
     assert (cfg.load_from, cfg.resume) == expected
 
 

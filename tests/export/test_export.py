@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
+from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.model import analyse_config, inference_forward
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.export import export, pruned_config
@@ -352,7 +353,7 @@ def test_exported_config_moves_no_gates(exported: Exported) -> None:
 
 def test_exported_config_is_analysed_as_the_model_that_it_is(
         exported: Exported) -> None:
-    analysis = analyse_config(Config.fromfile(exported.config).model)
+    analysis = analyse_config(ModelConfig.of(Config.fromfile(exported.config)))
     cost = FlopCost(analysis)
     assert cost.dense == exported.report.network('pruned').flops
     for group in analysis.groups:

@@ -1,0 +1,1 @@
+"""Command lines: training, test, export, groups of channels, model check."""

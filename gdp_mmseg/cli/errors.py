@@ -1,0 +1,92 @@
+"""Errors of the command lines: one line on stderr instead of a traceback.
+
+The line names what was expected, what came, and what to pass or change. The
+exit status is 2, the status that argparse uses.
+"""
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import os.path as osp
+import sys
+from typing import Iterator, NoReturn
+
+from PIL import UnidentifiedImageError
+
+PACKAGE = __name__.partition('.')[0]
+# Types of the errors that this package raises about a user's input. Other
+# types, raised by the same code, are bugs and keep their traceback.
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, KeyError)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
+                errno.EACCES, errno.EPERM)
+
+
+def fail(message: str) -> NoReturn:
+    """End the program with one line on stderr and exit status 2."""
+    line = ' '.join(message.split())
+    print(f'{osp.basename(sys.argv[0])}: error: {line}', file=sys.stderr)
+    raise SystemExit(2)
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Replace the traceback of an error that the user can mend by one line.
+
+    Usable as a context manager and, as ``@one_line_errors()``, as a decorator.
+    Errors about the user's input that this package raised are replaced, also
+    when mmengine's registry has wrapped them, and so are errors of other
+    packages about files and data that cannot be read or written. All other
+    errors keep their traceback. ``GDP_DEBUG=1`` in the environment keeps every
+    traceback.
+    """
+    try:
+        yield
+    except Exception as error:
+        line = _line(error)
+        if line is None or os.environ.get('GDP_DEBUG') == '1':
+            raise
+        fail(line)
+
+
+def _line(error: Exception) -> str | None:
+    """Return the message for the user; None for an unexpected error."""
+    cause = _first_of_this_package(error)
+    if cause is not None:
+        # str() of a KeyError is the repr of its message.
+        return str(cause.args[0] if isinstance(cause, KeyError) else cause)
+    last = (str(error).splitlines() or [''])[-1]
+    if isinstance(error, UnidentifiedImageError) or (isinstance(
+            error, AssertionError) and 'failed to load image' in str(error)):
+        # Pillow's and mmcv's errors for an image that they cannot read.
+        return (f'expected readable images, but got: {last}; replace the '
+                'file, or take it from the list')
+    if isinstance(error, OSError) and error.errno in WRITE_ERRORS:
+        return ('expected to read and write files, but got: '
+                f'{error.strerror} ({error.filename or "while writing"}); '
+                'make room, or choose another folder; --resume continues from '
+                'the last checkpoint')
+    if isinstance(error, IndexError) and 'out of bounds' in str(error):
+        # torch's error on a CPU for a label that has no class.
+        return (f'expected labels below num_classes, but got: {last}; change '
+                'num_classes of the heads, or reduce_zero_label')
+    return None
+
+
+def _first_of_this_package(
+        error: BaseException | None) -> BaseException | None:
+    """Return the first error of a chain that this package raised, if any."""
+    while error is not None and not _is_of_this_package(error):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _is_of_this_package(error: BaseException) -> bool:
+    """Tell whether this package raised an error about the user's input."""
+    trace = error.__traceback__
+    if trace is None or not isinstance(error, USER_ERRORS):
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    module = trace.tb_frame.f_globals.get('__name__') or ''
+    return module.partition('.')[0] == PACKAGE

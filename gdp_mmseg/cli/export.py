@@ -1,0 +1,50 @@
+"""Export a gated checkpoint as a pruned network and verify its outputs."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from .checks import check_checkpoint, load_config
+from .data_checks import check_paths
+from .errors import one_line_errors
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the flags of an export."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config', help='config of the gated training')
+    parser.add_argument('checkpoint', help='checkpoint of that training')
+    parser.add_argument(
+        '--out-dir',
+        required=True,
+        help='new or empty folder for the pruned config and checkpoint, '
+        'report.json, report.md and gates.png')
+    parser.add_argument(
+        '--no-eval',
+        action='store_true',
+        help='do not evaluate the gated and the pruned network')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value')
+    return parser.parse_args()
+
+
+@one_line_errors()
+def main() -> None:
+    """Export a checkpoint and print a table of the networks."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    check_checkpoint(args.checkpoint)
+    if not args.no_eval:
+        check_paths(cfg, ['test'])
+    # Slow to import, and not needed for the errors above.
+    from ..export.export import export
+    from ..report.tables import comparison
+    report = export(cfg, args.checkpoint, args.out_dir,
+                    Path(args.config).stem, not args.no_eval)
+    print(comparison(report))
+    print(f'wrote {args.out_dir}')

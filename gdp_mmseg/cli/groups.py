@@ -1,0 +1,112 @@
+"""Groups of channels of a config's model, and channels without a gate."""
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmengine.config import DictAction
+
+from .checks import load_config
+from .errors import one_line_errors
+
+if TYPE_CHECKING:
+    from ..engine.config import ModelConfig
+
+
+def parse_args() -> argparse.Namespace:
+    """Parse the flags of the command."""
+    parser = argparse.ArgumentParser(
+        description='Show which channels of a model can be pruned, before a '
+        'training.')
+    parser.add_argument('config', help='config, with GDPModel or without')
+    parser.add_argument('--json', help='file that gets the groups as JSON')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value')
+    return parser.parse_args()
+
+
+def describe(config: ModelConfig) -> dict[str, Any]:
+    """Return the groups of a model as plain types.
+
+    Args:
+        config (ModelConfig): Config of the model.
+
+    Returns:
+        dict[str, Any]: ``input_shape`` ``(C, H, W)``; ``macs``, the dense
+        multiply-adds at that size; ``gates``, their number; ``groups`` and
+        ``frozen``, one mapping each.
+    """
+    from ..cost.counts import FlopCost
+    from ..engine.model import analyse_config
+    analysis = analyse_config(config)
+    cost = FlopCost(analysis)
+    return dict(
+        input_shape=list(analysis.input_shape),
+        macs=cost.dense,
+        gates=analysis.num_gates,
+        groups=[
+            dict(
+                writers=list(group.writers),
+                readers=list(group.readers),
+                channels=len(group.gates),
+                flops_share=share)
+            for group, share in zip(analysis.groups,
+                                    cost.group_shares().tolist())
+        ],
+        frozen=[
+            dict(
+                reason=frozen.reason,
+                writers=list(frozen.writers),
+                channels=frozen.channels) for frozen in analysis.frozen
+        ])
+
+
+def show(found: dict[str, Any]) -> None:
+    """Print tables of the groups and of the channels without a gate."""
+    from ..report.tables import table
+    shape = ' x '.join(map(str, found['input_shape']))
+    print(f'{found["gates"]} gates in {len(found["groups"])} groups; '
+          f'{found["macs"] / 1e9:.2f} G multiply-adds at {shape}\n')
+    rows = [['written by', 'read by', 'channels', 'FLOPs']]
+    rows += [[
+        ', '.join(group['writers']), ', '.join(group['readers']),
+        str(group['channels']), f'{group["flops_share"]:.1%}'
+    ] for group in found['groups']]
+    print(_narrow(rows, table))
+    print('\nFLOPs: share that removing this group alone would save. The '
+          'shares add up\nto more than 100%, because a layer between two '
+          'groups counts for both.\n\nChannels without a gate:\n')
+    rows = [['written by', 'reason', 'channels']]
+    rows += [[', '.join(row['writers']), row['reason'],
+              str(row['channels'])] for row in found['frozen']]
+    print(_narrow(rows, table))
+
+
+def _narrow(rows: list[list[str]], table: Any) -> str:
+    """Return a table with long lists of modules cut short."""
+
+    def cut(cell: str) -> str:
+        first, *rest = cell.split(', ')
+        return f'{first} and {len(rest)} more' if rest else first
+
+    return table([[cut(cell) for cell in row] for row in rows])
+
+
+@one_line_errors()
+def main() -> None:
+    """Print the groups of a config's model; write them with ``--json``."""
+    args = parse_args()
+    cfg = load_config(args.config, args.cfg_options)
+    from mmengine.registry import init_default_scope
+
+    from ..engine.config import ModelConfig
+    from ..files import write_json
+    init_default_scope(cfg.get('default_scope') or 'mmseg')
+    found = describe(ModelConfig.of(cfg))
+    show(found)
+    if args.json:
+        write_json(Path(args.json), found)

@@ -1,0 +1,95 @@
+"""Commands of the demo, run at the same time with their output in logs."""
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Callable, Iterator, Sequence, TextIO
+
+from gdp_mmseg.cli.errors import fail
+
+ROOT = Path(__file__).resolve().parents[1]
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One of our tools with its arguments.
+
+    Args:
+        arguments (list[str]): Path of the script, and its command line.
+        log (Path): File that gets its output.
+        see (Callable[[str], None]): Gets each line of the output.
+    """
+    arguments: list[str]
+    log: Path
+    see: Callable[[str], None]
+
+
+@dataclasses.dataclass
+class _Running:
+    """A command that was started, and the part of its log not yet seen."""
+    command: Command
+    process: subprocess.Popen[str]
+    output: TextIO
+    rest: str = ''
+
+    def look(self) -> None:
+        """Pass new lines of the log on."""
+        *lines, self.rest = (self.rest + self.output.read()).split('\n')
+        for line in lines:
+            self.command.see(line)
+
+
+def run_together(commands: Sequence[Command]) -> None:
+    """Run commands at the same time, one thread each, until all have ended.
+
+    If one fails, the others are ended and the program ends with one line that
+    names the log.
+    """
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(_started(command)) for command in commands
+        ]
+        while True:
+            # Asked before the log is read: its end is not missed.
+            states = [one.process.poll() for one in running]
+            for one, status in zip(running, states):
+                one.look()
+                if status:
+                    fail(f'expected {one.command.arguments[0]} to succeed, '
+                         f'but it ended with status {status}; read '
+                         f'{one.command.log}')
+            if None not in states:
+                return
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+@contextlib.contextmanager
+def _started(command: Command) -> Iterator[_Running]:
+    """Start a command; end it at the exit if it still runs."""
+    print('$ python ' + ' '.join(command.arguments), flush=True)
+    # With several threads each, a process that waits for a busy core lets all
+    # its threads spin, and takes ten times as long.
+    environment = dict(
+        os.environ,
+        OMP_NUM_THREADS='1',
+        MKL_NUM_THREADS='1',
+        PYTHONUNBUFFERED='1')
+    with open(command.log, 'w') as log, open(command.log) as output, \
+            subprocess.Popen(
+                [sys.executable, '-W', 'ignore', *command.arguments],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                stdout=log,
+                stderr=subprocess.STDOUT) as process:
+        try:
+            yield _Running(command, process, output)
+        finally:
+            if process.poll() is None:
+                process.terminate()
