@@ -22,6 +22,7 @@ from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.model import analyse_config, inference_forward
 from gdp_mmseg.export import export as exporting
+from gdp_mmseg.export.compare import check_metrics
 from gdp_mmseg.export.export import export, pruned_config
 from gdp_mmseg.report.measure import count_flops
 from gdp_mmseg.report.tables import Report
@@ -680,3 +681,63 @@ def test_own_base_class_survives_export(project: Project,
     assert Config.fromfile(
         exported.config).model.base == 'CascadeEncoderDecoder'
     assert type(_load(exported)) is type(runner.model)
+
+
+def test_predictions_are_compared_and_not_only_logits(
+        project: Project, trained: Trained, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """The class of a model may do more in ``predict`` than in ``tensor``."""
+    right = exporting.load_exported
+
+    def wrong(folder: Path, name: str) -> nn.Module:
+        model: Any = right(folder, name)
+        predict = model.predict
+
+        def other(inputs: Tensor, samples: Any = None) -> Any:
+            results = predict(inputs, samples)
+            for result in results:
+                result.seg_logits.data += result.seg_logits.data.abs().max()
+            return results
+
+        model.predict = other
+        return model
+
+    monkeypatch.setattr(exporting, 'load_exported', wrong)
+    with pytest.raises(RuntimeError, match='but got a relative difference'):
+        export(
+            project.load(tmp_path),
+            str(trained.checkpoint),
+            tmp_path / 'pair',
+            'x',
+            evaluate=False)
+    assert tree(tmp_path) == {}
+
+
+def test_metrics_that_differ_are_an_error(
+        project: Project, trained: Trained, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([dict(mIoU=50.46), dict(mIoU=47.93)])
+    monkeypatch.setattr(exporting, 'run_test', lambda *_: next(found))
+    with pytest.raises(RuntimeError, match='but got mIoU 50.46 and 47.93'):
+        export(
+            project.load(tmp_path), str(trained.checkpoint), tmp_path / 'pair',
+            'x')
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize('gated, pruned, agree', [
+    (dict(mIoU=50.), dict(mIoU=50.004), True),
+    (dict(mIoU=50.), dict(mIoU=49.), False),
+    (dict(mIoU=50., aAcc=90.), dict(mIoU=50.), False),
+    (dict(IoU=float('nan')), dict(IoU=float('nan')), True),
+    (dict(IoU=float('nan')), dict(IoU=1.), False),
+    (dict(loss=0.), dict(loss=0.), True),
+])
+def test_metrics_agree_within_rounding(gated: dict[str, float],
+                                       pruned: dict[str, float],
+                                       agree: bool) -> None:
+    if agree:
+        assert check_metrics(gated, pruned) is None
+        return
+    with pytest.raises(RuntimeError, match='expected equal metrics'):
+        check_metrics(gated, pruned)

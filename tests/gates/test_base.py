@@ -1,0 +1,125 @@
+"""Any gate method drives the same pruner."""
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdp_mmseg.gates import METHODS
+from gdp_mmseg.gates.base import CostFunction, GateMethod
+from gdp_mmseg.gates.layers import gate_
+from gdp_mmseg.pruner.pruner import Pruner
+from gdp_mmseg.pruner.settings import Settings, Target
+from gdp_mmseg.surgery.prune import prune
+from gdp_mmseg.surgery.verify import largest_difference
+
+from helpers.toys import TOYS
+
+
+class HardGates(GateMethod):
+    """Gates that are open or closed, least gradient first, noisy in training.
+    """
+
+    def __init__(self, num_gates: int, **_: object) -> None:
+        super().__init__(num_gates)
+        self.register_buffer('seen', torch.zeros(num_gates))
+        self.settled = 0
+
+    def factors(self, gates: Tensor) -> Tensor:
+        values = self.theta[gates]
+        if self.training and not self.settled:
+            return values * (1 + 0.1 * torch.rand(len(gates)))
+        return values
+
+    def openness(self) -> Tensor:
+        return self.theta.masked_fill(self.is_closed(), 0)
+
+    def worth(self) -> Tensor:
+        return self.seen
+
+    @torch.no_grad()
+    def observe_(self) -> bool:
+        assert self.theta.grad is not None
+        self.seen.add_(self.theta.grad.abs())
+        return True
+
+    @torch.no_grad()
+    def step_(self,
+              cost: CostFunction,
+              budget: float,
+              lr: float,
+              channel_weight: float = 0.5,
+              protected: Tensor | None = None,
+              scarcity: Tensor | float = 1.) -> None:
+        free = ~self.is_closed()
+        if protected is not None:
+            free &= ~protected
+        for gate in self.seen.masked_fill(~free, torch.inf).argsort():
+            if float(cost(self.openness())) <= budget or not free[gate]:
+                break
+            self.close_(torch.arange(len(self.theta)) == gate)
+
+    def settle_(self) -> None:
+        self.settled += 1
+
+
+@pytest.fixture()
+def hard(monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings that name a method which this file adds to the known ones."""
+    monkeypatch.setitem(METHODS, 'hard', HardGates)
+    return Settings(Target(0.5), gate='hard', phases=(0.1, 0.6, 0.3))
+
+
+def test_a_method_from_outside_prunes_to_the_target(hard: Settings) -> None:
+    net, analysis = TOYS['residual'].analyse()
+    pruner = Pruner(analysis, hard)
+    pruner.hooked = True
+    gated, inputs = TOYS['residual'].build(), TOYS['residual'].inputs()
+    gated.load_state_dict(net.state_dict())
+    gate_(gated, analysis, pruner.gates)
+    steps = 20
+    for step in range(steps):
+        gated.train()
+        pruner.train()
+        pruner.gates.theta.grad = None
+        gated(inputs).square().sum().backward()
+        assert pruner.step_(step / steps, steps)
+    assert isinstance(pruner.gates, HardGates) and pruner.gates.settled == 1
+    assert float(pruner.cost(pruner.channels())) == pytest.approx(0.5, abs=0.1)
+
+    gated.eval()
+    pruner.eval()
+    dense = TOYS['residual'].build()
+    dense.load_state_dict(gated.state_dict())
+    pruned, _ = prune(dense.eval(), analysis, pruner.gates.decided())
+    with torch.no_grad():
+        assert largest_difference([pruned(inputs)], [gated(inputs)]) < 1e-5
+
+
+def test_an_unknown_method_is_an_error_that_names_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"gdp.gate: .*\['gdp'.*but got 'x'"):
+        Settings(Target(0.5), gate='x')
+
+
+@pytest.mark.parametrize('change, key', [
+    (dict(phases=(0.5, 0.2, 0.1)), 'gdp.phases'),
+    (dict(epsilon=(0.1, 0.2)), 'gdp.epsilon'),
+    (dict(gate_travel=-1.), 'gdp.gate_travel'),
+    (dict(close_below=2.), 'gdp.close_below'),
+    (dict(min_keep_ratio=1.), 'gdp.min_keep_ratio'),
+    (dict(ignore=['head']), 'gdp.ignore'),
+])
+def test_settings_made_in_python_are_checked_too(change: dict,
+                                                 key: str) -> None:
+    right = Settings(Target(0.5))
+    with pytest.raises(ValueError, match=f'{key}: expected .* but got'):
+        dataclasses.replace(right, **change)
+
+
+def test_a_target_made_in_python_is_checked_too() -> None:
+    with pytest.raises(ValueError, match='gdp.target: expected .* but got 40'):
+        Target(40)
+    with pytest.raises(ValueError, match='gdp.target.type: .* but got'):
+        Target(0.4, 'flop')
