@@ -360,7 +360,7 @@ def test_exported_config_is_analysed_as_the_model_that_it_is(
     for group in analysis.groups:
         kept, = [
             one.kept for one in exported.report.groups
-            if group.writers[0] in one['writers']
+            if group.writers[0] in one.writers
         ]
         assert len(group.gates) == kept
 
