@@ -1,19 +1,20 @@
 """GDP and its alternatives at the same cost, training time, data and seeds.
 
-Each run is one training of as many iterations, with a folder for its log and
-``result.json``. A run whose row is there or in the report is not run again, so
-that a report can be completed elsewhere:
+Each run is one training with a folder of its own for log and ``result.json``;
+all runs have the same number of iterations. A run is skipped if its row exists
+there or in the report, so a report can be completed on another machine:
 
     python benchmarks/accuracy.py camvid --data-root .../camvid \
         --weights .../resnet18.pth --iterations 800 \
         --report docs/reports/accuracy_camvid_800.json
 
-The alternatives prune at the iteration at which the gates begin to, and train
-on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first.
+The alternatives prune at the iteration at which the gates begin to close, and
+train on for the rest (see ``one_shot.py``); ``narrow`` prunes before the first
+iteration.
 
-All start from one dense training (the run ``start``) and prune what it has
-learnt; but ``narrow`` starts from the pretrained backbone, and trains as long
-as both together.
+All runs start from one dense training (the run ``start``) and prune it, except
+``narrow``: that run starts from the pretrained backbone and trains as long as
+the start and another run together.
 """
 from __future__ import annotations
 
@@ -45,23 +46,23 @@ from gdp_mmseg.report.record import last_miou
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
-# If asked for: not every target can be met in the head alone, nor with what
-# one threshold leaves of every layer.
-ALSO = ('l1_head', 'slimming_global')
-# Of the gates: a trained network needs no long warm-up, the pruned one needs
-# its time.
+# Only on request: not every target can be met in the head alone, nor with one
+# threshold that must leave channels in every layer.
+OPTIONAL = ('l1_head', 'slimming_global')
+# Phases of the gates: a trained network needs no long warm-up, the pruned one
+# needs time to settle.
 PHASES = (0.1, 0.2, 0.7)
-# And with one more setting each.
+# Variants of GDP, each with one more setting.
 GDP: dict[str, dict[str, Any]] = dict(
     gdp={},
-    gdp_floor=dict(min_keep_ratio=0.1),
+    gdp_min_keep=dict(min_keep_ratio=0.1),
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
-    gdp_plain={})  # gains do not rise as a group shrinks
+    gdp_plain={})  # Pruner._scarcity is patched away
 ITERATIONS = 1600
-# Of the dense training that all runs start from.
+# Length of the dense training that all runs start from, in iterations.
 START = 3000
 START_RUN = 'start-1.0-0'
-# Of all parameters, whatever the start's were.
+# Learning rate of all parameters after the start.
 LR_AFTER_START = 2e-4
 TITLE = dict(
     camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',
@@ -79,33 +80,35 @@ TEST = dict(
 
 
 def parse_args() -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('data', choices=TITLE)
     parser.add_argument('--data-root', type=Path, required=True)
     parser.add_argument(
-        '--weights', type=Path, required=True, help='of the backbone')
+        '--weights', type=Path, required=True, help='file of the backbone')
     parser.add_argument(
         '--work-dir', type=Path, default=Path('work_dirs/accuracy'))
     parser.add_argument(
         '--methods',
         nargs='+',
         default=USUAL,
-        choices=list(dict.fromkeys([*USUAL, *ALSO, *GDP])))
+        choices=list(dict.fromkeys([*USUAL, *OPTIONAL, *GDP])))
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--iterations', type=int, default=ITERATIONS)
-    parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
     parser.add_argument(
-        '--report', type=Path, required=True, help='rows of all runs')
+        '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
-        '--one', help=argparse.SUPPRESS)  # in this process: a run's name
+        '--report', type=Path, required=True, help='file for all rows')
+    parser.add_argument(
+        '--one', help=argparse.SUPPRESS)  # name of a run for this process
     return parser.parse_args()
 
 
 def plan(args: argparse.Namespace) -> Iterator[str]:
-    """Names of the runs: ``method-target-seed``, all of a seed first."""
+    """Yield the names of the runs, ``method-target-seed``, seed by seed."""
     for seed, target, method in itertools.product(args.seeds, args.targets,
                                                   args.methods):
         if method != 'dense':
@@ -115,20 +118,20 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
 
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
-    """Of one run; the start is that of runs of all lengths."""
+    """Return the folder of a run; runs of all lengths share the start."""
     length = START if name == START_RUN else args.iterations
     folder: Path = args.work_dir / f'{args.data}-{length}' / name
     return folder
 
 
 def start_checkpoint(args: argparse.Namespace) -> Path:
-    """Of the dense training that all runs start from."""
+    """Return the checkpoint that all runs start from."""
     return folder_of(args, START_RUN) / f'training/iter_{START}.pth'
 
 
 def config_of(args: argparse.Namespace, method: str, target: float,
               seed: int) -> Config:
-    """The training of one run."""
+    """Return the config of one run's training."""
     cfg = Config.fromfile(HERE / f'configs/{args.data}.py')
     root = str(args.data_root.resolve())
     train = cfg.train_dataloader.dataset
@@ -158,9 +161,9 @@ def config_of(args: argparse.Namespace, method: str, target: float,
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
-    """Train, prune and evaluate one run; its row.
+    """Train, prune and evaluate one run; return its row.
 
-    Its ``miou`` is None if its method cannot meet its target.
+    ``miou`` of the row is None if the method cannot meet the target.
     """
     method, target, seed = name.split('-')
     cfg = config_of(args, method, float(target), int(seed))
@@ -169,7 +172,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     init_default_scope('mmseg')
     start = time.time()
     runner = Runner.from_cfg(cfg)
-    # A quarter less time on CPUs, the same sums.
+    # The same sums in a quarter less time on CPUs.
     runner.model.to(memory_format=torch.channels_last)
     shape = (1, 3, *cfg.crop_size)
     dense_macs = count_macs(runner.model, shape)
@@ -210,7 +213,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
             miou=report['miou_pruned'],
             miou_gated=report['miou_gated'],
             max_rel_diff=report['max_rel_diff'],
-            undecided=float(((g > 0.01) & (g < 0.5)).float().mean()),
+            half_open=float(((g > 0.01) & (g < 0.5)).float().mean()),
             groups=report['groups'])
     dense_params = count_parameters(Runner.build_model(runner, cfg.model))
     return dict(
@@ -220,7 +223,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
 
 
 def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
-    """One run in a process of its own, into its log."""
+    """Start one run in a process of its own that writes a log."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / 'log.txt', 'w') as log:
         return subprocess.Popen(
@@ -230,7 +233,7 @@ def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
 
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
-    """What all runs of a report share."""
+    """Return the conditions that all runs of a report share."""
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
     try:
@@ -249,7 +252,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
-        f'(of the start {lr_of_start(args)}), polynomial decay',
+        f'(start: {lr_of_start(args)}), polynomial decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
@@ -258,21 +261,20 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def lr_of_start(args: argparse.Namespace) -> str:
-    """In words; with the backbone's, if that has one of its own."""
+    """Return the learning rate of the start as text, and its backbone's."""
     wrapper = config_of(args, 'start', 1., 0).optim_wrapper
     lr = wrapper.optimizer.lr
     keys = wrapper.get('paramwise_cfg', {}).get('custom_keys', {})
     if 'backbone' not in keys:
         return f'{lr:g}'
-    return f'{lr:g}, its backbone {lr * keys.backbone.lr_mult:g}'
+    return f'{lr:g}, backbone {lr * keys.backbone.lr_mult:g}'
 
 
 def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
-    """Rows of an earlier report by the names of their runs.
+    """Return the rows of an earlier report by the names of their runs.
 
     Raises:
-        SystemExit: If that report is of other conditions, as far as it names
-            them.
+        SystemExit: If that report was made under other conditions.
     """
     if not report.exists():
         return {}
@@ -286,10 +288,12 @@ def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
 
 
 def name_of(row: dict[str, Any]) -> str:
+    """Return the name of the run of a row."""
     return f'{row["method"]}-{row["target"]}-{row["seed"]}'
 
 
 def main() -> None:
+    """Run all that is missing, and write the report after each run."""
     args = parse_args()
     if args.one:
         folder = folder_of(args, args.one)
@@ -309,7 +313,7 @@ def main() -> None:
     if not start_checkpoint(args).exists():
         folder = folder_of(args, START_RUN)
         if run_apart(START_RUN, folder).wait():
-            sys.exit('expected the start to be trained, but it failed; read '
+            sys.exit('expected the dense start to train, but it failed; read '
                      f'{folder / "log.txt"}')
     collect()
     waiting = [name for name in plan(args) if name not in rows]

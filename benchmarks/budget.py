@@ -1,8 +1,8 @@
-"""Asked against got: is the budget met, on several models and schedules?
+"""Target and FLOPs reached, on several models and lengths of training.
 
 Trains small models with gates for each target and number of iterations, and
-writes a report, after each run, that ``benchmarks/results.py`` turns into a
-table. Runs that are done are not run again.
+writes a report after each run. ``benchmarks/results.py`` makes a table of it.
+Finished runs are not repeated.
 
     OMP_NUM_THREADS=1 python benchmarks/budget.py \
         --report docs/reports/budget.json
@@ -14,12 +14,13 @@ from pathlib import Path
 
 from gdp_mmseg.files import write_json
 
-from small_models import MODELS, Run, conditions, floor_of, train_once
+from small_models import MODELS, Run, conditions, least_flops, train_once
 
 TARGETS = [0.2, 0.3, 0.4, 0.5, 0.7]
 
 
 def main() -> None:
+    """Train all runs that the gates can serve, and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path, required=True)
@@ -33,13 +34,14 @@ def main() -> None:
         '--long-targets',
         nargs='+',
         type=float,
-        help='of all but the first number of iterations (default: all)')
+        help='targets of all but the first number of iterations (default: '
+        'all targets)')
     parser.add_argument('--seed', type=int, default=0)
     args = parser.parse_args()
-    floors = {name: floor_of(name) for name in args.models}
+    least = {name: least_flops(name) for name in args.models}
     report = dict(
-        title='The budget: asked against got',
-        floors=floors,
+        title='Budget: target and FLOPs reached',
+        least_flops=least,
         targets=sorted(args.targets),
         runs=[],
         **conditions())
@@ -48,7 +50,7 @@ def main() -> None:
         for target in (args.targets
                        if first else args.long_targets or args.targets):
             for name in args.models:
-                if target > floors[name]:
+                if target > least[name]:
                     run = Run(name, target, iterations, args.seed)
                     report['runs'].append(train_once(run, args.work_dir))
                     write_json(args.report, report)

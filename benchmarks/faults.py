@@ -1,34 +1,29 @@
-"""Kill trainings and exports at random points: is anything lost, or wrong?
+"""Trainings and exports killed at random points, and what is left of them.
 
     OMP_NUM_THREADS=1 python benchmarks/faults.py \
         --report docs/reports/faults.json
 
 Each training and each export is a process of its own, and SIGKILL ends it. A
-killed training is resumed, and compared bit for bit with one that nothing
-interrupted. Writes the report and, from it, the figures in
-``docs/reliability.md``; a quarter of an hour on one core.
+killed training is resumed and compared bit for bit with an uninterrupted one.
+Writes the report and, from it, the figures in ``docs/reliability.md``. Takes a
+quarter of an hour on one core.
 """
 from __future__ import annotations
 
 import argparse
-import builtins
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 import platform
-import random
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
-import mmengine.hooks.checkpoint_hook
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -36,7 +31,6 @@ from mmengine.runner import Runner
 
 # Imported once, before the forks; the config names it.
 import gdp_mmseg.engine.hook  # noqa: F401
-import gdp_mmseg.files
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.export.export import export
 from gdp_mmseg.export.networks import load_exported
@@ -44,7 +38,8 @@ from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
 from gdp_mmseg.report.tables import table
 
-from results import put_between
+from kills import Kill, arm_, export_kills, run, training_kills
+from pages import put_between
 from small_models import PHASES, Run, config_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -59,40 +54,22 @@ FILES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Kill:
-    """When a process is killed.
-
-    Args:
-        when (str): ``'running'``, at any time; ``'saving'``, while it writes
-            a file; ``'pointing'``, while it writes ``last_checkpoint``;
-            ``'renamed'``, right after it renamed something.
-        count (int): Rows of ``gates.jsonl``, files written, or renamed,
-            before that.
-        share (float): Of the iteration, or of the file's bytes; of an export
-            that runs, of its time.
-    """
-    when: str
-    count: int
-    share: float
-
-
 class Losses(Hook):
-    """Writes the loss of each iteration."""
+    """Hook that records the loss of each iteration in ``losses.jsonl``."""
 
     def after_train_iter(self,
                          runner: Runner,
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: Any = None) -> None:
-        """Append a row."""
+        """Append the iteration and its loss."""
         with open(Path(runner.work_dir) / 'losses.jsonl', 'a') as file:
             row = [runner.iter + 1, float(outputs['loss'])]
             file.write(json.dumps(row) + '\n')
 
 
 def config(work_dir: Path, data: Path, resume: bool) -> Config:
-    """A training that draws random numbers wherever one can."""
+    """Return a training that uses every source of random numbers."""
     cfg = config_of(RUN, data)
     dataset = cfg.train_dataloader.dataset
     dataset.pipeline.insert(3, dict(type='PhotoMetricDistortion'))
@@ -125,8 +102,8 @@ def config(work_dir: Path, data: Path, resume: bool) -> Config:
 
 
 def train(work_dir: Path, data: Path, resume: bool, kill: Kill | None) -> None:
-    """What the process of a training does."""
-    arm(kill)
+    """Train in this process, which a kill may end."""
+    arm_(kill)
     runner = Runner.from_cfg(config(work_dir, data, resume))
     runner.register_hook(Losses())
     runner.train()
@@ -134,130 +111,35 @@ def train(work_dir: Path, data: Path, resume: bool, kill: Kill | None) -> None:
 
 def prune(work_dir: Path, data: Path, checkpoint: Path,
           kill: Kill | None) -> None:
-    """What the process of an export does."""
-    arm(kill)
+    """Export in this process, which a kill may end."""
+    arm_(kill)
     export(
         config(work_dir, data, False), str(checkpoint), work_dir / 'pair',
         NAME)
 
 
-def arm(kill: Kill | None) -> None:
-    """Let this process kill itself in the middle of writing."""
-    if kill is None or kill.when == 'running':
-        return
-    written = 0
-
-    class HalfFile:
-        """Writes a share of what it is given, and that is the last it does."""
-
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def __enter__(self) -> Any:
-            return self
-
-        def __exit__(self, *_: Any) -> None:
-            pass
-
-        def write(self, content: Any) -> None:
-            self.file.write(content[:int(len(content) * kill.share)])
-            self.file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def open_(path: Any, mode: str = 'r', **options: Any) -> Any:
-        nonlocal written
-        file = builtins.open(path, mode, **options)
-        written += 1
-        return HalfFile(file) if written > kill.count else file
-
-    def replace(*paths: Any) -> None:
-        nonlocal written
-        rename(*paths)
-        written += 1
-        if written > kill.count:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if kill.when == 'renamed':
-        rename, os.replace = os.replace, replace
-        return
-    module: Any = (
-        gdp_mmseg.files
-        if kill.when == 'saving' else mmengine.hooks.checkpoint_hook)
-    module.open = open_
-
-
-def run(work: Callable[[], None], log: Path, kill: Kill | None,
-        until: Callable[[Kill], bool]) -> int:
-    """Run something in a process and kill it.
-
-    Args:
-        work (Callable[[], None]): What it does.
-        log (Path): Gets what it prints.
-        kill (Kill, optional): When; if None, it runs to its end.
-        until (Callable[[Kill], bool]): Asked, while it runs, whether it is
-            time to kill it.
-
-    Returns:
-        int: Exit status, negative if a signal was the end.
-    """
-
-    def quietly() -> None:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(output, stream.fileno())
-        work()
-
-    # Forked, so that nothing is imported twice.
-    process = multiprocessing.get_context('fork').Process(target=quietly)
-    process.start()
-    while kill is not None and kill.when == 'running' and process.is_alive():
-        if until(kill):
-            process.kill()
-        time.sleep(1e-3)
-    process.join()
-    status = process.exitcode
-    if status is None or status > 0:
-        raise RuntimeError(f'a process ended with status {status}; see {log}')
-    return status
-
-
 def rows(work_dir: Path) -> int:
-    """How far a training got, by its record."""
+    """Return the number of rows of a training's record, its iterations."""
     path = work_dir / 'gates.jsonl'
     return path.read_bytes().count(b'\n') if path.exists() else 0
 
 
-def training_kills(number: int, seed: int) -> list[list[Kill]]:
-    """For each training when it is killed, one in three of them twice."""
-    draw = random.Random(seed)
-    kinds = ['running'] * 5 + ['saving'] * 3 + ['pointing']
-
-    def one(when: str) -> Kill:
-        last = (ITERATIONS if when == 'running' else ITERATIONS // SAVED_EVERY)
-        # Files are mended too, so that a resumed one may write fewer.
-        return Kill(when, draw.randrange(last - 1), draw.random())
-
-    return [[
-        one(kinds[(index + again) % len(kinds)])
-        for again in range(1 + (index % 3 == 0))
-    ] for index in range(number)]
-
-
 def killed_training(kills: list[Kill], straight: Path, folder: Path,
                     data: Path, step: float) -> dict[str, Any]:
-    """Train, be killed, resume to the end; compare.
+    """Train, kill, resume until the end, and compare.
 
     Args:
-        kills (list[Kill]): One for each process but the last.
-        straight (Path): Work folder of a training that was not interrupted.
-        folder (Path): Work folder of this one.
-        data (Path): Data set.
-        step (float): Seconds of an iteration.
+        kills (list[Kill]): Kills of the processes, one each; one more process
+            runs to the end.
+        straight (Path): Work folder of the uninterrupted training.
+        folder (Path): Work folder of this training.
+        data (Path): Folder of the data set.
+        step (float): Duration of an iteration in seconds.
     """
     folder.mkdir()
     reached: float = 0
 
-    def until(kill: Kill) -> bool:
+    def is_time(kill: Kill) -> bool:
         nonlocal reached
         if rows(folder) < kill.count:
             reached = time.monotonic()
@@ -270,7 +152,7 @@ def killed_training(kills: list[Kill], straight: Path, folder: Path,
         start = pointer.read_text() if pointer.exists() else None
         status = run(
             functools.partial(train, folder, data, index > 0, kill),
-            folder / 'log.txt', kill, until)
+            folder / 'log.txt', kill, is_time)
         if kill is not None:
             schedule = Schedule(PHASES)
             ends.append(
@@ -285,24 +167,17 @@ def killed_training(kills: list[Kill], straight: Path, folder: Path,
 
 
 def compare(straight: Path, folder: Path) -> dict[str, bool]:
-    """Bit for bit: what a training ended with."""
+    """Compare the ends of two trainings bit for bit, one result per item."""
     one, other = (
         torch.load(
             path / f'iter_{ITERATIONS}.pth',
             map_location='cpu',
             weights_only=False) for path in (straight, folder))
     gates = [key for key in one['state_dict'] if key.startswith('gdp.')]
-
-    def equal(first: Any, second: Any) -> bool:
-        if isinstance(first, dict):
-            return first.keys() == second.keys() and all(
-                equal(first[key], second[key]) for key in first)
-        if isinstance(first, (list, tuple)):
-            return len(first) == len(second) and all(map(equal, first, second))
-        if isinstance(first, torch.Tensor):
-            return torch.equal(first, second)
-        return bool(first == second)
-
+    checkpoints = [
+        sorted(path.name for path in place.glob('*.pth*'))
+        for place in (straight, folder)
+    ]
     return dict(
         gates=len(gates) > 0 and all(
             torch.equal(one['state_dict'][key], other['state_dict'][key])
@@ -315,30 +190,39 @@ def compare(straight: Path, folder: Path) -> dict[str, bool]:
         record=(straight /
                 'gates.jsonl').read_bytes() == (folder /
                                                 'gates.jsonl').read_bytes(),
-        nothing_else_left=sorted(path.name
-                                 for path in folder.glob('*.pth*')) == sorted(
-                                     path.name
-                                     for path in straight.glob('*.pth*')))
+        nothing_else_left=checkpoints[0] == checkpoints[1])
+
+
+def equal(first: Any, second: Any) -> bool:
+    """Compare nested dicts and sequences with tensors in them."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(
+            equal(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)):
+        return len(first) == len(second) and all(map(equal, first, second))
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    return bool(first == second)
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Of each iteration, as the last process that came to it had it."""
+    """Return the loss of each iteration, as the last process had it."""
     lines = (folder / 'losses.jsonl').read_text().splitlines()
     return dict(map(json.loads, lines))
 
 
 def killed_export(kill: Kill, folder: Path, data: Path, checkpoint: Path,
                   seconds: float) -> dict[str, Any]:
-    """Export, be killed, look at what is there.
+    """Export, kill, and look at what is left.
 
-    If it ends before its time has come, it is done again, and killed sooner.
+    An export that ends before its kill is repeated with an earlier kill.
 
     Args:
-        kill (Kill): When.
-        folder (Path): Where to export to ``pair``.
-        data (Path): Data set.
-        checkpoint (Path): What is exported.
-        seconds (float): How long an export takes.
+        kill (Kill): Moment of the kill.
+        folder (Path): Folder that gets the export as ``pair``.
+        data (Path): Folder of the data set.
+        checkpoint (Path): Gated checkpoint.
+        seconds (float): Duration of an export.
     """
     start = time.monotonic()
     status = run(
@@ -361,91 +245,90 @@ def killed_export(kill: Kill, folder: Path, data: Path, checkpoint: Path,
 
 
 def is_complete(out_dir: Path) -> bool:
-    """Whether a folder is a whole result, which loads and is verified."""
+    """Tell whether a folder is a whole export, which loads and is verified."""
     if {path.name for path in out_dir.iterdir()} != FILES:
         return False
     report = json.loads((out_dir / 'report.json').read_text())
-    # Both raise where they find something wrong.
+    # Both raise an error for damaged files.
     load_exported(out_dir, NAME)
     _, meta = read_checkpoint(str(out_dir / f'{NAME}_pruned.pth'))
     return 'sha256' in meta and report['max_rel_diff'] <= 1e-4
 
 
-def export_kills(number: int, seed: int) -> list[Kill]:
-    """Half of them at any time, the others when files come to be."""
-    draw = random.Random(seed)
-    kinds = ['running', 'saving', 'running', 'renamed']
-    # Checkpoint and report are written; these and the folder are renamed.
-    return [
-        Kill(when, draw.randrange(3 if when == 'renamed' else 2),
-             draw.random())
-        for when in (kinds[index % len(kinds)] for index in range(number))
-    ]
-
-
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Everything that the report holds."""
+    """Return the measured part of the report."""
     data, straight = folder / 'data', folder / 'straight'
     straight.mkdir()
     start = time.monotonic()
     run(
         functools.partial(train, straight, data, False, None),
-        straight / 'log.txt', None, lambda _: False)
-    # An iteration, or more; a kill may come in any part of it.
+        straight / 'log.txt')
+    # At least the duration of an iteration: a kill may hit any part of it.
     step = (time.monotonic() - start) / ITERATIONS
     trainings = []
     if args.only == 'exports':
         trainings = json.loads(args.report.read_text())['trainings']
     for index, kills in enumerate(
-            training_kills(0 if trainings else args.kills, args.seed)):
+            training_kills(0 if trainings else args.kills, args.seed,
+                           ITERATIONS, SAVED_EVERY)):
         trainings.append(
             killed_training(kills, straight, folder / f'training{index}', data,
                             step))
         print(json.dumps(trainings[-1]), flush=True)
     checkpoint = straight / f'iter_{ITERATIONS}.pth'
-    place = folder / 'exports'
+    return dict(
+        trainings=trainings,
+        **measure_exports(args, folder / 'exports', data, checkpoint))
+
+
+def measure_exports(args: argparse.Namespace, place: Path, data: Path,
+                    checkpoint: Path) -> dict[str, Any]:
+    """Return the part of the report about exports, made in ``place``."""
     place.mkdir()
 
     def whole() -> float:
         start = time.monotonic()
         run(
             functools.partial(prune, place, data, checkpoint, None),
-            place / 'log.txt', None, lambda _: False)
+            place / 'log.txt')
         return time.monotonic() - start
 
     seconds = whole()
-    assert_complete(place)
+    remove_complete(place)
     exports = []
     for kill in export_kills(args.kills, args.seed):
         exports.append(killed_export(kill, place, data, checkpoint, seconds))
         print(json.dumps(exports[-1]), flush=True)
     whole()
-    assert_complete(place)
+    remove_complete(place)
     return dict(
-        trainings=trainings,
         exports=exports,
         left_by_killed_exports=len(list(place.glob('.*'))),
         export_seconds=seconds)
 
 
-def assert_complete(place: Path) -> None:
-    """An export that was not killed is complete; make room for the next."""
+def remove_complete(place: Path) -> None:
+    """Remove the export that nothing interrupted.
+
+    Raises:
+        RuntimeError: If it is not complete.
+    """
     if not is_complete(place / 'pair'):
         raise RuntimeError(f'expected a complete export in {place}')
     shutil.rmtree(place / 'pair')
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for a reader."""
+    """Return the section of the page."""
     trainings, exports = report['trainings'], report['exports']
     checks = [key for key in trainings[0] if key != 'ends']
     ends = [end for one in trainings for end in one['ends'] if end['killed']]
     right = sum(all(one[key] for key in checks) for one in trainings)
     kept = sum(one['left'] != 'half a result' for one in exports)
-    cells = [['', 'warm-up', 'pruning', 'settling']]
-    for when, what in (('running', 'at any time of an iteration'),
-                       ('saving', 'while writing a checkpoint'),
-                       ('pointing', 'while writing `last_checkpoint`')):
+    cells = [['moment of the kill', 'warm-up', 'pruning', 'settling']]
+    for when, what in (('running', 'any time of an iteration'),
+                       ('saving', 'writing a checkpoint'),
+                       ('pointing', 'writing `last_checkpoint`')):
         phases = Counter(end['phase'] for end in ends if end['when'] == when)
         cells.append([
             what, *(str(phases[phase])
@@ -453,36 +336,39 @@ def markdown(report: dict[str, Any]) -> str:
         ])
     lefts = Counter(one['left'] for one in exports)
     return '\n'.join([
-        f'{right} of {len(trainings)} killed trainings end as the one that '
-        'nothing interrupted, bit for bit: gates, weights, optimizer, random '
-        'numbers, the loss of every iteration, `gates.jsonl`. Kills, '
-        f'{len(ends)} in all, by phase:', '',
+        f'{right} of {len(trainings)} killed trainings end, after a resume, '
+        'bit for bit like the uninterrupted training: gates, weights, '
+        'optimizer, random numbers, the loss of every iteration and '
+        f'`gates.jsonl` are equal. The {len(ends)} kills by phase:', '',
         table(cells), '',
         f'{kept} of {len(exports)} killed exports leave nothing '
         f'({lefts["nothing"]}) or a complete result ({lefts["complete"]}) '
-        'that loads, with the right checksum: killed at any time, while '
-        'writing a file, or right after renaming one. After the last, '
-        'one that was not killed left '
-        f'{report["left_by_killed_exports"]} temporary folders of all the '
-        'others.', '',
+        'that loads and has the right checksum. They were killed at any time, '
+        'while they wrote a file, or right after they renamed one. The next '
+        'export that was not killed removed their temporary folders; '
+        f'{report["left_by_killed_exports"]} were left.', '',
         f'{report["model"]}, {report["iterations"]} iterations of batch '
         f'{report["batch_size"]} with dropout, random flips and colours, a '
-        f'checkpoint every {SAVED_EVERY} (`max_keep_ckpts=1`), validation '
-        f'every {2 * SAVED_EVERY}; SIGKILL, seed {report["seed"]}. '
-        f'{report["machine"]}, torch {report["torch"]}. Report: '
-        '`reports/faults.json`, by `python benchmarks/faults.py --report '
-        'docs/reports/faults.json`.'
+        f'checkpoint every {SAVED_EVERY} iterations (`max_keep_ckpts=1`), '
+        f'validation every {2 * SAVED_EVERY}; SIGKILL, seed '
+        f'{report["seed"]}. {report["machine"]}, torch {report["torch"]}. '
+        'Report: `reports/faults.json`, by `python benchmarks/faults.py '
+        '--report docs/reports/faults.json`.'
     ])
 
 
 def main() -> None:
+    """Measure, write the report and, from it, the section of the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path, required=True)
-    parser.add_argument('--kills', type=int, default=25, help='of each kind')
+    parser.add_argument(
+        '--kills', type=int, default=25, help='number of kills of each kind')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument(
-        '--only', choices=['exports'], help='keep the rest of the report')
+        '--only',
+        choices=['exports'],
+        help='part to measure again; the rest of the report is kept')
     args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,11 +1,11 @@
-"""The alternatives: channels removed at one point of a training, by rank.
+"""One-shot pruning: channels removed at one point of a training, by rank.
 
-With Torch-Pruning (https://github.com/VainF/Torch-Pruning), at the same ratio
-in every layer, down to the same multiply-adds. ``l1_head`` leaves all but the
-decode head whole, as one would who knows where the multiply-adds are.
-``slimming_global`` has one threshold for all layers, as Network Slimming has
-in its paper (ICCV 2017, section 3); a layer that would lose all, and what is
-sliced with it, the library leaves whole.
+Torch-Pruning (https://github.com/VainF/Torch-Pruning) removes the same ratio
+of every layer, down to the same multiply-adds. ``l1_head`` prunes only the
+decode head, which has most of the multiply-adds. ``slimming_global`` has one
+threshold for all layers, like the paper of Network Slimming (ICCV 2017,
+section 3); a layer that would lose all its channels is kept whole by the
+library, together with the layers that are sliced with it.
 """
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from gdp_mmseg.engine.model import train as training_forward
+from gdp_mmseg.engine.model import training_forward
 from gdp_mmseg.report.measure import count_macs
 
 
 @dataclass(frozen=True)
 class Method:
-    """How an alternative chooses its channels.
+    """Criterion by which an alternative chooses channels.
 
     Args:
-        importance (Callable[[], Any]): Makes the library's ranking.
-        only (str): The modules whose names begin so lose channels of their
-            own; all by default.
-        at_once (bool): Whether all channels are ranked at once, not those of
-            each layer.
-        sparsity (float): Weight of ``|gamma|`` in the loss until it prunes.
+        importance (Callable[[], Any]): Constructor of the library's ranking.
+        only (str): Beginning of the names of the modules that may lose
+            channels of their own. Defaults to all modules.
+        at_once (bool): True to rank the channels of all layers together,
+            False to rank those of each layer.
+        sparsity (float): Weight of ``|gamma|`` in the loss until the pruning.
     """
 
     importance: Callable[[], Any]
@@ -56,23 +56,27 @@ METHODS = dict(
         partial(tp.importance.BNScaleImportance, normalizer=None),
         at_once=True,
         sparsity=_SPARSITY))
-# Share of the channels that can go: of a layer, or of all if ranked at once.
-MOST = 0.95
+# Largest share of the channels that may go, of a layer or of all layers. With
+# fewer left, a network is not worth a comparison.
+MAX_RATIO = 0.95
 
 
 class OutOfReach(ValueError):
-    """No ratio of a method meets the target."""
+    """Error of a method that cannot meet the target at any ratio."""
 
 
 class PruneOnce(Hook):
-    """Prunes at one iteration; before, Network Slimming's penalty if asked.
+    """Hook that prunes at one iteration.
+
+    Until then it adds the penalty of Network Slimming, if the method has one.
 
     Args:
         name (str): A key of ``METHODS``.
         target (float): Share of the dense multiply-adds.
-        iteration (int): Before which it prunes.
-        shape (tuple[int, ...]): ``(N, C, H, W)`` at which is counted.
-        seed (int): Of random ranks.
+        iteration (int): Iteration before which the model is pruned.
+        shape (tuple[int, ...]): Input size ``(N, C, H, W)`` of the count of
+            multiply-adds.
+        seed (int): Seed of random ranks.
     """
 
     priority = 'VERY_HIGH'
@@ -91,9 +95,9 @@ class PruneOnce(Hook):
         """Add the penalty's gradient before each step until the pruning.
 
         Raises:
-            OutOfReach: If no ratio meets the target now.
+            OutOfReach: If no ratio meets the target.
         """
-        # Only to fail early: what slimming ranks by still changes.
+        # Only to fail early: the scales that slimming ranks by still change.
         self._ratio(runner.model)
         sparsity = self.method.sparsity
         if not sparsity:
@@ -132,13 +136,13 @@ class PruneOnce(Hook):
                                'are removed')
 
     def _ratio(self, model: nn.Module) -> float:
-        """A ratio that meets the target, close to the least, by bisection.
+        """Return nearly the least ratio that meets the target, by bisection.
 
         Raises:
-            OutOfReach: If none does.
+            OutOfReach: If no ratio meets it.
         """
         budget = self.target * count_macs(model, self.shape)
-        low, high = 0., MOST
+        low, high = 0., MAX_RATIO
         with torch.random.fork_rng():
             for _ in range(8):
                 middle = (low + high) / 2
@@ -148,31 +152,33 @@ class PruneOnce(Hook):
                     low = middle
                 else:
                     high = middle
-        if high == MOST:
+        if high == MAX_RATIO:
             raise OutOfReach(f'{self.name}: expected a target that is met '
-                             f'with less than {MOST:.0%} of the channels '
+                             f'with less than {MAX_RATIO:.0%} of the channels '
                              f'removed, but got {self.target}; choose another '
                              'target or method')
         return high
 
 
 class WithinLayers:
-    """Ranks channels among those that the same convolution writes.
+    """Ranking of channels among those that the same convolution writes.
 
-    The library ranks all channels of a group at once. Where a depthwise
-    convolution reads a concatenation, they are of several convolutions, with
-    kernels of other sizes: by their norm, all of one went, which the library
-    then refuses, and prunes nothing of the group.
+    The library ranks all channels of a group together. If a depthwise
+    convolution reads a concatenation, a group has channels of several
+    convolutions with kernels of different sizes. A ranking by their norm would
+    remove all channels of one convolution; the library refuses that and then
+    prunes nothing of the group.
 
     Args:
-        importance (Callable[[Any], Tensor | None]): The library's, of a group.
+        importance (Callable[[Any], Tensor | None]): The library's ranking of
+            a group.
     """
 
     def __init__(self, importance: Callable[[Any], Tensor | None]) -> None:
         self.importance = importance
 
     def __call__(self, group: Any) -> Tensor | None:
-        """Share ``(C,)`` of a convolution's channels that are worth less."""
+        """Return the share ``(C,)`` of a convolution's channels worth less."""
         worth = self.importance(group)
         if worth is None:
             return None
@@ -194,7 +200,7 @@ def prune_(model: nn.Module, method: Method, ratio: float,
     torch.manual_seed(seed)
     training = {name: one.training for name, one in model.named_modules()}
     model.eval()
-    spared = [
+    ignored = [
         module for name, module in model.named_modules()
         if name.endswith('conv_seg')
         or isinstance(module, nn.Conv2d) and not name.startswith(method.only)
@@ -206,7 +212,7 @@ def prune_(model: nn.Module, method: Method, ratio: float,
         importance if method.at_once else WithinLayers(importance),
         global_pruning=method.at_once,
         pruning_ratio=ratio,
-        ignored_layers=spared,
+        ignored_layers=ignored,
         forward_fn=_forward).step()
     for name, module in model.named_modules():
         module.training = training[name]
@@ -214,5 +220,5 @@ def prune_(model: nn.Module, method: Method, ratio: float,
 
 
 def _forward(model: nn.Module, inputs: Tensor) -> Any:
-    """With the auxiliary head, or it would not be sliced."""
+    """Run a model with its auxiliary head, so that the head is sliced too."""
     return training_forward(model, inputs)

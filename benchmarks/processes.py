@@ -1,8 +1,9 @@
-"""A gated training in two processes, against one with the batches of both.
+"""Gated training in two processes, compared with one process.
 
-Runs ``tools/dist_train.sh`` and ``tools/train.py`` on CPUs, exports what the
-two processes trained, and writes a report and its section of
-``docs/reliability.md``; a minute on two cores.
+The one process trains on the batches of both. Runs ``tools/dist_train.sh`` and
+``tools/train.py`` on CPUs, exports the checkpoint of the two processes, and
+writes a report and its section of ``docs/reliability.md``. Takes a minute on
+two cores.
 
     python benchmarks/processes.py --report docs/reports/processes.json
 """
@@ -30,7 +31,7 @@ from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 
-from results import put_between
+from pages import put_between
 from small_models import ROOT, Run, config_of
 
 RUN = Run('DeepLabV3Plus-ResNet18', target=0.4, iterations=60)
@@ -39,36 +40,37 @@ PAGE = ROOT / 'docs' / 'reliability.md'
 
 @HOOKS.register_module()
 class ThetaRecorder(Hook):
-    """Leaves theta after each iteration in the work folder, of each process.
-    """
+    """Hook that records theta of each process after each iteration."""
 
-    # After the hook that moves them.
+    # Runs after the hook that moves the gates.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
         self.theta: list[Tensor] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Note theta."""
+        """Record theta."""
         theta = find_pruner(runner.model).gates.theta
-        # A copy: the gates' step moves it in place.
+        # The step of the gates changes theta in place, so a copy is needed.
         self.theta.append(theta.detach().cpu().clone())
 
     def after_train(self, runner: Runner) -> None:
-        """Write what was noted."""
+        """Write the recorded thetas ``(T, G)`` into the work folder."""
         torch.save(
             torch.stack(self.theta),
             theta_file(Path(runner.work_dir), get_rank()))
 
 
 def theta_file(work_dir: Path, rank: int) -> Path:
+    """Return the file of the thetas that a process recorded."""
     return work_dir / f'theta{rank}.pth'
 
 
 def exact_config(folder: Path) -> Config:
-    """A training whose mean over two batches is that over one of both.
+    """Return a training in which two batches equal one batch of both.
 
-    Norms in eval mode or none, nothing drawn: no dropout, no flips.
+    The loss of both is the mean of the two only with norms in eval mode or no
+    norms, and without random draws: no dropout, no flips.
     """
     cfg = config_of(RUN, folder / 'data')
     cfg.model.backbone.update(norm_cfg=dict(type='BN'), norm_eval=True)
@@ -86,7 +88,10 @@ def exact_config(folder: Path) -> Config:
 
 
 def run(command: list[Any]) -> None:
-    """Run one of our tools, with this folder on the path; its failure is ours.
+    """Run one of our tools with this folder on its path.
+
+    Raises:
+        subprocess.CalledProcessError: If the tool fails.
     """
     paths = [str(ROOT), str(Path(__file__).parent)]
     programs = Path(sys.executable).parent
@@ -100,11 +105,11 @@ def run(command: list[Any]) -> None:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Train both ways, export, and compare."""
+    """Train in two processes and in one, export, and compare."""
     path = folder / 'config.py'
     cfg = exact_config(folder)
     cfg.dump(path)
-    # Is here already, in this process.
+    # The hook is registered in this process already.
     for key in ('custom_imports', 'custom_hooks'):
         cfg.pop(key)
     batch = cfg.train_dataloader.batch_size
@@ -141,29 +146,32 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The section of the page."""
+    """Return the section of the page."""
     steps = report['iterations']
     return (
         f'Two processes by `tools/dist_train.sh`: theta of all '
         f'{report["gates"]} gates is equal in both, bit for bit, after '
-        f'{report["equal_in_both"]} of {steps} iterations. Against one '
-        f'process with batches twice as large, the same gates are closed '
-        f'after {report["same_closed_as_alone"]} of {steps}, '
-        f'{report["closed"]} at the end, and theta is '
-        f'{report["theta_apart"]:.0e} apart at most. The export of their '
-        f'checkpoint keeps {report["flops"]:.3f} of the FLOPs, asked for '
-        f'{report["target"]}; gated and pruned outputs differ by '
-        f'{report["max_rel_diff"]:.0e} of the largest on '
+        f'{report["equal_in_both"]} of {steps} iterations. A single process '
+        f'with batches twice as large has the same gates closed after '
+        f'{report["same_closed_as_alone"]} of {steps} iterations, '
+        f'{report["closed"]} gates at the end; its theta differs by '
+        f'{report["theta_apart"]:.0e} at most. The export of the two '
+        f'processes\' checkpoint keeps {report["flops"]:.3f} of the FLOPs '
+        f'(target {report["target"]}); the outputs of the gated and the '
+        f'pruned network differ by {report["max_rel_diff"]:.0e} of the '
+        f'largest output on '
         f'{report["compared_on"]}.\n\n'
         f'{report["model"]}, {steps} iterations of batch '
-        f'{report["batch_size"]} in each process, norms in eval mode or none, '
-        'no dropout, no flips, because only then are two batches and one of '
-        f'both the same sums. {report["machine"]}, torch {report["torch"]}. '
+        f'{report["batch_size"]} in each process, with norms in eval mode or '
+        'none, no dropout and no flips: only then do two batches and one '
+        'batch of both give the same sums. '
+        f'{report["machine"]}, torch {report["torch"]}. '
         'Report: `reports/processes.json`, by `python benchmarks/processes.py '
         '--report docs/reports/processes.json`.')
 
 
 def main() -> None:
+    """Measure, write the report and, from it, the section of the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path, required=True)

@@ -1,8 +1,8 @@
 """Small models of several kinds, and gated trainings of them on drawn data.
 
-What the benchmarks of the budget share. Each training is a real one:
-mmengine's runner, ``GDPModel`` and ``GDPHook``, on images of 64 x 64 of
-``tools/make_demo_data.py``; a minute or less on one core.
+Several benchmarks use them. Each training is a complete one: mmengine's
+runner, ``GDPModel`` and ``GDPHook``, on images of 64 x 64 pixels of
+``tools/make_demo_data.py``. A training takes a minute or less on one core.
 """
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ import mmseg
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from gdp_mmseg.analysis.liveness import kept_channels
-from gdp_mmseg.cost.counts import FlopCost
-from gdp_mmseg.engine.model import analyse_config, find_pruner
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.settings import Settings
 
@@ -47,7 +46,7 @@ _BRANCHES = [8, 16, 32, 64]
 
 
 def _stage(branches: int) -> dict[str, Any]:
-    """One module of an HRNet, a block in each branch."""
+    """Return a stage of an HRNet: one module, one block in each branch."""
     return dict(
         num_modules=1,
         num_branches=branches,
@@ -56,7 +55,7 @@ def _stage(branches: int) -> dict[str, Any]:
         num_channels=tuple(_BRANCHES[:branches]) if branches > 1 else (16, ))
 
 
-# Config of the installed mmseg, and what makes it small.
+# Config of the installed mmseg, and the changes that make the model small.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'DeepLabV3Plus-ResNet18':
     ('deeplabv3plus_r50-d8.py',
@@ -118,14 +117,14 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A gated training of a small model.
+    """Settings of a gated training of a small model.
 
     Args:
         model (str): A key of :data:`MODELS`.
         target (float): Share of the multiply-adds to keep.
-        iterations (int): Its length.
-        seed (int): Of the weights and the order of the images.
-        loss_weight (float): Multiplies the task's loss.
+        iterations (int): Length of the training.
+        seed (int): Seed of the weights and of the order of the images.
+        loss_weight (float): Factor of the task's loss.
     """
     model: str
     target: float
@@ -135,14 +134,14 @@ class Run:
 
 
 class Watch(Hook):
-    """What the gates were after each iteration."""
+    """Hook that records cost, budget and loss of each iteration."""
 
-    # After the hook that moves them.
+    # Runs after the hook that moves the gates.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
         self.flops: list[float] = []
-        self.over: list[float] = []
+        self.excess: list[float] = []
         self.losses: list[float] = []
         self.end: dict[str, float] = {}
 
@@ -151,42 +150,46 @@ class Watch(Hook):
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: dict[str, Any] | None = None) -> None:
-        """Note the share of FLOPs that a pruned model would have."""
+        """Record the share of FLOPs that a pruned model would have."""
         pruner = find_pruner(runner.model)
         progress = runner.iter / runner.max_iters
         with torch.no_grad():
             openness = pruner.gates.openness()
             self.flops.append(float(pruner.cost(pruner.channels())))
             if pruner.schedule.phase_at(progress) == 'pruning':
-                self.over.append(
+                self.excess.append(
                     pruner.held_cost(progress) - pruner.budget(progress))
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
-            undecided=float(
+            half_open=float(
                 ((openness > 0.01) & (openness < 0.5)).float().mean()),
             multiplier=float(pruner.gates.multiplier))
 
 
-def train_once(run: Run, folder: Path, way: str = 'ours') -> dict[str, Any]:
-    """:func:`train`, unless the folder holds its result.
+def train_once(run: Run,
+               folder: Path,
+               controller: str = 'exact solve') -> dict[str, Any]:
+    """Return the result of :func:`train`, from the folder if it is there.
 
     Args:
-        run (Run): What to train.
-        folder (Path): Of data and results.
-        way (str): Sets it apart from other trainings of the same run.
+        run (Run): Settings of the training.
+        folder (Path): Folder of data and results.
+        controller (str): Name of the controller of the multiplier, which
+            distinguishes trainings of the same run.
     """
-    name = '_'.join([way, *(str(value) for value in dataclasses.astuple(run))])
+    name = '_'.join(
+        [controller, *(str(value) for value in dataclasses.astuple(run))])
     path = folder / 'runs' / f'{name}.json'
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, dict(train(run, folder), way=way))
+        write_json(path, dict(train(run, folder), controller=controller))
         print(path.read_text().replace('\n', ''), flush=True)
     result: dict[str, Any] = json.loads(path.read_text())
     return result
 
 
 def conditions() -> dict[str, Any]:
-    """What all these trainings share, for a report."""
+    """Return the conditions that all trainings share, for a report."""
     return dict(
         data=f'{IMAGES} drawn images of {SIDE} x {SIDE}, '
         f'{len(CLASSES) - 1} classes and background',
@@ -199,28 +202,29 @@ def conditions() -> dict[str, Any]:
         torch=torch.__version__)
 
 
-def floor_of(name: str) -> float:
-    """Share of the multiply-adds of a model that no gate can save."""
-    analysis = analyse_config(_model(name))
-    none = kept_channels(analysis, torch.zeros(analysis.num_gates)).float()
-    return float(FlopCost(analysis)(none))
+def least_flops(name: str) -> float:
+    """Return the share of a model's FLOPs that stays if all gates close."""
+    pruner = find_pruner(
+        MMENGINE_MODELS.build(gated_model(Run(name, 0.99, 1))))
+    pruner.gates.close_(torch.ones(len(pruner.gates.theta), dtype=torch.bool))
+    return float(pruner.cost(pruner.channels()))
 
 
 def train(run: Run, folder: Path) -> dict[str, Any]:
-    """Train, and say how the share of FLOPs came down.
+    """Train and measure how the share of FLOPs falls.
 
     Args:
-        run (Run): What to train.
-        folder (Path): Holds ``data``, which is drawn if it is not there.
+        run (Run): Settings of the training.
+        folder (Path): Folder that holds ``data``, or gets it.
 
     Returns:
-        dict[str, Any]: ``flops_pruned``, the share at the end of the pruning
-        phase, and ``flops``, at the end of the training: of the multiply-adds
-        of whole channels. ``jump``, the most that one iteration took away;
-        ``undecided``, the share of gates of openness in (0.01, 0.5) at the
-        end; ``behind`` and ``ahead``, the most that the cost was above and
-        below the budget of the moment in the pruning phase; ``loss``, the
-        mean of the last tenth; and the ``run``.
+        dict[str, Any]: ``flops_pruned`` and ``flops``, the share of FLOPs of
+        the open channels at the end of the pruning phase and of the training;
+        ``largest_step``, the largest share that one iteration removed;
+        ``half_open``, the share of gates with an openness in (0.01, 0.5) at
+        the end; ``above_budget`` and ``below_budget``, the largest distances
+        of the held cost from the budget in the pruning phase; ``loss``, the
+        mean of the last tenth of the training; and the ``run``.
     """
     watch = Watch()
     start = time.perf_counter()
@@ -231,15 +235,15 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         runner.register_hook(watch)
         runner.train()
     flops = torch.tensor(watch.flops)
-    # Of the iterations 0, 1, ..., the first of the settling phase.
+    # Number of the first iteration of the settling phase, counted from 0.
     settled = math.ceil((PHASES[0] + PHASES[1]) * run.iterations - 1e-6)
     return dict(
         run=dataclasses.asdict(run),
         flops_pruned=float(flops[settled - 1]),
         flops=float(flops[-1]),
-        jump=float((flops[:-1] - flops[1:]).max()),
-        behind=max(watch.over),
-        ahead=-min(watch.over),
+        largest_step=float((flops[:-1] - flops[1:]).max()),
+        above_budget=max(watch.excess),
+        below_budget=-min(watch.excess),
         loss=statistics.mean(watch.losses[-run.iterations // 10:]) /
         run.loss_weight,
         seconds=time.perf_counter() - start,
@@ -247,7 +251,7 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
 
 
 def _model(name: str) -> dict[str, Any]:
-    """The model of a config, without gates."""
+    """Return the config of a small model without gates."""
     path, changes = MODELS[name]
     cfg = Config.fromfile(THEIRS / path)
     init_default_scope('mmseg')
@@ -261,7 +265,7 @@ def _model(name: str) -> dict[str, Any]:
 
 
 def _heads(model: dict[str, Any]) -> list[dict[str, Any]]:
-    """All heads of a model's config."""
+    """Return all heads of a model's config."""
     auxiliary = model.get('auxiliary_head') or []
     return [
         model['decode_head'],
@@ -269,9 +273,8 @@ def _heads(model: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def config_of(run: Run, data: Path) -> Config:
-    """The whole config of a training; draws ``data`` if it is not there."""
-    make_demo_data(data, train=IMAGES, val=1, size=SIDE, seed=0)
+def gated_model(run: Run) -> dict[str, Any]:
+    """Return the config of the model of a run, with gates."""
     model = _model(run.model)
     for head in _heads(model):
         head['loss_decode']['loss_weight'] *= run.loss_weight
@@ -279,6 +282,12 @@ def config_of(run: Run, data: Path) -> Config:
         base=model['type'],
         type='gdp_mmseg.GDPModel',
         gdp=dict(target=run.target, phases=PHASES))
+    return model
+
+
+def config_of(run: Run, data: Path) -> Config:
+    """Return the config of a training; draw ``data`` if it is missing."""
+    make_demo_data(data, train=IMAGES, val=1, size=SIDE, seed=0)
     dataset = dict(
         type='BaseSegDataset',
         data_root=str(data),
@@ -298,7 +307,7 @@ def config_of(run: Run, data: Path) -> Config:
         dict(
             default_scope='mmseg',
             experiment_name=uuid.uuid4().hex,
-            model=model,
+            model=gated_model(run),
             train_dataloader=dict(
                 batch_size=BATCH,
                 num_workers=0,

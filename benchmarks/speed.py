@@ -1,10 +1,10 @@
-"""Speed and memory of the tools, on DeepLabV3Plus-ResNet50.
+"""Speed and memory of training, analysis and export on DeepLabV3Plus-R50.
 
     python benchmarks/speed.py --report docs/reports/speed.json
 
-Writes the report and, from it, ``docs/speed.md``. Ratios are of one process,
-in which the two alternate, and so does which is first; peak memory is of a
-fresh process for each.
+Writes the report and, from it, ``docs/speed.md``. A ratio is measured in one
+process in which dense and gated steps alternate, and take turns in being the
+first. Peak memory is that of a fresh process for each network.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gdp_mmseg.report.tables import table
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
 
-# What is measured, its key in the report, our goal, the unit of both.
+# Quantity, its key in the report, our goal, the unit of both.
 ROWS = (
     ('build and group analysis at 512 x 512, one core', 'analysis_s', 5, ' s'),
     ('gated / dense training step, time', 'step_ratio', 1.03, ''),
@@ -46,7 +46,7 @@ ROWS = (
 
 
 def build(gated: bool) -> nn.Module:
-    """The network of the VOC config, with batch norms for one process."""
+    """Build the network of the VOC config with norms for one process."""
     cfg = load()
     model = copy.deepcopy(cfg.model)
     if gated:
@@ -56,7 +56,7 @@ def build(gated: bool) -> nn.Module:
 
 
 def load() -> Config:
-    """The VOC config without pretrained weights, and without SyncBN."""
+    """Return the VOC config without pretrained weights and SyncBN."""
     cfg = Config.fromfile(CONFIG)
     init_default_scope(cfg.default_scope)
     cfg.model.pretrained = None
@@ -67,7 +67,7 @@ def load() -> Config:
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
          size: int, iteration: int) -> float:
-    """Seconds of one training step; the gates' own step is part of it."""
+    """Return the seconds of one training step, including the gates' step."""
     inputs = torch.randn(batch, 3, size, size)
     start = time.perf_counter()
     optimizer.zero_grad()
@@ -79,7 +79,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     sum(output.square().mean() for output in outputs).backward()
     pruner: Any = getattr(model, 'gdp', None)
     if pruner is not None:
-        # In the pruning phase, where it does the most.
+        # The step does most work in the pruning phase.
         begin = pruner.schedule.phases[0] + 0.1
         pruner.step_(begin + 1e-4 * iteration, 20000)
     optimizer.step()
@@ -87,12 +87,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """mmseg's own for this config."""
+    """Return the optimizer that mmseg uses for this config."""
     return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
 
 def step_ratio(batch: int, size: int, rounds: int) -> list[float]:
-    """Gated over dense step time, round by round."""
+    """Return the time of a gated over that of a dense step, by round."""
     models = [build(gated) for gated in (False, True)]
     optimizers = [optimizer_of(model) for model in models]
     ratios = []
@@ -106,7 +106,7 @@ def step_ratio(batch: int, size: int, rounds: int) -> list[float]:
 
 
 def peak_memory(gated: bool, batch: int, size: int) -> int:
-    """Kilobytes at the peak of two training steps in this process."""
+    """Return the peak memory of two steps in this process, in kilobytes."""
     model = build(gated)
     optimizer = optimizer_of(model)
     for index in range(2):
@@ -115,7 +115,7 @@ def peak_memory(gated: bool, batch: int, size: int) -> int:
 
 
 def peak_of_fresh_process(gated: bool, batch: int, size: int) -> int:
-    """:func:`peak_memory` of a process of its own."""
+    """Return :func:`peak_memory` of a process of its own."""
     return int(
         subprocess.run([
             sys.executable, '-W', 'ignore', __file__, '--peak',
@@ -129,7 +129,7 @@ def peak_of_fresh_process(gated: bool, batch: int, size: int) -> int:
 
 
 def export_seconds() -> float:
-    """An export without evaluation, from an untrained gated network."""
+    """Return the seconds of an export of an untrained gated network."""
     cfg = load()
     model: Any = build(True)
     gates = model.gdp.gates
@@ -150,7 +150,7 @@ def export_seconds() -> float:
 
 
 def analysis_seconds() -> float:
-    """The analysis of the VOC config on one core."""
+    """Return the seconds of an analysis of the VOC config on one core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     cfg = load()
@@ -161,8 +161,8 @@ def analysis_seconds() -> float:
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """The report for a reader."""
-    rows = [['DeepLabV3Plus-ResNet50', 'measured', 'our goal']]
+    """Return the page of a report."""
+    rows = [['DeepLabV3Plus-ResNet50', 'measured', 'goal']]
     for name, key, goal, unit in ROWS:
         missed = ', missed' if report[key] > goal else ''
         rows.append([
@@ -173,17 +173,17 @@ def markdown(report: dict[str, Any]) -> str:
         'Generated by `python benchmarks/speed.py --report '
         f'docs/reports/speed.json --rounds {len(report["step_ratios"])}`.', '',
         table(rows), '',
-        f'Steps: batch {report["batch"]} of {report["size"]} x '
-        f'{report["size"]}, float32, no data to load, gates in the pruning '
-        'phase; '
-        f'{len(report["step_ratios"])} alternating pairs in one process, '
-        f'median (all: '
+        f'Training steps: batch {report["batch"]} of {report["size"]} x '
+        f'{report["size"]}, float32, without loading of data, gates in the '
+        f'pruning phase; median of {len(report["step_ratios"])} alternating '
+        f'pairs in one process (all: '
         f'{", ".join(f"{ratio:.3f}" for ratio in report["step_ratios"])}). '
         f'{report["machine"]}, torch {report["torch"]}.', ''
     ])
 
 
 def main() -> None:
+    """Measure, write the report and, from it, the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path)
@@ -197,7 +197,7 @@ def main() -> None:
         return
     if args.report is None:
         parser.error('the following arguments are required: --report')
-    # First: on Linux, a process starts with the peak of the one it is from.
+    # Measured first: on Linux, a process starts with the peak of its parent.
     dense, gated = (
         peak_of_fresh_process(one, args.batch, args.size)
         for one in (False, True))

@@ -61,14 +61,13 @@ def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
         miou=miou,
         macs=target,
         miou_gated=miou,
-        undecided=0.001,
+        half_open=0.001,
         start_miou=None if method == 'start' else 50.)
 
 
 def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import results
-    monkeypatch.setattr(results, 'RESULTS', tmp_path / 'results.md')
     report = dict(
         data='voc',
         weights='none',
@@ -101,10 +100,10 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     assert 'Dense: 62.00 ± 2.83 (2)' in text
     assert 'GDP at 0.4 is 2.00 below dense; the' in text
     assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
-    assert ('(none): 50.00; that of `l1-0.25-0` was trained another time: '
+    assert ('(none): 50.00; `l1-0.25-0` started from a second training of it: '
             '51.00.') in text
     assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
-    results.plot_accuracy(report)
+    results.plot_accuracy(report, tmp_path)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
 
 

@@ -1,0 +1,266 @@
+"""Tables and plots of benchmarks/accuracy.py, for docs/results.md."""
+from __future__ import annotations
+
+import math
+import statistics
+from pathlib import Path
+from typing import Any, Iterable, Sequence
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+
+from gdp_mmseg.report.tables import table
+
+from budget_report import phases
+
+Report = dict[str, Any]
+
+# Target of the README's table.
+README_TARGET = 0.4
+LABELS = dict(
+    gdp='GDP',
+    narrow='narrower network, from the beginning',
+    random='random channels',
+    l1='L1 norm',
+    l1_head='L1 norm, decode head only',
+    slimming='Network Slimming, same share of each layer',
+    slimming_global='Network Slimming, one threshold for all',
+    gdp_min_keep='GDP, min_keep_ratio 0.1',
+    gdp_slow='GDP, pruning for 0.6, settling for 0.3',
+    gdp_plain='GDP, gains independent of the group size')
+# The ten dark colours of the map first, then their light neighbours.
+COLOURS = [
+    colormaps['tab20'](2 * index % 20 + index // 10)
+    for index in range(len(LABELS))
+]
+# Explanations of some methods, printed where one of them ran.
+NOTES = (
+    (('narrow', ),
+     'The narrower network does not start from the dense one, but from the '
+     'backbone; it loses channels at random, and trains for {total} '
+     'iterations with the learning rates of the start.'),
+    (('slimming', 'slimming_global'),
+     'Network Slimming adds 1e-4 |gamma| to the loss until it prunes, here '
+     'for {begin} iterations, in which a scale hardly moves: it is a ranking '
+     'by |gamma|. Its authors train with the penalty from the first '
+     'iteration.'),
+    (('slimming_global', ),
+     'With one threshold for all, Torch-Pruning keeps a layer whole that '
+     'would lose all its channels.'))
+
+
+def accuracy(report: Report) -> list[str]:
+    """Return the mean and the spread of the mIoU, by method and target."""
+    rows = report['rows']
+    targets = sorted({row['target'] for row in rows if row['target'] < 1})
+    cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
+    ran = {row['method'] for row in rows}
+    for method in filter(ran.__contains__, LABELS):
+        cells.append([
+            LABELS[method],
+            *(_cell(report, method, target) for target in targets)
+        ])
+    return [
+        f'Dense: {mean_and_spread(values_of(report, "dense", 1.))}. The dense '
+        'network and all rows start from one dense network, trained for '
+        f'{report["start"]} iterations from a pretrained backbone '
+        f'({report["weights"]}): {_starts(rows)}.', '',
+        table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
+        *_training(report, ran), *_below_dense(report, targets),
+        *_pruning(report),
+        f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
+        f'- Command: `python benchmarks/accuracy.py {report["data"]} '
+        f'--iterations {report["iterations"]} --methods '
+        f'{" ".join(sorted(ran - {"start"}))} --targets '
+        f'{" ".join(map(str, targets))} --data-root DATA --weights BACKBONE '
+        f'--report REPORT`; SHA-256 of BACKBONE: '
+        f'{report["weights_sha256"][:16]}.'
+    ]
+
+
+def _training(report: Report, ran: set[str]) -> list[str]:
+    """Return list items about the training and the alternatives."""
+    total = report['start'] + report['iterations']
+    begin = round(report['phases'][0] * report['iterations'])
+    notes = ''.join(f' {note.format(total=total, begin=begin)}'
+                    for methods, note in NOTES if ran.intersection(methods))
+    return [
+        '- Mean and standard deviation over seeds, with the number of seeds '
+        f'in brackets. All rows: {report["iterations"]} iterations of batch '
+        f'{report["batch_size"]}, crop {report["crop"][0]} x '
+        f'{report["crop"][1]}, {report["optimizer"]}; {report["precision"]}; '
+        'the same data order and evaluation. Seeds change the training after '
+        'the start.',
+        '- The alternatives remove the same share of channels of every '
+        f'layer, by rank within it (Torch-Pruning {report["torch_pruning"]}), '
+        'unless their row says otherwise. They do so at the iteration at '
+        f'which the gates begin to close ({report["phases"][0]:.0%}), and '
+        'train on. Out of reach: more than 95% of the channels would have to '
+        f'go.{notes}'
+    ]
+
+
+def _pruning(report: Report) -> list[str]:
+    """Return list items about the settings and the results of GDP."""
+    rows = [row for row in report['rows'] if row['miou'] is not None]
+    gdp = [row for row in rows if row['method'].startswith('gdp')]
+    others = [
+        row for row in rows if row['method'] in LABELS and row not in gdp
+    ]
+    apart = max(abs(row['miou'] - row['miou_gated']) for row in gdp)
+    return [
+        '- The phases of GDP, whose first is also the time at which the '
+        'alternatives prune, and the learning rate of all rows were chosen on '
+        'these images; no other setting of the alternatives was. Their '
+        'optimizer starts anew when they prune.',
+        f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
+        f'- FLOPs reached minus target: GDP {_off_target(gdp)} points'
+        f'{f", the alternatives {_off_target(others)}" if others else ""}.',
+        f'- GDP: the mIoU before and after the export differs by {apart:.2f} '
+        'at most; gates with an openness between 0.01 and 0.5 at the end: '
+        f'{max(row["half_open"] for row in gdp):.2%} at most.'
+    ]
+
+
+def _below_dense(report: Report, targets: Iterable[float]) -> list[str]:
+    """Return list items about the distance of GDP from dense, where known."""
+    dense = values_of(report, 'dense', 1.)
+    lines = []
+    for target in targets:
+        gdp = values_of(report, 'gdp', target)
+        if min(len(dense), len(gdp)) > 1:
+            below = statistics.mean(dense) - statistics.mean(gdp)
+            spread = math.hypot(statistics.stdev(dense), statistics.stdev(gdp))
+            lines.append(
+                f'- GDP at {target:g} is {below:.2f} below dense; the '
+                'standard deviation of such a difference of two runs is '
+                f'{spread:.2f}.')
+    return lines
+
+
+def _starts(rows: list[Report]) -> str:
+    """Return the mIoU of the networks that rows start from.
+
+    The usual start comes first. Runs on another machine had one of their own.
+    """
+    names: dict[float, list[str]] = {}
+    for row in rows:
+        name = f'`{row["method"]}-{row["target"]}-{row["seed"]}`'
+        if row['start_miou'] and row['miou'] is not None:
+            names.setdefault(row['start_miou'], []).append(name)
+    usual, *others = sorted(names, key=lambda miou: -len(names[miou]))
+    return f'{usual:.2f}' + ''.join(
+        f'; {", ".join(names[miou])} started from a second training of it: '
+        f'{miou:.2f}' for miou in others)
+
+
+def _cell(report: Report, method: str, target: float) -> str:
+    """Return a cell of the table of :func:`accuracy`."""
+    if any(row['method'] == method and row['target'] == target
+           and row['miou'] is None for row in report['rows']):
+        return 'out of reach'
+    return mean_and_spread(values_of(report, method, target))
+
+
+def values_of(report: Report,
+              method: str,
+              target: float,
+              key: str = 'miou') -> list[float]:
+    """Return a value of the rows of all seeds that met the target."""
+    return [
+        row[key] for row in report['rows'] if row['method'] == method
+        and row['target'] == target and row['miou'] is not None
+    ]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Return ``mean +- standard deviation (number)``."""
+    if not values:
+        return '-'
+    mean, deviation = _mean_and_deviation(values)
+    spread = f' ± {deviation:.2f}' if len(values) > 1 else ''
+    return f'{mean:.2f}{spread} ({len(values)})'
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return mean and standard deviation; the latter is 0 for one value."""
+    return (statistics.mean(values),
+            statistics.stdev(values) if len(values) > 1 else 0.)
+
+
+def _off_target(rows: list[Report]) -> str:
+    """Return the range of the distances of FLOPs from the target, in points.
+    """
+    points = [100 * (row['macs'] - row['target']) for row in rows]
+    return f'{min(points):+.1f} to {max(points):+.1f}'
+
+
+def readme_table(reports: Iterable[Report]) -> str:
+    """Return the README's table: the longest runs of each data set."""
+    longest: dict[str, Report] = {}
+    for report in sorted(reports, key=lambda report: report['iterations']):
+        if values_of(report, 'dense', 1.) and values_of(
+                report, 'gdp', README_TARGET):
+            longest[report['data']] = report
+    cells = [[
+        'mIoU on real images', 'dense', f'GDP, {README_TARGET:g} of the FLOPs',
+        'best alternative'
+    ]]
+    for report in longest.values():
+        others = [(statistics.mean(values), mean_and_spread(values), label)
+                  for method, label in LABELS.items()
+                  if not method.startswith('gdp') and (
+                      values := values_of(report, method, README_TARGET))]
+        cells.append([
+            report['title'].partition(':')[0],
+            mean_and_spread(values_of(report, 'dense', 1.)),
+            mean_and_spread(values_of(report, 'gdp', README_TARGET)),
+            ', '.join(max(others)[1:]) if others else '-'
+        ])
+    return (f'{table(cells)}\n\nMean and standard deviation (number of '
+            'seeds); [all results](docs/results.md).')
+
+
+def plot_name(report: Report) -> str:
+    """Return the file name of a report's plot."""
+    return f'accuracy_{report["data"]}_{report["iterations"]}.png'
+
+
+def plot_accuracy(report: Report, folder: Path) -> None:
+    """Draw the mIoU over FLOPs with the spread over seeds; dense as a band."""
+    figure = Figure(figsize=(6, 4), layout='constrained')
+    axes = figure.subplots()
+    dense = values_of(report, 'dense', 1.)
+    if dense:
+        mean, deviation = _mean_and_deviation(dense)
+        axes.axhspan(mean - deviation, mean + deviation, color='k', alpha=0.1)
+        axes.axhline(
+            mean, color='k', linestyle='--', linewidth=1, label='dense')
+    for index, (method, name) in enumerate(LABELS.items()):
+        targets = sorted({
+            row['target']
+            for row in report['rows']
+            if row['method'] == method and row['miou'] is not None
+        })
+        if not targets:
+            continue
+        means, deviations = zip(
+            *(_mean_and_deviation(values_of(report, method, target))
+              for target in targets))
+        axes.errorbar(
+            [
+                statistics.mean(values_of(report, method, target, 'macs'))
+                for target in targets
+            ],
+            means,
+            deviations,
+            label=name,
+            color=COLOURS[index],  # a method has one colour in all plots
+            marker='o',
+            linewidth=3 if method == 'gdp' else 1,
+            capsize=3)
+    axes.set(
+        xlabel='share of the dense multiply-adds', ylabel='mIoU', xlim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize='small')
+    figure.savefig(folder / plot_name(report), dpi=120)

@@ -1,0 +1,144 @@
+"""Tables of how well trainings meet their budget, for docs/results.md."""
+from __future__ import annotations
+
+from typing import Any, Iterable
+
+from gdp_mmseg.report.tables import table
+
+Report = dict[str, Any]
+
+# Largest accepted distance of the final FLOPs from the target.
+POINT = 0.01
+
+
+def budget(report: Report) -> list[str]:
+    """Return the target and the FLOPs reached, by model and iterations."""
+    runs, targets = report['runs'], report['targets']
+    rows = [[
+        'model, iterations', *(f'target {target}' for target in targets),
+        'largest error (points)', 'half-open gates', 'largest step (points)'
+    ]]
+    for iterations in sorted({one['run']['iterations'] for one in runs}):
+        for model, least in report['least_flops'].items():
+            by_target = {
+                one['run']['target']: one
+                for one in runs if one['run']['model'] == model
+                and one['run']['iterations'] == iterations
+            }
+            if by_target:
+                of_model = by_target.values()
+                rows.append([
+                    f'{model}, {iterations}',
+                    *(_reached(by_target.get(target), target, least)
+                      for target in targets),
+                    f'{100 * max(map(error_of, of_model)):.2f}',
+                    f'{max(one["half_open"] for one in of_model):.2%}',
+                    f'{100 * max(one["largest_step"] for one in of_model):.1f}'
+                ])
+    missed = sum(error_of(one) > POINT for one in runs)
+    return [
+        table(rows), '',
+        '- Cells: share of the dense FLOPs that the open channels have at the '
+        f'end of the training. {len(runs) - missed} of {len(runs)} runs are '
+        'within one point of the target, the others are marked *. "least": '
+        'the gates cannot save more, so the target is refused; "-": not run. '
+        f'{moved_while_settling(runs)}',
+        '- Half-open gates: share of the gates with an openness between 0.01 '
+        'and 0.5 at the end, the maximum of the row. Largest step: the '
+        'largest share of FLOPs that one iteration removed.',
+        *conditions(report)
+    ]
+
+
+def _reached(one: Report | None, target: float, least: float) -> str:
+    """Return a cell of the table of :func:`budget`."""
+    if one is None:
+        return f'least {least:.3f}' if target <= least else '-'
+    return f'{one["flops"]:.3f}' + (' *' if error_of(one) > POINT else '')
+
+
+def controllers(report: Report) -> list[str]:
+    """Return the FLOPs that several controllers reach, and their path."""
+    runs = report['runs']
+    targets = sorted({one['run']['target'] for one in runs})
+    rows = [[
+        'controller', *(f'target {target}' for target in targets),
+        'within a point', 'half-open gates', 'above budget', 'below budget',
+        'loss'
+    ]]
+    for weight in sorted({one['run']['loss_weight'] for one in runs}):
+        for name in dict.fromkeys(one['controller'] for one in runs):
+            chosen = [
+                one for one in runs if one['controller'] == name
+                and one['run']['loss_weight'] == weight
+            ]
+            if chosen:
+                label = name if weight == 1 else f'{name}, loss x {weight:g}'
+                rows.append([label, *_controller_cells(chosen, targets)])
+    models = dict.fromkeys(one['run']['model'] for one in runs)
+    lengths = sorted({one['run']['iterations'] for one in runs})
+    return [
+        table(rows), '',
+        '- Share of the dense FLOPs that the open channels have at the end of '
+        f'the training. {moved_while_settling(runs)} All rows have the same '
+        f'gate step, models ({", ".join(models)}), seeds, data order and '
+        f'schedules ({", ".join(map(str, lengths))} iterations); only the '
+        'multiplier differs. Loss x 10 is the same task with a loss in '
+        'another unit. Eleven pairs of proportional and integral gains were '
+        'tried in 200 iterations of DeepLabV3Plus-ResNet18; 3 and 0.02 was '
+        'the best.',
+        '- Above budget, below budget: the largest distance of the held cost '
+        'from the budget of the same iteration in the pruning phase, in '
+        'points. Half-open gates: share of the gates with an openness between '
+        '0.01 and 0.5 at the end, the maximum over the runs. Loss: mean of '
+        'the last tenth of the training and over the runs; the networks '
+        'differ in the FLOPs that they reached.', *conditions(report)
+    ]
+
+
+def _controller_cells(runs: list[Report], targets: list[float]) -> list[str]:
+    """Return the cells of one row of the table of :func:`controllers`."""
+    return [
+        *(_range_of(one for one in runs if one['run']['target'] == target)
+          for target in targets),
+        f'{sum(error_of(one) <= POINT for one in runs)} of {len(runs)}',
+        f'{max(one["half_open"] for one in runs):.2%}',
+        f'{100 * max(one["above_budget"] for one in runs):.1f}',
+        f'{100 * max(one["below_budget"] for one in runs):.1f}',
+        f'{sum(one["loss"] for one in runs) / len(runs):.3f}'
+    ]
+
+
+def _range_of(runs: Iterable[Report]) -> str:
+    """Return the least and the largest share of FLOPs of some runs."""
+    shares = sorted(f'{one["flops"]:.3f}' for one in runs)
+    return '-'.join(dict.fromkeys([shares[0], shares[-1]]))
+
+
+def moved_while_settling(runs: Iterable[Report]) -> str:
+    """Return a sentence about the change of FLOPs after the pruning phase."""
+    most = max(abs(one['flops'] - one['flops_pruned']) for one in runs)
+    return ('From the end of the pruning phase to the end of the training it '
+            f'changed by {100 * most:.2f} points at most.')
+
+
+def conditions(report: Report) -> list[str]:
+    """Return a list item about what all small trainings have in common."""
+    seeds = sorted({one['run']['seed'] for one in report['runs']})
+    size = ' x '.join(map(str, report['input_shape'][2:]))
+    return [
+        f'- Training: {report["data"]}; batch {report["batch_size"]}; '
+        f'{report["optimizer"]}; seeds {", ".join(map(str, seeds))}. FLOPs at '
+        f'{size}. Warm-up, pruning, settling: {phases(report)}. Models: '
+        'small ones of each kind (`benchmarks/small_models.py`).'
+    ]
+
+
+def phases(report: Report) -> str:
+    """Return the lengths of the phases of the gates as text."""
+    return f'{", ".join(map(str, report["phases"]))} of the training'
+
+
+def error_of(one: Report) -> float:
+    """Return the distance of a run's FLOPs from its target, a share."""
+    return abs(one['flops'] - one['run']['target'])
