@@ -1,7 +1,8 @@
-"""Runs a model and writes down what it says of its channels.
+"""Tracing of a model under a dispatch mode that follows its channels.
 
-Under a dispatch mode, which sees every ATen operator: what runs can be
-analysed. What each operator does to labels is in ``operators.py``.
+A dispatch mode sees every ATen operator, so every model that runs can be
+traced, whatever its Python code looks like. The rules that say what each
+operator does to labels are in ``operators.py``.
 """
 from __future__ import annotations
 
@@ -22,33 +23,35 @@ Forward = Callable[[nn.Module, Tensor], Any]
 
 
 class Tracer(TorchDispatchMode):
-    """Runs a model, with labels beside its activations.
+    """Dispatch mode that runs a model with labels beside its activations.
 
     Args:
-        model (nn.Module): On any device; parameters may have no data.
-        shared (Iterable[str]): Tensors that have several names; their
-            channels are frozen.
+        model (nn.Module): The model, on any device; its parameters may be on
+            the meta device.
+        shared (Iterable[str]): Names of tensors that have several names;
+            their channels are frozen.
 
     Attributes:
-        labels (Labels): What was found.
+        labels (Labels): The labels of all forward passes so far.
     """
 
     def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.labels = Labels(model, shared)
-        # So that no identity is used twice in a forward pass.
+        # Labels are kept by id(tensor). Python may give the id of a freed
+        # tensor to a new one, so all tensors of a pass are kept alive.
         self._alive: list[Tensor] = []
 
     def run(self, forward: Forward, inputs: Tensor,
             in_inference: bool) -> None:
-        """Trace one forward pass; its outputs are frozen.
+        """Trace one forward pass and freeze its outputs.
 
         Args:
-            forward (Forward): Called with the model and the inputs.
+            forward (Forward): Function of the model and the inputs.
             inputs (Tensor): ``(N, C, H, W)``, on the model's device.
-            counted (bool): Whether inference does this; else training does,
-                and modules that ask are told so.
+            in_inference (bool): Whether this is the forward of inference. If
+                not, the model is in training mode (see :func:`set_mode_`).
         """
         labels = self.labels
         labels.in_inference, labels.images = in_inference, len(inputs)
@@ -82,6 +85,7 @@ class Tracer(TorchDispatchMode):
         self._alive += [*tensors, *outputs]
         labels = self.labels
         labels.count_reads(tensors)
+        # An operator on tensors without labels concerns no channel.
         if any(map(labels.knows, tensors)):
             operation = Operation(function, args, kwargs or {}, tensors,
                                   outputs)
@@ -94,11 +98,12 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that run, the innermost last.
+    """Keep a list of the names of the running modules, innermost last.
 
     Args:
-        model (nn.Module): Gets hooks for that long.
-        running (list[str]): Changed as modules begin and end.
+        model (nn.Module): The model, which has hooks within this context.
+        running (list[str]): The list, changed in place as modules begin and
+            end.
     """
 
     def enter(name: str) -> Callable[..., None]:
@@ -122,12 +127,13 @@ def copy_model(
         model: nn.Module,
         replaced: Callable[[Tensor],
                            Tensor] = lambda tensor: tensor) -> nn.Module:
-    """A deep copy of a model with the same tensors, or others, in it.
+    """Deep-copy a model, but choose the tensors of the copy.
 
     Args:
-        model (nn.Module): Left as it is.
-        replaced (Callable[[Tensor], Tensor]): What the copy has in place of a
-            parameter or buffer.
+        model (nn.Module): The model, which stays unchanged.
+        replaced (Callable[[Tensor], Tensor]): Function from a parameter or
+            buffer to the tensor that the copy has in its place. By default
+            both models share their tensors.
     """
     memo: dict[int, Tensor] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -139,14 +145,21 @@ def copy_model(
 
 
 def set_mode_(model: nn.Module, training: bool) -> None:
-    """Training mode, but for norms, dropout and all that has no parts."""
+    """Set the mode of a model in place; modules without parts stay in eval.
+
+    In training mode, modules that ask ``self.training`` (e.g. to run an
+    auxiliary head) do what they do in training. Norms and dropout do not: a
+    norm would change its statistics, and random numbers would differ between
+    two networks that are compared.
+    """
     for module in model.modules():
         module.training = training and any(module.children())
 
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """PyTorch's attention as single operators, none of which hides layers."""
+    """Disable the fused attention of PyTorch, which hides its linear layers.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
