@@ -45,6 +45,8 @@ class Constant(nn.Module):
         channels = (
             inputs.new_empty(0)
             if self.bias is None else self.bias.to(inputs.dtype))
+        # The sizes are read as inputs.shape[i], never len(inputs): a trace
+        # records the former and fixes the latter to the traced batch.
         # Cloned, because a layer that follows may work in place.
         if self.windows is None:
             return channels.expand(*inputs.shape[:-1], -1).clone()
@@ -53,7 +55,7 @@ class Constant(nn.Module):
                 for length, (window, step,
                              around) in zip(inputs.shape[2:], self.windows)]
         return channels.reshape(-1, *(1 for _ in size)).expand(
-            len(inputs), -1, *size).clone()
+            inputs.shape[0], -1, *size).clone()
 
 
 def _total_padding(layer: _ConvNd) -> list[int]:

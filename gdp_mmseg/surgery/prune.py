@@ -53,7 +53,7 @@ def cut(model: nn.Module, analysis: Analysis,
     """Prune like :func:`prune`, but share unchanged tensors with the model.
     """
     keep = kept_channels(analysis, openness)
-    dense = model.state_dict()
+    dense = {name: tensor.detach() for name, tensor in _tensors(model).items()}
     state = dict(dense)
     for (name, axis), gates in analysis.gate_of_slot.items():
         kept = kept_slots(gates, keep)
@@ -66,21 +66,40 @@ def cut(model: nn.Module, analysis: Analysis,
     # Tensors that are replaced below need no data in the copy.
     empty = {
         id(tensor)
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in _tensors(model).items()
         if state[name] is not dense[name]
     }
     pruned = copy_model(
         model, lambda tensor: torch.empty_like(tensor, device='meta')
         if id(tensor) in empty else tensor)
     apply_widths_(pruned, widths)
-    pruned.load_state_dict(
-        {
-            name: state[name]
-            for name, tensor in pruned.state_dict().items() if tensor.is_meta
-        },
-        strict=False,
-        assign=True)
+    for name, tensor in _tensors(pruned).items():
+        if tensor.is_meta:
+            _assign_(pruned, name, state[name])
     return pruned, widths
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by each of their names.
+
+    A model's own code may rename or drop keys of its state dict, and check
+    versions that a plain dict has lost. The surgery works on the tensors
+    themselves, so that none of this concerns it.
+    """
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False))
+    }
+
+
+def _assign_(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the data of a parameter or buffer in place."""
+    owner, _, leaf = name.rpartition('.')
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, old.requires_grad)
+    setattr(module, leaf, tensor)
 
 
 def absorb_(state: dict[str, Tensor], analysis: Analysis, openness: Tensor,
