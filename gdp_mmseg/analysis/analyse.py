@@ -25,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .labels import Labels
-from .structure import Analysis, FrozenChannels, Group, Layer, LayerCall
+from .structure import Analysis, FrozenChannels, Group, Layer
 from .tracer import Forward, Tracer, copy_model
 
 
@@ -184,11 +184,10 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
             for key, gates in gate_axes.items() if bool((gates >= 0).any())
         },
         layers=_layers(labels, gate_axes) + tuple(
-            Layer(f'product in {product.module}', '', product.macs_per_pair, 1,
+            Layer(product.name, '', product.macs_per_pair, 1,
                   torch.full((product.inputs, ), -1),
                   torch.from_numpy(gate_of[classes[product.outputs.numpy()]]),
-                  False, product.in_inference, (LayerCall(
-                      (product.macs_per_pair, )), ))
+                  False, product.in_inference, (product.call, ))
             for product in labels.products),
         groups=tuple(groups),
         parameters=labels.parameters,
@@ -273,4 +272,12 @@ def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
         FrozenChannels(reason, _modules(sorted(keys)), len(indices))
         for reason, (indices, keys) in found.items()
     ]
+    # A layer with a computed kernel has no axis that could be frozen. It may
+    # run several times, but is listed once.
+    frozen += {
+        product.module:
+        FrozenChannels(product.reason, (product.module, ),
+                       len(product.outputs))
+        for product in labels.products if product.reason
+    }.values()
     return tuple(sorted(frozen, key=lambda row: -row.channels))

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .batch import BatchTracker
 from .structure import LayerCall
 
 
@@ -51,9 +52,10 @@ class KernelUse:
 
 @dataclasses.dataclass
 class ActivationProduct:
-    """A matrix product of two activations, as in attention.
+    """A product whose kernel is no parameter: attention, computed kernels.
 
     Args:
+        name (str): Kind of the product and module that ran it.
         module (str): Name of the module that ran the product.
         macs_per_pair (int): Multiply-adds per image and pair of a summed
             entry and an output channel.
@@ -62,12 +64,18 @@ class ActivationProduct:
         outputs (Tensor): Labels ``(C,)`` along the axis of the result that
             keeps the channels of one of the factors.
         in_inference (bool): Whether inference runs the product.
+        call (LayerCall): The call, for one image.
+        reason (str): The reason why the outputs of a layer with a computed
+            kernel are frozen; empty for a product of activations.
     """
+    name: str
     module: str
     macs_per_pair: int
     inputs: int
     outputs: Tensor
     in_inference: bool
+    call: LayerCall
+    reason: str = ''
 
 
 class Labels:
@@ -88,7 +96,8 @@ class Labels:
             tensors without any channel.
         calls (dict[str, KernelUse]): Calls of each kernel by the kernel's
             name, in order of the first call.
-        products (list[ActivationProduct]): Matrix products of activations.
+        products (list[ActivationProduct]): Products without a parameter as
+            their kernel.
         parameters (dict[str, tuple[int, ...]]): Name and shape of each
             parameter that inference reads.
         read_axes (set[tuple[str, int]]): Axes of kernels by which a layer
@@ -99,7 +108,7 @@ class Labels:
         kernels (dict[int, str]): Kernel name by the id of a tensor that is
             the transpose of this kernel.
         in_inference (bool): Whether the forward that runs now is inference.
-        images (int): Number of images in the batch that runs now.
+        batch (BatchTracker): Record of the tensors that grow with the batch.
     """
 
     def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
@@ -115,7 +124,7 @@ class Labels:
         self.modules: list[str] = []
         self.kernels: dict[int, str] = {}
         self.in_inference = True
-        self.images = 1
+        self.batch = BatchTracker()
         self.next_label = 1
         self._model = model
         self._names: dict[int, str] = {}

@@ -26,6 +26,15 @@ from .structure import LayerCall
 # Elementwise operators to which PyTorch gives no tag that says so.
 _POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
               'masked_fill_', 'native_dropout')
+# Attention kernels, of which PyTorch selects one by the device.
+_ATTENTION = ('_scaled_dot_product_flash_attention_for_cpu',
+              '_scaled_dot_product_flash_attention',
+              '_scaled_dot_product_efficient_attention',
+              '_scaled_dot_product_fused_attention_overrideable',
+              '_scaled_dot_product_cudnn_attention')
+# Operators that have a cost even where no channel of theirs has a label.
+PRODUCTS = frozenset(
+    (*_ATTENTION, 'convolution', 'addmm', 'mm', 'linear', 'bmm', 'baddbmm'))
 # Operators that read a shape but no value, so that no channel passes.
 _CREATIONS = ('zeros_like', 'ones_like', 'empty_like', 'full_like',
               'new_zeros', 'new_ones', 'new_empty', 'new_full')
@@ -51,9 +60,14 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Name without the overload, e.g. ``'add'``."""
-        name: str = self.function.overloadpacket.__name__
-        return name
+        """Name without the overload, e.g. ``'add'`` or ``'mylib::add'``.
+
+        Only PyTorch's own operators go by their bare name, so that no rule
+        is applied to an operator of another library that shares the name.
+        """
+        namespace, _, name = self.function.name().rpartition('::')
+        name = name.partition('.')[0]
+        return name if namespace == 'aten' else f'{namespace}::{name}'
 
     @property
     def source(self) -> Tensor | None:
@@ -97,6 +111,8 @@ def _source_rule(*names: str) -> Callable[[SourceRule], SourceRule]:
 def apply(labels: Labels, operation: Operation) -> bool:
     """Apply one operator to the labels; return False if no rule covers it."""
     name = operation.name
+    if '::' in name:
+        return False
     if name in _RULES:
         return _RULES[name](labels, operation)
     if torch.Tag.pointwise in operation.function.tags or name in _POINTWISE:
@@ -129,21 +145,30 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     kernel = labels.name_of(weight)
     known = labels.get(inputs)
     channels = None if known is None else vector(known, 1)
-    if kernel is None or (known is not None and channels is None):
-        return False
     output = operation.outputs[0]
     read = inputs.shape[1] // number  # channels that one output reads
     # A convolution multiplies once per output position and kernel entry, a
     # transposed one once per input position and kernel entry.
     moves = inputs if transposed else output
     macs_per_pair = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
-    macs_per_pair = macs_per_pair * len(inputs) // labels.images
+    macs_per_pair = macs_per_pair * len(inputs) // labels.batch.images
     calls = (_layer_call(labels, operation), )
+    # Blocks of a transposed convolution lie on both axes of its kernel, which
+    # no width describes, unless each is a single channel.
+    unknown = (known is not None
+               and channels is None) or (transposed and number > 1
+                                         and not read == weight.shape[1] == 1)
+    if kernel is None or unknown:
+        labels.products.append(
+            ActivationProduct(f'convolution in {labels.here()}', labels.here(),
+                              macs_per_pair, read,
+                              torch.zeros(output.shape[1], dtype=torch.long),
+                              labels.in_inference, calls[0],
+                              _fixed_reason(labels, operation, kernel)))
+        return False
     # Many small groups, as in a depthwise convolution: whole groups are
     # removed. Few large ones: each keeps the same number of channels.
     if number > read:
-        if transposed and not read == weight.shape[1] == 1:
-            return False
         written = labels.axis(kernel, 0, weight.shape[0])
         if channels is None:
             labels.freeze_labels(written, f'input of {labels.here()}')
@@ -154,8 +179,6 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
                          (len(written), len(written)), (0, 0), True,
                          labels.in_inference)
         return labels.write(kernel, call, written, bias, output, 1)
-    if transposed and number > 1:
-        return False
     axes = (0, 1) if transposed else (1, 0)
     written = labels.axis(kernel, axes[1], weight.shape[axes[1]])
     if number > 1:
@@ -170,14 +193,23 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     return labels.write(kernel, call, written, bias, output, 1)
 
 
+def _fixed_reason(labels: Labels, operation: Operation,
+                  kernel: str | None) -> str:
+    """Return the reason why a layer without gates is frozen."""
+    if kernel is None:
+        return f'computed kernel in {labels.here()}'
+    return f'{operation.name} in {labels.here()}'
+
+
 def _layer_call(labels: Labels, operation: Operation) -> LayerCall:
     """Describe a convolution so that it can be repeated."""
     inputs, weight = operation.args[:2]
-    return LayerCall((max(len(inputs) // labels.images, 1), *inputs.shape[2:]),
-                     tuple(weight.shape),
-                     tuple(
-                         tuple(option) if isinstance(option, list) else option
-                         for option in operation.args[3:9]))
+    return LayerCall(
+        (max(len(inputs) // labels.batch.images, 1), *inputs.shape[2:]),
+        tuple(weight.shape),
+        tuple(
+            tuple(option) if isinstance(option, list) else option
+            for option in operation.args[3:9]))
 
 
 @_rule('addmm', 'mm', 'linear')
@@ -188,14 +220,18 @@ def _linear(labels: Labels, operation: Operation) -> bool:
     else:
         *bias, inputs, weight = operation.args[:3]
         kernel = labels.kernels.get(id(weight))
-    if kernel is None:
-        return operation.name == 'mm' and _product(labels, operation)
     known = labels.get(inputs)
     channels = None if known is None else vector(known, -1)
-    if known is not None and channels is None:
-        return False
     output = operation.outputs[0]
-    rows = math.prod(output.shape[:-1]) // labels.images
+    if kernel is None and operation.name == 'mm':
+        return _product(labels, operation)
+    if kernel is None or (known is not None and channels is None):
+        _count_product(
+            labels, output.shape, inputs.shape[-1], None, -1,
+            _fixed_reason(labels, operation, kernel)
+            if not labels.batch.from_inputs([weight]) else '')
+        return False
+    rows = math.prod(output.shape[:-1]) // labels.batch.images
     sizes = (inputs.shape[-1], output.shape[-1])
     labels.read(kernel, 1, sizes[0], channels)
     written = labels.axis(kernel, 0, sizes[1])
@@ -289,6 +325,14 @@ def _spans(tensor: Tensor, known: Tensor) -> bool:
                for dim, size in enumerate(tensor.shape) if dim + offset >= 0)
 
 
+@_rule('baddbmm')
+def _added_product(labels: Labels, operation: Operation) -> bool:
+    """Count the product, and freeze all that it reads."""
+    _count_product(labels, operation.outputs[0].shape,
+                   operation.args[1].shape[-1], None, -1)
+    return False
+
+
 @_rule('bmm')
 def _product(labels: Labels, operation: Operation) -> bool:
     """``(..., n, k) @ (..., k, m)``: the result keeps the channels of n or m.
@@ -309,15 +353,24 @@ def _product(labels: Labels, operation: Operation) -> bool:
         elif varies(channels, 0):
             passing.append((channels, dim))
     channels, way = passing[0] if len(passing) == 1 else (None, -1)
-    _count_product(labels, output.shape, operation.args[0].shape[-1], channels,
-                   way)
+    left, right = operation.args[:2]
+    computed_kernel = (
+        channels is None and labels.batch.from_inputs([left])
+        and not labels.batch.from_inputs([right]))
+    _count_product(
+        labels, output.shape, left.shape[-1], channels, way,
+        _fixed_reason(labels, operation, None) if computed_kernel else '')
     return len(passing) < 2 and labels.set(
         output,
         None if channels is None else spread(channels, output.shape, way))
 
 
-def _count_product(labels: Labels, shape: torch.Size, summed: int,
-                   channels: Tensor | None, dim: int) -> None:
+def _count_product(labels: Labels,
+                   shape: torch.Size,
+                   summed: int,
+                   channels: Tensor | None,
+                   dim: int,
+                   reason: str = '') -> None:
     """Record the multiply-adds of a product by the shape of its result.
 
     Args:
@@ -326,20 +379,18 @@ def _count_product(labels: Labels, shape: torch.Size, summed: int,
         summed (int): Number of products that are summed to each entry.
         channels (Tensor, optional): Labels along the axis ``dim``.
         dim (int): The axis of the result that may be of channels.
+        reason (str): The reason why the outputs are frozen, for a layer.
     """
     if channels is None:
         channels = torch.zeros(shape[dim], dtype=torch.long)
-    macs_per_pair = math.prod(shape) // shape[dim] // labels.images
+    macs_per_pair = math.prod(shape) // shape[dim] // labels.batch.images
     labels.products.append(
-        ActivationProduct(labels.here(), macs_per_pair, summed, channels,
-                          labels.in_inference))
+        ActivationProduct(f'product in {labels.here()}', labels.here(),
+                          macs_per_pair, summed, channels, labels.in_inference,
+                          LayerCall((macs_per_pair, )), reason))
 
 
-@_rule('_scaled_dot_product_flash_attention_for_cpu',
-       '_scaled_dot_product_flash_attention',
-       '_scaled_dot_product_efficient_attention',
-       '_scaled_dot_product_fused_attention_overrideable',
-       '_scaled_dot_product_cudnn_attention')
+@_rule(*_ATTENTION)
 def _attention(labels: Labels, operation: Operation) -> bool:
     """Pass the channels of the values on; freeze those of queries and keys."""
     values = operation.args[2]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import copy
 import itertools
+import random
 from typing import Any, Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .labels import Labels
-from .operators import Operation, apply
+from .operators import PRODUCTS, Operation, apply
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -54,12 +56,14 @@ class Tracer(TorchDispatchMode):
                 not, the model is in training mode (see :func:`set_mode_`).
         """
         labels = self.labels
-        labels.in_inference, labels.images = in_inference, len(inputs)
+        labels.in_inference = in_inference
+        labels.batch.begin(inputs)
         try:
-            set_mode_(self.model, training=not in_inference)
-            with module_names(
-                    self.model,
-                    labels.modules), torch.no_grad(), _plain_attention(), self:
+            with module_names(self.model, labels.modules), fixed_seeds(
+            ), torch.no_grad(), _plain_attention(), self:
+                # Within the trace, because train() may compute tensors from
+                # parameters, which have to be frozen then.
+                set_mode_(self.model, training=not in_inference)
                 outputs = forward(self.model, inputs)
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor):
@@ -85,10 +89,11 @@ class Tracer(TorchDispatchMode):
         self._alive += [*tensors, *outputs]
         labels = self.labels
         labels.count_reads(tensors)
-        # An operator on tensors without labels concerns no channel.
-        if any(map(labels.knows, tensors)):
-            operation = Operation(function, args, kwargs or {}, tensors,
-                                  outputs)
+        operation = Operation(function, args, kwargs or {}, tensors, outputs)
+        labels.batch.follow(tensors, outputs)
+        # An operator on tensors without labels concerns no channel, but may
+        # still have a cost.
+        if any(map(labels.knows, tensors)) or operation.name in PRODUCTS:
             if not apply(labels, operation):
                 for tensor in tensors:
                     labels.freeze(tensor,
@@ -124,19 +129,29 @@ def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 def copy_model(
-        model: nn.Module,
-        replaced: Callable[[Tensor],
-                           Tensor] = lambda tensor: tensor) -> nn.Module:
+    model: nn.Module,
+    replaced: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    shared: Iterable[Any] = ()
+) -> nn.Module:
     """Deep-copy a model, but choose the tensors of the copy.
 
     Args:
         model (nn.Module): The model, which stays unchanged.
-        replaced (Callable[[Tensor], Tensor]): Function from a parameter or
-            buffer to the tensor that the copy has in its place. By default
-            both models share their tensors.
+        replaced (Callable[[Tensor], Tensor]): Function from a parameter,
+            buffer or other tensor of a module to the tensor that the copy
+            has in its place. By default both models share their tensors.
+        shared (Iterable[Any]): Further objects that both models share.
     """
-    memo: dict[int, Tensor] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    # Modules may keep tensors in plain attributes, e.g. the kernel that weight
+    # norm computes, which deepcopy refuses if it has a gradient's history.
+    plain = (
+        value for module in model.modules() for value in vars(module).values()
+        if isinstance(value, Tensor))
+    for tensor in itertools.chain(model.parameters(), model.buffers(), plain):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = replaced(tensor.detach())
+            continue
         other = replaced(tensor)
         if isinstance(tensor, nn.Parameter) and other is not tensor:
             other = nn.Parameter(other, tensor.requires_grad)
@@ -147,13 +162,35 @@ def copy_model(
 def set_mode_(model: nn.Module, training: bool) -> None:
     """Set the mode of a model in place; modules without parts stay in eval.
 
-    In training mode, modules that ask ``self.training`` (e.g. to run an
-    auxiliary head) do what they do in training. Norms and dropout do not: a
-    norm would change its statistics, and random numbers would differ between
-    two networks that are compared.
+    The model's own ``train`` is called, because some modules compute tensors
+    there or keep their parts in eval mode. In training mode, modules that ask
+    ``self.training`` (e.g. to run an auxiliary head) do what they do in
+    training. Norms and dropout do not: a norm would change its statistics,
+    and random numbers would differ between two networks that are compared.
     """
+    model.train(training)
     for module in model.modules():
-        module.training = training and any(module.children())
+        if not any(module.children()):
+            module.training = False
+
+
+@contextlib.contextmanager
+def fixed_seeds() -> Iterator[None]:
+    """Seed the generators of Python, NumPy and PyTorch, and restore them.
+
+    A forward that draws numbers then draws the same ones each time. Only the
+    generator of the CPU is seeded, where all copies of models run.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(1)
+    np.random.seed(1)
+    torch.default_generator.manual_seed(1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextlib.contextmanager

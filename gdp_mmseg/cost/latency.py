@@ -101,7 +101,7 @@ class Workload:
                                                         kernel[1])
             else:
                 channels = groups * self.inputs
-                narrow = ((self.inputs, self.outputs) if transposed else
+                narrow = ((channels, self.outputs // groups) if transposed else
                           (self.outputs, self.inputs))
             shapes = (images, channels, *sides), (*narrow, *kernel[2:])
         inputs, weight = (torch.ones(shape, device=device) for shape in shapes)
