@@ -1,1 +1,1 @@
-"""Analysis: which channels live and die together."""
+"""Analysis of a model: which channels have to be pruned together."""

@@ -1,14 +1,16 @@
-"""Who shares a channel: integer labels that travel beside the activations.
+"""Groups of channels that can only be pruned together.
 
 A model is run once, without computing anything (on the ``meta`` device, so at
-its true input size), and every slot of every channel axis of every parameter
-gets a label (see ``trace.py``). The connected components of the labels that
-live and die together are the *classes*. A class is prunable, and owns a gate,
-if layers write it, layers read it, and nothing else needs to know of it.
+its true input size). Every slot of every channel axis of every parameter gets
+a label, an integer that travels beside the activations (see ``tracer.py`` and
+``labels.py``). Labels that have to be kept or removed together are tied; the
+connected components of tied labels are the *classes*. A class is prunable and
+owns a gate if layers write it, layers read it, and no other operator depends
+on it.
 
-Letters: ``N`` batch, ``C`` channels, ``H, W`` height and width, ``L`` labels,
-``G`` prunable classes (one gate each), ``S`` groups (classes with the same
-members, e.g. "the channels between conv1 and conv2").
+Letters: ``N`` batch, ``C`` channels, ``H, W`` height and width, ``G``
+prunable classes (one gate each), ``S`` groups (classes that lie on the same
+axes, e.g. "the channels between conv1 and conv2").
 """
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .labels import Labels
-from .structure import Analysis, FrozenChannels, Group, Layer, LayerCall
+from .structure import Analysis, FrozenChannels, Group, Layer
 from .tracer import Forward, Tracer, copy_model
 
 
@@ -33,27 +35,28 @@ def analyse(model: nn.Module,
             training_forward: Forward | None = None,
             ignore: Sequence[str] = (),
             only: Sequence[str] | None = None) -> Analysis:
-    """Find the channels of a model that can be pruned without a change.
+    """Find the channels of a model that can be removed exactly.
 
     Args:
-        model (nn.Module): Left as it is; a copy is run.
+        model (nn.Module): The model, which stays unchanged; a copy is run.
         input_shape (tuple[int, ...]): ``(C, H, W)`` of one input.
-        forward (Forward): Runs the copy as in inference, on an input
-            ``(N, C, H, W)``. What it returns is the model's output.
-        training_forward (Forward, optional): Runs what training needs too
-            (auxiliary heads), along with what feeds it. Layers that only it
-            reaches are never counted, and keep their own channels.
-        ignore (Sequence[str]): Names or patterns of modules of which nothing
-            may change.
-        only (Sequence[str], optional): Names or patterns of modules; no
-            others lose outputs.
+        forward (Forward): Runs the copy as inference does, on an input
+            ``(N, C, H, W)``, and returns the model's outputs.
+        training_forward (Forward, optional): Runs everything that training
+            runs, e.g. auxiliary heads and the layers that feed them. Layers
+            that are reached here only have no cost and keep their outputs.
+        ignore (Sequence[str]): Names or patterns of modules that must not
+            change at all.
+        only (Sequence[str], optional): Names or patterns of the modules that
+            may lose output channels. Defaults to all modules.
 
     Returns:
-        Analysis: See there.
+        Analysis: The groups, the layers and the frozen channels.
 
     Raises:
-        ValueError: If the model cannot take an input of this shape, has no
-            channel that can be pruned, or no module of a name.
+        ValueError: If the model cannot take an input of this shape, if none
+            of its channels can be pruned, or if a pattern in ``ignore`` or
+            ``only`` matches no module.
     """
     ignored = _part(model, ignore, 'ignore')
     chosen = None if only is None else _part(model, only, 'only')
@@ -72,7 +75,7 @@ def analyse(model: nn.Module,
 
 
 def nothing_left(analysis: Analysis) -> str:
-    """The message for a model without a gate."""
+    """Compose the error message for a model without a prunable channel."""
     reasons = '; '.join(f'{frozen.channels} channels: {frozen.reason}'
                         for frozen in analysis.frozen[:3])
     return ('expected at least one prunable group of channels, but got none '
@@ -80,7 +83,7 @@ def nothing_left(analysis: Analysis) -> str:
 
 
 def _part(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
-    """Names of the modules that match a name or pattern, and of their parts.
+    """Return the names of all modules that match, and of their submodules.
 
     Raises:
         ValueError: If a pattern matches no module.
@@ -92,40 +95,44 @@ def _part(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
         if not found:
             children = ', '.join(name for name, _ in model.named_children())
             raise ValueError(
-                f'{option}: expected names or patterns of modules, but '
-                f'{pattern!r} matches none of the model, whose parts are '
-                f'{children}')
+                f'{option}: expected names or patterns of modules, but got '
+                f'{pattern!r}, which matches none; the parts of the model '
+                f'are {children}')
         part.update(found)
     return {
         name
         for name in names
-        if any(name == one or name.startswith(f'{one}.') for one in part)
+        if any(name == top or name.startswith(f'{top}.') for top in part)
     }
 
 
 def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
            training_forward: Forward | None) -> Labels:
-    """Run a copy of the model on the meta device, or where that fails."""
-    names = Counter(
+    """Trace a copy of the model on the meta device, else on the CPU."""
+    uses = Counter(
         id(tensor) for tensor in model.state_dict(keep_vars=True).values())
+    # A tensor with two names is cut under one of them only, so it is frozen.
     shared = [
         name for name, tensor in model.state_dict(keep_vars=True).items()
-        if names[id(tensor)] > 1
+        if uses[id(tensor)] > 1
     ]
     dtype = next(model.parameters(), torch.zeros(())).dtype
     for device in ('meta', 'cpu'):
-        # A model whose forward asks for values cannot run without them.
+        # A forward that branches on values cannot run on the meta device,
+        # whose tensors have none.
         tracer = Tracer(
             copy_model(model,
                        lambda tensor: tensor.detach().to(device, copy=True)),
             shared)
+        # Two images: a batch axis of size 1 could be confused with others
+        # where the forward reshapes.
         inputs = torch.zeros((2, *input_shape), device=device, dtype=dtype)
         try:
             tracer.run(forward, inputs, in_inference=True)
             if training_forward is not None:
                 tracer.run(training_forward, inputs, in_inference=False)
             break
-        except Exception as error:  # the model's own, of any kind
+        except Exception as error:  # a user's forward can raise anything
             if device == 'cpu':
                 first_line = str(error).partition('\n')[0]
                 raise ValueError(
@@ -137,13 +144,14 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
 
 
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
-    """From labels to classes, gates and groups."""
+    """Turn traced labels into classes, gates and groups."""
     classes = _classes(labels)
     axes = {key: classes[slots.numpy()] for key, slots in labels.axes.items()}
     reasons = _reasons(labels, classes, axes)
     places = _places(axes, reasons)
 
-    # Gates are numbered group by group, in the order of the network.
+    # Gates are numbered group by group in the order of the network, so that
+    # a group is a range of gates and the numbers are the same in each run.
     gate_of = np.full(classes.max() + 1, -1)
     members: dict[tuple[tuple[int, int], ...], list[int]] = {}
     for index in sorted(places):
@@ -176,11 +184,10 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
             for key, gates in gate_axes.items() if bool((gates >= 0).any())
         },
         layers=_layers(labels, gate_axes) + tuple(
-            Layer(f'product in {product.module}', '', product.macs_per_pair, 1,
+            Layer(product.name, '', product.macs_per_pair, 1,
                   torch.full((product.inputs, ), -1),
                   torch.from_numpy(gate_of[classes[product.outputs.numpy()]]),
-                  False, product.in_inference, (LayerCall(
-                      (product.macs_per_pair, )), ))
+                  False, product.in_inference, (product.call, ))
             for product in labels.products),
         groups=tuple(groups),
         parameters=labels.parameters,
@@ -190,7 +197,8 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
 
 
 def _classes(labels: Labels) -> np.ndarray:
-    """Class of each label, ``(labels,)``, numbered by first label."""
+    """Return the class of each label ``(labels,)``, numbered by first label.
+    """
     pairs = torch.cat([torch.zeros(2, 0, dtype=torch.long), *labels.pairs], 1)
     size = labels.next_label
     graph = coo_matrix((np.ones(pairs.shape[1]), tuple(pairs.numpy())),
@@ -200,11 +208,13 @@ def _classes(labels: Labels) -> np.ndarray:
 
 def _reasons(labels: Labels, classes: np.ndarray,
              axes: dict[tuple[str, int], np.ndarray]) -> dict[int, str]:
-    """Why a class has no gate, for each that has none."""
+    """Return the reason for each class that has no gate, by its index."""
     reasons: dict[int, str] = {}
     for frozen, reason in labels.freezes:
         for index in np.unique(classes[frozen.numpy()]):
             reasons.setdefault(int(index), reason)
+    # Label 0 stands for channels that no layer wrote, such as zeros that were
+    # concatenated. A class that is tied to it cannot be removed.
     reasons.setdefault(int(classes[0]), 'joined with channels of no layer')
     for touched, reason in ((labels.written_axes, 'written by no layer'),
                             (labels.read_axes, 'read by no layer')):
@@ -218,12 +228,12 @@ def _reasons(labels: Labels, classes: np.ndarray,
 
 def _places(axes: dict[tuple[str, int], np.ndarray],
             reasons: dict[int, str]) -> dict[int, tuple[tuple[int, int], ...]]:
-    """For each prunable class: on which axes it lies, and how often."""
+    """Return the axes on which each prunable class lies, and how often."""
     places: dict[int, list[tuple[int, int]]] = {}
-    for key, index in enumerate(axes.values()):
-        for one, count in zip(*np.unique(index, return_counts=True)):
-            if int(one) not in reasons:
-                places.setdefault(int(one), []).append((key, int(count)))
+    for key, slots in enumerate(axes.values()):
+        for index, count in zip(*np.unique(slots, return_counts=True)):
+            if int(index) not in reasons:
+                places.setdefault(int(index), []).append((key, int(count)))
     return {index: tuple(place) for index, place in places.items()}
 
 
@@ -248,7 +258,7 @@ def _layers(labels: Labels, gate_axes: dict[tuple[str, int],
 
 def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
             reasons: dict[int, str]) -> tuple[FrozenChannels, ...]:
-    """Written channels without a gate, by reason, most channels first."""
+    """List the written channels without a gate by reason, most first."""
     found: dict[str, tuple[set[int], set[tuple[str, int]]]] = {}
     for key in axes:
         for index in set(
@@ -262,4 +272,12 @@ def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
         FrozenChannels(reason, _modules(sorted(keys)), len(indices))
         for reason, (indices, keys) in found.items()
     ]
+    # A layer with a computed kernel has no axis that could be frozen. It may
+    # run several times, but is listed once.
+    frozen += {
+        product.module:
+        FrozenChannels(product.reason, (product.module, ),
+                       len(product.outputs))
+        for product in labels.products if product.reason
+    }.values()
     return tuple(sorted(frozen, key=lambda row: -row.channels))

@@ -1,12 +1,13 @@
-"""Labels: who owns a slot of a channel axis, and which slots go together.
+"""Labels of channels: one integer for each slot of each channel axis.
 
 Every slot of every channel axis of every parameter owns a label, an integer
-from 1 on; 0 stands for a channel that is nobody's to prune. A tensor of labels
-travels beside each activation, in its shape; axes on which labels do not vary
-are expanded (stride 0), so it takes little memory.
+from 1 on; 0 stands for a channel that no layer wrote and nothing can prune. A
+tensor of labels with the activation's shape travels beside each activation.
+Axes along which labels do not vary are expanded (stride 0), so a tensor of
+labels takes little memory.
 
-Labels that need to live or die together are *tied*; labels that something
-reads without a gate are *frozen*.
+Labels that have to be kept or removed together are *tied*. Labels that an
+operator reads where no gate can act are *frozen*.
 """
 from __future__ import annotations
 
@@ -19,24 +20,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from .batch import BatchTracker
 from .structure import LayerCall
 
 
 @dataclasses.dataclass
 class KernelUse:
-    """How a convolution or linear layer was run.
+    """Calls of a convolution or linear layer.
 
     Args:
-        calls (tuple[LayerCall, ...]): All counted calls.
-        macs_per_pair (int): Multiply-adds per image and pair of channels (of a
-            layer of blocks: per output channel), over all counted calls.
-        sizes (tuple[int, int]): Slots of its kernel's input and output axis.
-        axes (tuple[int, int]): Those axes: (1, 0), or (0, 1) of a transposed
-            convolution.
-        blockwise (bool): Each block of outputs reads one block of inputs and
-            goes with it, as in a depthwise convolution; its kernel has one
-            axis of channels then, axis 0.
-        in_inference (bool): Whether inference runs it.
+        calls (tuple[LayerCall, ...]): All calls in inference.
+        macs_per_pair (int): Multiply-adds per image and pair of an input and
+            an output channel, over all calls in inference. If ``blockwise``,
+            multiply-adds per image and output channel.
+        sizes (tuple[int, int]): Number of slots on the kernel's input and
+            output axis.
+        axes (tuple[int, int]): Index of the kernel's input and output axis:
+            (1, 0), or (0, 1) for a transposed convolution.
+        blockwise (bool): Whether each block of outputs reads one block of
+            inputs and is removed with it, as in a depthwise convolution. The
+            kernel then has a single axis of channels, axis 0.
+        in_inference (bool): Whether inference runs the layer.
     """
     calls: tuple[LayerCall, ...]
     macs_per_pair: int
@@ -48,48 +52,63 @@ class KernelUse:
 
 @dataclasses.dataclass
 class ActivationProduct:
-    """A product of two activations, as in attention.
+    """A product whose kernel is no parameter: attention, computed kernels.
 
     Args:
-        module (str): In which it ran.
-        macs_per_pair (int): Multiply-adds per image and pair of input and
-            output channel.
-        inputs (int): Numbers that are summed over; none is prunable.
-        outputs (Tensor): Labels ``(C,)`` of the axis that channels pass by.
-        in_inference (bool): Whether inference runs it.
+        name (str): Kind of the product and module that ran it.
+        module (str): Name of the module that ran the product.
+        macs_per_pair (int): Multiply-adds per image and pair of a summed
+            entry and an output channel.
+        inputs (int): Number of entries that are summed over; none of them is
+            prunable.
+        outputs (Tensor): Labels ``(C,)`` along the axis of the result that
+            keeps the channels of one of the factors.
+        in_inference (bool): Whether inference runs the product.
+        call (LayerCall): The call, for one image.
+        reason (str): The reason why the outputs of a layer with a computed
+            kernel are frozen; empty for a product of activations.
     """
+    name: str
     module: str
     macs_per_pair: int
     inputs: int
     outputs: Tensor
     in_inference: bool
+    call: LayerCall
+    reason: str = ''
 
 
 class Labels:
-    """What is known of the labels of a model, and of the activations.
+    """Labels of a model's parameters and of the activations of a trace.
 
     Args:
-        model (nn.Module): Its parameters may have no data.
-        shared (Iterable[str]): Tensors that have several names; their
-            channels are frozen.
+        model (nn.Module): The model that is traced; its parameters may be on
+            the meta device.
+        shared (Iterable[str]): Names of tensors that have several names;
+            their channels are frozen.
 
     Attributes:
         axes (dict[tuple[str, int], Tensor]): Labels ``(size,)`` of the slots
-            of ``(tensor name, axis)``.
-        pairs (list[Tensor]): ``(2, n)`` labels that are tied.
-        freezes (list[tuple[Tensor, str]]): Labels that are frozen, and why.
-        stops (list[Tensor]): Labels that pass an operator which refuses
-            tensors without channels.
-        calls (dict[str, KernelUse]): Kernel name to how it was run, in order.
-        products (list[ActivationProduct]): What else costs multiply-adds.
-        parameters (dict[str, tuple[int, ...]]): Name to shape of those that
-            inference reads.
-        read_axes, written_axes (set[tuple[str, int]]): Axes of kernels by
-            which channels are read, and written.
-        modules (list[str]): Names of the modules that are running.
-        kernels (dict[int, str]): Kernel of a tensor that is its transpose.
-        in_inference (bool): Whether inference runs what runs now.
-        images (int): In the batch that runs now.
+            of each ``(tensor name, axis)``.
+        pairs (list[Tensor]): Tied labels, each tensor of shape ``(2, n)``.
+        freezes (list[tuple[Tensor, str]]): Frozen labels and the reason.
+        stops (list[Tensor]): Labels that pass an operator which may refuse
+            tensors without any channel.
+        calls (dict[str, KernelUse]): Calls of each kernel by the kernel's
+            name, in order of the first call.
+        products (list[ActivationProduct]): Products without a parameter as
+            their kernel.
+        parameters (dict[str, tuple[int, ...]]): Name and shape of each
+            parameter that inference reads.
+        read_axes (set[tuple[str, int]]): Axes of kernels by which a layer
+            reads channels.
+        written_axes (set[tuple[str, int]]): Axes of kernels by which a layer
+            writes channels.
+        modules (list[str]): Names of the running modules, innermost last.
+        kernels (dict[int, str]): Kernel name by the id of a tensor that is
+            the transpose of this kernel.
+        in_inference (bool): Whether the forward that runs now is inference.
+        batch (BatchTracker): Record of the tensors that grow with the batch.
     """
 
     def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
@@ -105,7 +124,7 @@ class Labels:
         self.modules: list[str] = []
         self.kernels: dict[int, str] = {}
         self.in_inference = True
-        self.images = 1
+        self.batch = BatchTracker()
         self.next_label = 1
         self._model = model
         self._names: dict[int, str] = {}
@@ -115,31 +134,32 @@ class Labels:
             self._names.setdefault(id(tensor), name)
         self._buffers = {name for name, _ in model.named_buffers()}
         self._shared = set(shared)
-        # Layer to what reads its outputs, norm to what it reads.
+        # The norms that read each layer's output ('' is another operator),
+        # and the layers that each norm reads.
         self._readers: dict[str, set[str]] = {}
         self._sources: dict[str, set[str]] = {}
-        # Of the forward pass under way, by identity of the tensor.
+        # State of the forward pass that runs now, by the tensors' ids.
         self._labels: dict[int, Tensor] = {}
         self._reads: Counter[int] = Counter()
         self._written: dict[int, str] = {}
         self._normed: dict[int, str] = {}
 
-    # -- of tensors --------------------------------------------------------
+    # -- tensors -----------------------------------------------------------
 
     def here(self) -> str:
-        """The module that runs now, for the reasons."""
+        """Name of the innermost running module, to be used in reasons."""
         return (self.modules and self.modules[-1]) or 'the model'
 
     def name_of(self, tensor: Tensor) -> str | None:
-        """Name of a parameter or buffer of the model."""
+        """Name of a parameter or buffer; None for any other tensor."""
         return self._names.get(id(tensor))
 
     def knows(self, tensor: Tensor) -> bool:
-        """Whether a tensor has labels or a name."""
+        """Return True if a tensor has labels or a name."""
         return id(tensor) in self._labels or id(tensor) in self._names
 
     def get(self, tensor: Tensor) -> Tensor | None:
-        """Labels of an activation, in its shape."""
+        """Labels of an activation, with its shape; None if it has none."""
         return self._labels.get(id(tensor))
 
     def own(self, tensor: Tensor) -> Tensor | None:
@@ -156,7 +176,10 @@ class Labels:
         return labels
 
     def set(self, tensor: Tensor, labels: Tensor | None) -> bool:
-        """Put labels, in its shape, beside an activation; always True."""
+        """Attach labels of the same shape to an activation; return True.
+
+        The return value lets a rule end in ``return labels.set(...)``.
+        """
         if labels is None:
             self._labels.pop(id(tensor), None)
         else:
@@ -165,7 +188,8 @@ class Labels:
         return True
 
     def axis(self, name: str, axis: int, size: int) -> Tensor:
-        """Labels ``(size,)`` of the slots of an axis, made at first use."""
+        """Labels ``(size,)`` of the slots of an axis, created on first use.
+        """
         key = (name, axis)
         if key not in self.axes:
             self.axes[key] = torch.arange(self.next_label,
@@ -175,26 +199,28 @@ class Labels:
                 self.freeze_labels(self.axes[key], f'{name} has other names')
         return self.axes[key]
 
-    # -- what happens to labels --------------------------------------------
+    # -- ties and freezes --------------------------------------------------
 
     def tie(self, first: Tensor, second: Tensor) -> None:
-        """The labels live and die together, element by element."""
+        """Tie two tensors of labels to each other, element by element."""
         first, second = torch.broadcast_tensors(first, second)
         pairs = torch.stack([compact(first, second), compact(second, first)])
         self.pairs.append(torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1))
 
     def tie_along(self, labels: Tensor, dim: int) -> Tensor:
-        """Labels that differ along an axis live and die together.
+        """Tie all labels along an axis to each other.
 
         Returns:
-            Tensor: The first of them, expanded to the same shape.
+            Tensor: The first label along the axis, expanded to the shape of
+            ``labels``.
         """
         first = labels.narrow(dim, 0, 1).expand(labels.shape)
         self.tie(labels, first)
         return first
 
     def freeze(self, tensor: Tensor, reason: str) -> None:
-        """The channels of a tensor stay; an activation loses its labels."""
+        """Freeze the channels of a tensor; an activation loses its labels.
+        """
         labels = self.get(tensor)
         name = self.name_of(tensor)
         if labels is not None:
@@ -205,15 +231,16 @@ class Labels:
                 self.freeze_labels(self.axis(name, axis, size), reason)
 
     def freeze_labels(self, labels: Tensor, reason: str) -> None:
-        """These labels stay."""
+        """Freeze labels for a reason that the report shows."""
         self.freezes.append((torch.unique(compact(labels)), reason))
 
     def needs_channels(self, labels: Tensor) -> None:
-        """An operator here refuses tensors without channels."""
+        """Note that the running operator may refuse tensors without channels.
+        """
         self.stops.append(torch.unique(compact(labels)))
 
     def per_channel(self, tensor: Tensor, channels: Tensor) -> None:
-        """A parameter or buffer ``(C,)`` goes with the channels ``(C,)``."""
+        """Tie a parameter or buffer ``(C,)`` to channels ``(C,)``."""
         name = self.name_of(tensor)
         if name is None:
             self.freeze_labels(channels,
@@ -225,7 +252,10 @@ class Labels:
 
     def read(self, kernel: str, axis: int, size: int,
              channels: Tensor | None) -> None:
-        """A layer reads channels by an axis of its kernel: a gate's place."""
+        """Tie an axis of a kernel to the channels that a layer reads by it.
+
+        This is where a gate acts, on the kernel of the layer that reads.
+        """
         slots = self.axis(kernel, axis, size)
         if channels is None:
             self.freeze_labels(slots, f'input of {self.here()}')
@@ -235,13 +265,18 @@ class Labels:
 
     def write(self, kernel: str, call: KernelUse, channels: Tensor,
               bias: Tensor | None, output: Tensor, dim: int) -> bool:
-        """A layer writes channels ``(C_out,)``, its own; always True."""
+        """Label a layer's output with the layer's own channels ``(C_out,)``.
+
+        Returns:
+            bool: Always True, so that a rule can end with it.
+        """
         self.written_axes.add((kernel, call.axes[1]))
         owner, _, leaf = kernel.rpartition('.')
         module = self._model.get_submodule(owner)
         if (leaf != 'weight' or self.here() != owner
                 or not isinstance(module, (nn.Linear, _ConvNd))):
-            # A gate works in the forward of the layer that owns the kernel.
+            # A gate replaces the forward of the layer that owns the kernel.
+            # A forward that takes the kernel past its layer has no gate.
             for axis in call.axes:
                 self.freeze_labels(
                     self.axes[kernel, axis],
@@ -259,7 +294,7 @@ class Labels:
         return self.set(output, spread(channels, output.shape, dim))
 
     def norm(self, inputs: Tensor, weight: Tensor) -> None:
-        """A batch norm of this weight reads these inputs."""
+        """Note that the batch norm with this weight reads these inputs."""
         name = self.name_of(weight)
         if name is not None:
             norm = name.rpartition('.')[0]
@@ -268,7 +303,7 @@ class Labels:
                 self._written.get(id(inputs), ''))
 
     def count_reads(self, tensors: Sequence[Tensor]) -> None:
-        """An operator reads these tensors."""
+        """Count one read of each tensor by an operator."""
         names = {id(tensor): self.name_of(tensor) for tensor in tensors}
         self._reads.update(names.keys())
         for tensor in tensors if self.in_inference else ():
@@ -277,8 +312,10 @@ class Labels:
                 self.parameters[name] = tuple(tensor.shape)
 
     def forget_activations(self) -> None:
-        """A forward pass is over."""
+        """Forget what belongs to the forward pass that has ended."""
         for key, layer in self._written.items():
+            # A constant can be folded into a norm only where nothing else
+            # reads the layer's output.
             norm = self._normed.get(key, '') if self._reads[key] == 1 else ''
             self._readers.setdefault(layer, set()).add(norm)
         for record in (self._labels, self.kernels, self._reads, self._written,
@@ -286,7 +323,8 @@ class Labels:
             record.clear()
 
     def norms(self) -> dict[str, str]:
-        """Layer to batch norm, where each reads or is read by no other."""
+        """Batch norm of each layer that only feeds a norm which only reads it.
+        """
         pairs = ((layer, norm) for layer, norms in self._readers.items()
                  for norm in norms)
         return {
@@ -298,14 +336,14 @@ class Labels:
 
 
 def varies(labels: Tensor, dim: int) -> bool:
-    """Whether the labels differ along an axis."""
+    """Return True if the labels differ along an axis."""
     if labels.shape[dim] < 2 or labels.stride(dim) == 0:
         return False
     return bool((labels != labels.narrow(dim, 0, 1)).any())
 
 
 def vector(labels: Tensor, dim: int) -> Tensor | None:
-    """Labels along ``dim``, if they vary along no other."""
+    """Labels along ``dim``; None if they vary along another axis."""
     if any(
             varies(labels, other) for other in range(labels.dim())
             if other != dim % labels.dim()):
@@ -316,14 +354,14 @@ def vector(labels: Tensor, dim: int) -> Tensor | None:
 
 
 def spread(channels: Tensor, shape: torch.Size, dim: int) -> Tensor:
-    """A vector of labels, expanded to a shape that has it along ``dim``."""
+    """Expand a vector of labels to a shape that has it along ``dim``."""
     thin = [1] * len(shape)
     thin[dim] = -1
     return channels.reshape(thin).expand(shape)
 
 
 def thinned(labels: Tensor, dims: Iterable[int] | None = None) -> Tensor:
-    """Labels with a size of 1 along axes (default: all) of stride 0."""
+    """Shrink expanded axes (stride 0) to size 1; all axes by default."""
     for dim in range(labels.dim()) if dims is None else dims:
         if labels.stride(dim) == 0:
             labels = labels.narrow(dim, 0, 1)
@@ -331,7 +369,7 @@ def thinned(labels: Tensor, dims: Iterable[int] | None = None) -> Tensor:
 
 
 def compact(labels: Tensor, other: Tensor | None = None) -> Tensor:
-    """Flat labels without the repeats of axes expanded in all tensors."""
+    """Flatten labels without repeats along axes expanded in all tensors."""
     dims = [
         dim for dim in range(labels.dim())
         if other is None or other.stride(dim) == 0
@@ -341,7 +379,7 @@ def compact(labels: Tensor, other: Tensor | None = None) -> Tensor:
 
 def blocks(old: torch.Size,
            new: torch.Size) -> Iterator[tuple[list[int], list[int]]]:
-    """Smallest runs of axes with the same product in both shapes.
+    """Yield the smallest runs of axes that have equal products in two shapes.
 
     Examples:
         >>> list(blocks((2, 6, 5), (2, 3, 2, 5)))

@@ -8,18 +8,18 @@ from .structure import Analysis, Group
 
 
 def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
-    """Which gates' channels a pruned network has.
+    """Return the gates whose channels a pruned network keeps.
 
-    Besides the open ones: the first of a group that is closed as a whole but
-    cannot vanish as a whole. Without those, open or not, that only feed
-    layers whose own outputs are all gone.
+    A channel is kept if its gate is open, with two exceptions. A group that
+    is closed completely but must not be empty keeps its first channel. A
+    group that only feeds layers without any output is removed, open or not.
 
     Args:
-        analysis (Analysis): What the analysis found.
-        openness (Tensor): ``(G,)``.
+        analysis (Analysis): The analysis of the model.
+        openness (Tensor): ``(G,)`` openness of the gates.
 
     Returns:
-        Tensor: ``(G,)`` bool.
+        Tensor: ``(G,)`` bool, True for gates whose channels are kept.
     """
     keep = openness.detach().cpu() > 0
     for group in analysis.groups:
@@ -33,6 +33,8 @@ def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
                     bool(kept_slots(outputs[name], keep).any())
                     for name in group.readers))
 
+    # To remove one group can leave another one without readers, so this goes
+    # on until nothing changes.
     while unread := [group for group in analysis.groups if dead(group)]:
         for group in unread:
             keep[group.gates] = False
@@ -40,14 +42,16 @@ def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
 
 
 def constant_channels(analysis: Analysis, keep: Tensor) -> Tensor:
-    """Gates of channels that hold a constant: all that writes them is dead.
+    """Return the kept gates whose channels hold a constant.
+
+    That is so where no layer that writes the channels reads any.
 
     Args:
-        analysis (Analysis): What the analysis found.
-        keep (Tensor): ``(G,)`` bool, which gates' channels are there.
+        analysis (Analysis): The analysis of the model.
+        keep (Tensor): ``(G,)`` bool, gates whose channels are kept.
 
     Returns:
-        Tensor: ``(G,)`` bool, a part of ``keep``.
+        Tensor: ``(G,)`` bool, a subset of ``keep``.
     """
     inputs = {layer.name: layer.inputs for layer in analysis.layers}
     constant = torch.zeros_like(keep)
@@ -60,5 +64,5 @@ def constant_channels(analysis: Analysis, keep: Tensor) -> Tensor:
 
 
 def kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
-    """Mask of the slots that stay: no gate, or a kept one."""
+    """Mask of the slots that are kept: those of no gate or a kept gate."""
     return keep[gates.clamp(min=0)] | (gates < 0)

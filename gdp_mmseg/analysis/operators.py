@@ -1,9 +1,10 @@
-"""What each ATen operator does to labels: the rules behind ``trace.py``.
+"""Rules that say what each ATen operator does to labels.
 
-A rule is a function of the :class:`Labels` and one executed operator. It puts
-labels beside the outputs and returns True, or returns False: then all labels
-that the operator reads are frozen, as they are by an operator without a rule.
-An unknown operator costs saving, never correctness.
+A rule is a function of the :class:`Labels` and one executed operator. It
+attaches labels to the outputs and returns True, or it returns False. After
+False all labels that the operator reads are frozen, as they are by an operator
+without a rule. So an unknown operator can only cost savings, never make the
+pruned network wrong.
 
 Letters: ``N`` batch, ``C`` channels, ``H, W`` height and width, ``B`` blocks
 (groups of a grouped convolution).
@@ -22,24 +23,34 @@ from .labels import (ActivationProduct, KernelUse, Labels, blocks, spread,
                      thinned, varies, vector)
 from .structure import LayerCall
 
-# Element by element too, but without the tag that says so.
+# Elementwise operators to which PyTorch gives no tag that says so.
 _POINTWISE = ('hardswish', 'hardswish_', '_prelu_kernel', 'masked_fill',
               'masked_fill_', 'native_dropout')
-# New tensors of a shape alone.
+# Attention kernels, of which PyTorch selects one by the device.
+_ATTENTION = ('_scaled_dot_product_flash_attention_for_cpu',
+              '_scaled_dot_product_flash_attention',
+              '_scaled_dot_product_efficient_attention',
+              '_scaled_dot_product_fused_attention_overrideable',
+              '_scaled_dot_product_cudnn_attention')
+# Operators that have a cost even where no channel of theirs has a label.
+PRODUCTS = frozenset(
+    (*_ATTENTION, 'convolution', 'addmm', 'mm', 'linear', 'bmm', 'baddbmm'))
+# Operators that read a shape but no value, so that no channel passes.
 _CREATIONS = ('zeros_like', 'ones_like', 'empty_like', 'full_like',
               'new_zeros', 'new_ones', 'new_empty', 'new_full')
 
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """An operator that was executed.
+    """One executed operator.
 
     Args:
-        function (Any): The overload, callable on labels too.
-        args (tuple[Any, ...]): What it got.
-        kwargs (dict[str, Any]): What it got by name.
-        tensors (list[Tensor]): All tensors among them.
-        outputs (list[Tensor]): What it returned.
+        function (Any): The operator's overload, which is callable on labels
+            too.
+        args (tuple[Any, ...]): The positional arguments.
+        kwargs (dict[str, Any]): The keyword arguments.
+        tensors (list[Tensor]): All tensors among the arguments.
+        outputs (list[Tensor]): All tensors that the operator returned.
     """
     function: Any
     args: tuple[Any, ...]
@@ -49,26 +60,31 @@ class Operation:
 
     @property
     def name(self) -> str:
-        """Without the overload, e.g. ``'add'``."""
-        name: str = self.function.overloadpacket.__name__
-        return name
+        """Name without the overload, e.g. ``'add'`` or ``'mylib::add'``.
+
+        Only PyTorch's own operators go by their bare name, so that no rule
+        is applied to an operator of another library that shares the name.
+        """
+        namespace, _, name = self.function.name().rpartition('::')
+        name = name.partition('.')[0]
+        return name if namespace == 'aten' else f'{namespace}::{name}'
 
     @property
     def source(self) -> Tensor | None:
-        """The first argument, if it is a tensor."""
+        """The first argument if it is a tensor, else None."""
         first = self.args[0] if self.args else None
         return first if isinstance(first, Tensor) else None
 
     def argument(self, index: int, name: str, default: Any = None) -> Any:
-        """An argument by its place or its name."""
+        """Return an argument that was passed by position or by name."""
         if len(self.args) > index:
             return self.args[index]
         return self.kwargs.get(name, default)
 
 
 Rule = Callable[[Labels, Operation], bool]
-# A rule of an operator that only rearranges or reduces one labelled tensor
-# gets its labels.
+# A rule for operators that rearrange or reduce one labelled tensor. The last
+# argument is that tensor's labels.
 SourceRule = Callable[[Labels, Operation, Tensor], bool]
 _RULES: dict[str, Rule] = {}
 _SOURCE_RULES: dict[str, SourceRule] = {}
@@ -93,8 +109,10 @@ def _source_rule(*names: str) -> Callable[[SourceRule], SourceRule]:
 
 
 def apply(labels: Labels, operation: Operation) -> bool:
-    """Let one operator act on the labels; False if nothing is known of it."""
+    """Apply one operator to the labels; return False if no rule covers it."""
     name = operation.name
+    if '::' in name:
+        return False
     if name in _RULES:
         return _RULES[name](labels, operation)
     if torch.Tag.pointwise in operation.function.tags or name in _POINTWISE:
@@ -102,6 +120,8 @@ def apply(labels: Labels, operation: Operation) -> bool:
     if name in _CREATIONS:
         return True
     source = operation.source
+    # Source rules are about one tensor in and another one out; in place, the
+    # old labels of the tensor would be lost.
     if source is None or len(operation.tensors) > 1 or any(
             tensor is source for tensor in operation.outputs):
         return False
@@ -125,17 +145,30 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     kernel = labels.name_of(weight)
     known = labels.get(inputs)
     channels = None if known is None else vector(known, 1)
-    if kernel is None or (known is not None and channels is None):
-        return False
     output = operation.outputs[0]
     read = inputs.shape[1] // number  # channels that one output reads
+    # A convolution multiplies once per output position and kernel entry, a
+    # transposed one once per input position and kernel entry.
     moves = inputs if transposed else output
     macs_per_pair = math.prod(weight.shape[2:]) * math.prod(moves.shape[2:])
-    macs_per_pair = macs_per_pair * len(inputs) // labels.images
+    macs_per_pair = macs_per_pair * len(inputs) // labels.batch.images
     calls = (_layer_call(labels, operation), )
+    # Blocks of a transposed convolution lie on both axes of its kernel, which
+    # no width describes, unless each is a single channel.
+    unknown = (known is not None
+               and channels is None) or (transposed and number > 1
+                                         and not read == weight.shape[1] == 1)
+    if kernel is None or unknown:
+        labels.products.append(
+            ActivationProduct(f'convolution in {labels.here()}', labels.here(),
+                              macs_per_pair, read,
+                              torch.zeros(output.shape[1], dtype=torch.long),
+                              labels.in_inference, calls[0],
+                              _fixed_reason(labels, operation, kernel)))
+        return False
+    # Many small groups, as in a depthwise convolution: whole groups are
+    # removed. Few large ones: each keeps the same number of channels.
     if number > read:
-        if transposed and not read == weight.shape[1] == 1:
-            return False
         written = labels.axis(kernel, 0, weight.shape[0])
         if channels is None:
             labels.freeze_labels(written, f'input of {labels.here()}')
@@ -146,12 +179,11 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
                          (len(written), len(written)), (0, 0), True,
                          labels.in_inference)
         return labels.write(kernel, call, written, bias, output, 1)
-    if transposed and number > 1:
-        return False
     axes = (0, 1) if transposed else (1, 0)
     written = labels.axis(kernel, axes[1], weight.shape[axes[1]])
     if number > 1:
-        # As many of each block go: at the same place in each.
+        # A grouped convolution needs groups of equal size, so the channels
+        # at the same place in each block share a gate.
         labels.tie_along(written.reshape(number, -1), 0)
         if channels is not None:
             channels = labels.tie_along(channels.reshape(number, read), 0)[0]
@@ -161,14 +193,23 @@ def _convolution(labels: Labels, operation: Operation) -> bool:
     return labels.write(kernel, call, written, bias, output, 1)
 
 
+def _fixed_reason(labels: Labels, operation: Operation,
+                  kernel: str | None) -> str:
+    """Return the reason why a layer without gates is frozen."""
+    if kernel is None:
+        return f'computed kernel in {labels.here()}'
+    return f'{operation.name} in {labels.here()}'
+
+
 def _layer_call(labels: Labels, operation: Operation) -> LayerCall:
-    """What it takes to repeat a convolution."""
+    """Describe a convolution so that it can be repeated."""
     inputs, weight = operation.args[:2]
-    return LayerCall((max(len(inputs) // labels.images, 1), *inputs.shape[2:]),
-                     tuple(weight.shape),
-                     tuple(
-                         tuple(option) if isinstance(option, list) else option
-                         for option in operation.args[3:9]))
+    return LayerCall(
+        (max(len(inputs) // labels.batch.images, 1), *inputs.shape[2:]),
+        tuple(weight.shape),
+        tuple(
+            tuple(option) if isinstance(option, list) else option
+            for option in operation.args[3:9]))
 
 
 @_rule('addmm', 'mm', 'linear')
@@ -179,14 +220,18 @@ def _linear(labels: Labels, operation: Operation) -> bool:
     else:
         *bias, inputs, weight = operation.args[:3]
         kernel = labels.kernels.get(id(weight))
-    if kernel is None:
-        return operation.name == 'mm' and _product(labels, operation)
     known = labels.get(inputs)
     channels = None if known is None else vector(known, -1)
-    if known is not None and channels is None:
-        return False
     output = operation.outputs[0]
-    rows = math.prod(output.shape[:-1]) // labels.images
+    if kernel is None and operation.name == 'mm':
+        return _product(labels, operation)
+    if kernel is None or (known is not None and channels is None):
+        _count_product(
+            labels, output.shape, inputs.shape[-1], None, -1,
+            _fixed_reason(labels, operation, kernel)
+            if not labels.batch.from_inputs([weight]) else '')
+        return False
+    rows = math.prod(output.shape[:-1]) // labels.batch.images
     sizes = (inputs.shape[-1], output.shape[-1])
     labels.read(kernel, 1, sizes[0], channels)
     written = labels.axis(kernel, 0, sizes[1])
@@ -215,7 +260,7 @@ def _batch_norm(labels: Labels, operation: Operation) -> bool:
 
 @_rule('native_group_norm')
 def _group_norm(labels: Labels, operation: Operation) -> bool:
-    """Whole groups can go: each is normalised by itself."""
+    """Tie the channels of each group: groups are normalised separately."""
     inputs, weight, bias = operation.args[:3]
     known = labels.get(inputs)
     channels = None if known is None else vector(known, 1)
@@ -229,12 +274,14 @@ def _group_norm(labels: Labels, operation: Operation) -> bool:
     return labels.set(operation.outputs[0], known)
 
 
-# -- of several tensors -----------------------------------------------------
+# -- operators on several tensors -------------------------------------------
 
 
 def _pointwise(labels: Labels, operation: Operation) -> bool:
     tensors = operation.tensors
     known = [labels.own(tensor) for tensor in tensors]
+    # A parameter with several long axes, or a buffer, has no labels that
+    # could be tied.
     if any(one is None and tensor.numel() > 1
            and labels.name_of(tensor) is not None
            for tensor, one in zip(tensors, known)):
@@ -255,14 +302,15 @@ def _pointwise(labels: Labels, operation: Operation) -> bool:
 
 
 def _meet(labels: Labels, first: Tensor, second: Tensor) -> Tensor:
-    """Labels of an elementwise operator's result."""
+    """Tie the labels of two operands; return those of the result."""
     shape = torch.broadcast_shapes(first.shape, second.shape)
     for one, other in ((first, second), (second, first)):
         wide = other.expand(torch.broadcast_shapes(other.shape, shape))
         thin = one.reshape((1, ) * (len(shape) - one.dim()) + one.shape)
         if any(thin.shape[dim] == 1 and shape[dim] > 1 and varies(wide, dim)
                for dim in range(len(shape))):
-            # One channel for all, e.g. a spatial attention map.
+            # One channel that acts on all others, e.g. a spatial attention
+            # map, cannot be removed with any one of them.
             labels.freeze_labels(
                 one, f'channel spread over others in {labels.here()}')
             return wide
@@ -271,18 +319,26 @@ def _meet(labels: Labels, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _spans(tensor: Tensor, known: Tensor) -> bool:
-    """Whether an unlabelled tensor has a size along a channel axis."""
+    """Return True if an unlabelled tensor is longer than 1 along channels."""
     offset = known.dim() - tensor.dim()
     return any(size > 1 and varies(known, dim + offset)
                for dim, size in enumerate(tensor.shape) if dim + offset >= 0)
 
 
+@_rule('baddbmm')
+def _added_product(labels: Labels, operation: Operation) -> bool:
+    """Count the product, and freeze all that it reads."""
+    _count_product(labels, operation.outputs[0].shape,
+                   operation.args[1].shape[-1], None, -1)
+    return False
+
+
 @_rule('bmm')
 def _product(labels: Labels, operation: Operation) -> bool:
-    """``(..., n, k) @ (..., k, m)``: channels of n or m go through.
+    """``(..., n, k) @ (..., k, m)``: the result keeps the channels of n or m.
 
-    What is summed over, k, has no gate on its way, so it stays; so do
-    channels of the batch's axes, and n and m if both are of channels.
+    Channels of k are summed where no gate can act, so they are frozen. So are
+    channels of the batch axes, and those of n and m if both are of channels.
     """
     output = operation.outputs[0]
     passing: list[tuple[Tensor, int]] = []
@@ -297,31 +353,46 @@ def _product(labels: Labels, operation: Operation) -> bool:
         elif varies(channels, 0):
             passing.append((channels, dim))
     channels, way = passing[0] if len(passing) == 1 else (None, -1)
-    _count_product(labels, output.shape, operation.args[0].shape[-1], channels,
-                   way)
+    left, right = operation.args[:2]
+    computed_kernel = (
+        channels is None and labels.batch.from_inputs([left])
+        and not labels.batch.from_inputs([right]))
+    _count_product(
+        labels, output.shape, left.shape[-1], channels, way,
+        _fixed_reason(labels, operation, None) if computed_kernel else '')
     return len(passing) < 2 and labels.set(
         output,
         None if channels is None else spread(channels, output.shape, way))
 
 
-def _count_product(labels: Labels, shape: torch.Size, summed: int,
-                   channels: Tensor | None, dim: int) -> None:
-    """Multiply-adds of an output ``shape`` whose axis is of channels."""
+def _count_product(labels: Labels,
+                   shape: torch.Size,
+                   summed: int,
+                   channels: Tensor | None,
+                   dim: int,
+                   reason: str = '') -> None:
+    """Record the multiply-adds of a product by the shape of its result.
+
+    Args:
+        labels (Labels): The labels, to which the product is added in place.
+        shape (torch.Size): Shape of the result.
+        summed (int): Number of products that are summed to each entry.
+        channels (Tensor, optional): Labels along the axis ``dim``.
+        dim (int): The axis of the result that may be of channels.
+        reason (str): The reason why the outputs are frozen, for a layer.
+    """
     if channels is None:
         channels = torch.zeros(shape[dim], dtype=torch.long)
-    macs_per_pair = math.prod(shape) // shape[dim] // labels.images
+    macs_per_pair = math.prod(shape) // shape[dim] // labels.batch.images
     labels.products.append(
-        ActivationProduct(labels.here(), macs_per_pair, summed, channels,
-                          labels.in_inference))
+        ActivationProduct(f'product in {labels.here()}', labels.here(),
+                          macs_per_pair, summed, channels, labels.in_inference,
+                          LayerCall((macs_per_pair, )), reason))
 
 
-@_rule('_scaled_dot_product_flash_attention_for_cpu',
-       '_scaled_dot_product_flash_attention',
-       '_scaled_dot_product_efficient_attention',
-       '_scaled_dot_product_fused_attention_overrideable',
-       '_scaled_dot_product_cudnn_attention')
+@_rule(*_ATTENTION)
 def _attention(labels: Labels, operation: Operation) -> bool:
-    """Of the values, channels go through; of queries and keys, none."""
+    """Pass the channels of the values on; freeze those of queries and keys."""
     values = operation.args[2]
     for tensor in operation.tensors:
         if tensor is not values:
@@ -354,7 +425,8 @@ def _join(labels: Labels, operation: Operation) -> bool:
     if operation.name == 'stack':
         parts = [part.unsqueeze(dim) for part in parts]
     elif any(varies(part, dim) for part in parts):
-        # Along the channels: each other axis must be free of them.
+        # A vector of channels per part can be joined; parts that vary along
+        # a second axis cannot.
         vectors = [
             channels for part in parts
             if (channels := vector(part, dim)) is not None
@@ -366,7 +438,7 @@ def _join(labels: Labels, operation: Operation) -> bool:
     return labels.set(output, torch.cat(parts, dim))
 
 
-# -- of one tensor ----------------------------------------------------------
+# -- operators on one tensor ------------------------------------------------
 
 
 @_rule('t', 'transpose', 'permute')
@@ -375,7 +447,8 @@ def _permute(labels: Labels, operation: Operation) -> bool:
     name = labels.name_of(source)
     known = labels.own(source)
     if name is not None and known is None:
-        # The kernel of a linear layer, before its product.
+        # A linear layer transposes its kernel before the product, which has
+        # to find the kernel's name.
         if source.dim() == 2 and output.shape == source.shape[::-1]:
             labels.kernels[id(output)] = name
             return True
@@ -391,7 +464,7 @@ def _copy(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 @_source_rule('expand', 'unsqueeze', 'squeeze')
 def _rearrange(labels: Labels, operation: Operation, known: Tensor) -> bool:
-    """Done to the labels as it is."""
+    """Apply the operator itself to the labels."""
     labels.needs_channels(known)
     return labels.set(
         operation.outputs[0],
@@ -400,7 +473,7 @@ def _rearrange(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 @_source_rule('select', 'flip', 'roll')
 def _move(labels: Labels, operation: Operation, known: Tensor) -> bool:
-    """The same, along axes that must not be of channels."""
+    """Apply the operator to the labels unless it moves along channels."""
     labels.needs_channels(known)
     select = operation.name == 'select'
     dims = operation.args[1] if select else operation.args[-1]
@@ -412,10 +485,11 @@ def _move(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 @_source_rule('view', '_unsafe_view', 'reshape', '_reshape_alias')
 def _reshape(labels: Labels, operation: Operation, known: Tensor) -> bool:
-    """Axes merge as they are; an axis splits into equal blocks."""
+    """Merge axes as they are; split an axis into equal blocks."""
     labels.needs_channels(known)
     shape = operation.outputs[0].shape
-    # Only the axes that labels vary on, so that nothing large is copied.
+    # Labels are reshaped without the axes on which they do not vary, so that
+    # nothing of the activation's size is copied.
     small = [1] * len(shape)
     split: list[list[int]] = []
     for old, new in blocks(known.shape, shape):
@@ -430,8 +504,9 @@ def _reshape(labels: Labels, operation: Operation, known: Tensor) -> bool:
                 known = known.narrow(dim, 0, 1)
     result = known.reshape(small)
     for new in split:
-        # Of (outer, inner) axes one gets shorter. The outer one, if the inner
-        # one is of one channel; else each block keeps the same of itself.
+        # After a split into (outer, inner) only one of the axes can get
+        # shorter: the outer one if the inner one holds a single channel, else
+        # the inner one, where each block has to keep the same entries.
         for index, dim in enumerate(new[:-1]):
             if any(varies(result, inner) for inner in new[index + 1:]):
                 result = labels.tie_along(result, dim)
@@ -447,7 +522,8 @@ def _split(labels: Labels, operation: Operation, known: Tensor) -> bool:
     if varies(known, dim):
         if len({piece.shape for piece in pieces}) > 1:
             return False
-        # Equal pieces stay equal if all keep the same.
+        # A split into equal pieces works on any width if all pieces keep the
+        # same entries.
         for piece in pieces:
             labels.tie(pieces[0], piece)
         pieces = (pieces[0], ) * len(pieces)
@@ -506,7 +582,7 @@ def _reduce(labels: Labels, operation: Operation, known: Tensor) -> bool:
         known = known.narrow(dim, 0, 1)
         if output.dim() < operation.args[0].dim():
             known = known.squeeze(dim)
-    # The second output of max and min are places, numbers of no channel.
+    # The second output of max and min holds indices, not channels.
     return labels.set(output, known)
 
 
@@ -517,15 +593,15 @@ def _softmax(labels: Labels, operation: Operation, known: Tensor) -> bool:
             and labels.set(operation.outputs[0], known))
 
 
-# Operators on the last axes that neither mix channels nor look at their
-# number, by prefix.
+# Prefixes of operators on the last axes that neither mix channels nor depend
+# on their number.
 _SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
             '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
             'replication_pad')
 
 
 def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:
-    # The operators end in the number of axes that they act on.
+    # Their names tell the number of spatial axes, e.g. max_pool2d.
     axes = re.search(r'([123])d', operation.name)
     return axes is not None and _on_last_axes(labels, operation, known,
                                               int(axes[1]))
@@ -538,7 +614,7 @@ def _pad(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 def _on_last_axes(labels: Labels, operation: Operation, known: Tensor,
                   axes: int) -> bool:
-    """The last axes must be free of channels; the others stay."""
+    """Keep the labels of the outer axes; the last ones must have none."""
     labels.needs_channels(known)
     last = range(known.dim() - axes, known.dim())
     if any(varies(known, dim) for dim in last):
@@ -553,7 +629,7 @@ def _on_last_axes(labels: Labels, operation: Operation, known: Tensor,
 @_source_rule('pixel_shuffle')
 def _pixel_shuffle(labels: Labels, operation: Operation,
                    known: Tensor) -> bool:
-    """``(N, C r^2, H, W) -> (N, C, r H, r W)``: r^2 channels become one."""
+    """``(N, C r^2, H, W) -> (N, C, r H, r W)``: tie the r^2 inputs of each."""
     labels.needs_channels(known)
     channels = vector(known, 1)
     if channels is None:
@@ -566,7 +642,8 @@ def _pixel_shuffle(labels: Labels, operation: Operation,
 @_source_rule('pixel_unshuffle', 'im2col')
 def _gather_pixels(labels: Labels, operation: Operation,
                    known: Tensor) -> bool:
-    """``(N, C, ...) -> (N, C k, ...)``: one channel becomes k in a row."""
+    """``(N, C, ...) -> (N, C k, ...)``: repeat each channel's label k times.
+    """
     labels.needs_channels(known)
     channels = vector(known, 1)
     if channels is None:
@@ -577,7 +654,7 @@ def _gather_pixels(labels: Labels, operation: Operation,
 
 
 def _as_list(dims: Any) -> list[int]:
-    """Axes as an operator takes them: none, one or several."""
+    """Return the axes of an operator's argument: none, one or several."""
     if dims is None:
         return []
     return [dims] if isinstance(dims, int) else list(dims)

@@ -1,4 +1,4 @@
-"""Results of an analysis: groups of channels, layers and what is frozen."""
+"""Results of an analysis: groups of channels, layers, frozen channels."""
 from __future__ import annotations
 
 import dataclasses
@@ -10,24 +10,29 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """A layer as the cost sees it: convolution, linear layer or product.
+    """A convolution, linear layer or matrix product, as the cost needs it.
 
     Args:
-        name (str): Its module's name.
-        kernel (str): Its parameter's name; none of a product of activations.
-        macs_per_pair (int): Multiply-adds per pair of channels: k^2 H W of a
-            convolution (H, W of its output, of its input if transposed), the
-            rows of a linear layer.
-        axis (int): The kernel's axis of inputs.
-        inputs (Tensor): ``(C_in,)`` gate of each slot on it, -1 for none. Of
-            a grouped convolution, the same slots in each group.
-        outputs (Tensor): ``(C_out,)`` likewise, all output channels.
-        blockwise (bool): A block of outputs goes with the block of inputs that
-            it reads, as in a depthwise convolution; the kernel has no axis of
-            inputs that could be cut, and multiply-adds are
-            ``macs_per_pair * C_out``.
-        in_inference (bool): False for what only training runs.
-        calls (tuple[LayerCall, ...]): Its calls in inference.
+        name (str): Name of the module.
+        kernel (str): Name of the parameter that is the kernel; empty for a
+            product of activations.
+        macs_per_pair (int): Multiply-adds per image and pair of an input and
+            an output channel: k^2 H W for a convolution (H, W of its output,
+            of its input if transposed), the number of rows for a linear
+            layer.
+        axis (int): The kernel's axis of input channels.
+        inputs (Tensor): ``(C_in,)`` gate of each slot on that axis, -1 for
+            none. A grouped convolution has ``C_in / groups`` slots, and each
+            group keeps the same ones.
+        outputs (Tensor): ``(C_out,)`` gate of each output channel, -1 for
+            none.
+        blockwise (bool): Whether a block of outputs is removed together with
+            the block of inputs that it reads, as in a depthwise convolution.
+            The kernel then has no axis of inputs that could be cut, and the
+            multiply-adds are ``macs_per_pair * C_out``.
+        in_inference (bool): Whether inference runs the layer; False if only
+            training does.
+        calls (tuple[LayerCall, ...]): The layer's calls in inference.
     """
     name: str
     kernel: str
@@ -42,14 +47,16 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Channels that stand in the same place: between the same layers.
+    """Channels that lie between the same layers.
 
     Args:
-        gates (Tensor): ``(n,)`` its gates, ascending.
-        writers (tuple[str, ...]): Modules whose outputs they are.
-        readers (tuple[str, ...]): Modules that read them through a gate.
-        can_be_empty (bool): Whether all of them can be removed, not only all
-            but one, without an operator between that refuses no channels.
+        gates (Tensor): ``(n,)`` gates of the group, ascending.
+        writers (tuple[str, ...]): Modules that write the channels.
+        readers (tuple[str, ...]): Modules that read the channels through a
+            gate.
+        can_be_empty (bool): Whether all channels can be removed. False where
+            an operator between the layers may refuse a tensor without
+            channels; one channel is then kept.
     """
     gates: Tensor
     writers: tuple[str, ...]
@@ -59,12 +66,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class FrozenChannels:
-    """Channels that are never pruned, and why.
+    """Channels that are never pruned, and the reason.
 
     Args:
-        reason (str): The operator and the module that it ran in.
-        writers (tuple[str, ...]): Modules whose outputs they are.
-        channels (int): Their number.
+        reason (str): The reason, e.g. the operator that depends on these
+            channels and the module that ran it.
+        writers (tuple[str, ...]): Modules that write the channels.
+        channels (int): Number of the channels.
     """
     reason: str
     writers: tuple[str, ...]
@@ -73,20 +81,23 @@ class FrozenChannels:
 
 @dataclasses.dataclass(frozen=True)
 class Analysis:
-    """What an analysis found; all that gates, cost and surgery need.
+    """Result of an analysis: all that gates, cost and surgery need to know.
 
     Args:
-        num_gates (int): ``G``.
-        gate_of_slot (dict[tuple[str, int], Tensor]): ``(tensor name, axis)``
-            to the gate of each slot on that axis ``(size,)``, -1 for none.
-            Slots of a closed gate are cut out.
-        layers (tuple[Layer, ...]): In order of their first call.
-        groups (tuple[Group, ...]): Each gate is in exactly one.
-        parameters (dict[str, tuple[int, ...]]): Name to dense shape of those
-            that inference reads.
-        frozen (tuple[Frozen, ...]): Most channels first.
-        norms (dict[str, str]): Layer to the batch norm that alone reads it.
-        input_shape (tuple[int, ...]): ``(N, C, H, W)`` that was analysed.
+        num_gates (int): Number of gates ``G``.
+        gate_of_slot (dict[tuple[str, int], Tensor]): Gate of each slot
+            ``(size,)`` on each ``(tensor name, axis)``, -1 for none. The
+            surgery removes the slots of closed gates.
+        layers (tuple[Layer, ...]): The layers in order of their first call.
+        groups (tuple[Group, ...]): The groups; each gate is in exactly one.
+        parameters (dict[str, tuple[int, ...]]): Name and dense shape of each
+            parameter that inference reads.
+        frozen (tuple[FrozenChannels, ...]): Channels that are never pruned,
+            by reason, most channels first.
+        norms (dict[str, str]): The batch norm that reads a layer's output,
+            for layers whose output nothing else reads.
+        input_shape (tuple[int, ...]): Shape ``(1, C, H, W)`` of the input
+            that was analysed.
     """
     num_gates: int
     gate_of_slot: dict[tuple[str, int], Tensor]
@@ -98,17 +109,18 @@ class Analysis:
     input_shape: tuple[int, ...]
 
     def gated_layers(self) -> Iterator[Layer]:
-        """Layers with a gate on at least one input channel."""
+        """Yield the layers with a gate on at least one input channel."""
         for layer in self.layers:
             if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
     def without(self, indices: Collection[int], reason: str) -> Analysis:
-        """The same without the gates of some groups: their channels stay.
+        """Return this analysis with some groups frozen.
 
         Args:
-            indices (Collection[int]): Into ``groups``.
-            reason (str): Why.
+            indices (Collection[int]): Indices into ``groups`` of the groups
+                to freeze.
+            reason (str): The reason that is reported for their channels.
         """
         stay = torch.ones(self.num_gates, dtype=torch.bool)
         for index in indices:
@@ -142,16 +154,17 @@ class Analysis:
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer, to be repeated at other widths.
+    """One call of a layer, described so that other widths can be timed.
 
     Args:
-        size (tuple[int, ...]): Of one image's input, without the channels:
-            ``(N, H, W)``, of a product of matrices ``(rows, )``.
-        kernel (tuple[int, ...]): Shape of the dense kernel; none of a product
-            of matrices.
-        options (tuple[Any, ...]): What ATen's convolution takes after the
-            bias: stride, padding, dilation, transposed, output padding,
-            groups; none of a product of matrices.
+        size (tuple[int, ...]): Shape of the input for one image without the
+            channels: ``(N, H, W)`` for a convolution, ``(rows, )`` for a
+            matrix product.
+        kernel (tuple[int, ...]): Shape of the dense kernel; empty for a
+            matrix product.
+        options (tuple[Any, ...]): The arguments of ATen's convolution after
+            the bias: stride, padding, dilation, transposed, output padding,
+            groups; empty for a matrix product.
     """
     size: tuple[int, ...]
     kernel: tuple[int, ...] = ()

@@ -1,62 +1,69 @@
-"""Runs a model and writes down what it says of its channels.
+"""Tracing of a model under a dispatch mode that follows its channels.
 
-Under a dispatch mode, which sees every ATen operator: what runs can be
-analysed. What each operator does to labels is in ``operators.py``.
+A dispatch mode sees every ATen operator, so every model that runs can be
+traced, whatever its Python code looks like. The rules that say what each
+operator does to labels are in ``operators.py``.
 """
 from __future__ import annotations
 
 import contextlib
 import copy
 import itertools
+import random
 from typing import Any, Callable, Iterable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .labels import Labels
-from .operators import Operation, apply
+from .operators import PRODUCTS, Operation, apply
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
 
 class Tracer(TorchDispatchMode):
-    """Runs a model, with labels beside its activations.
+    """Dispatch mode that runs a model with labels beside its activations.
 
     Args:
-        model (nn.Module): On any device; parameters may have no data.
-        shared (Iterable[str]): Tensors that have several names; their
-            channels are frozen.
+        model (nn.Module): The model, on any device; its parameters may be on
+            the meta device.
+        shared (Iterable[str]): Names of tensors that have several names;
+            their channels are frozen.
 
     Attributes:
-        labels (Labels): What was found.
+        labels (Labels): The labels of all forward passes so far.
     """
 
     def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.labels = Labels(model, shared)
-        # So that no identity is used twice in a forward pass.
+        # Labels are kept by id(tensor). Python may give the id of a freed
+        # tensor to a new one, so all tensors of a pass are kept alive.
         self._alive: list[Tensor] = []
 
     def run(self, forward: Forward, inputs: Tensor,
             in_inference: bool) -> None:
-        """Trace one forward pass; its outputs are frozen.
+        """Trace one forward pass and freeze its outputs.
 
         Args:
-            forward (Forward): Called with the model and the inputs.
+            forward (Forward): Function of the model and the inputs.
             inputs (Tensor): ``(N, C, H, W)``, on the model's device.
-            counted (bool): Whether inference does this; else training does,
-                and modules that ask are told so.
+            in_inference (bool): Whether this is the forward of inference. If
+                not, the model is in training mode (see :func:`set_mode_`).
         """
         labels = self.labels
-        labels.in_inference, labels.images = in_inference, len(inputs)
+        labels.in_inference = in_inference
+        labels.batch.begin(inputs)
         try:
-            set_mode_(self.model, training=not in_inference)
-            with module_names(
-                    self.model,
-                    labels.modules), torch.no_grad(), _plain_attention(), self:
+            with module_names(self.model, labels.modules), fixed_seeds(
+            ), torch.no_grad(), _plain_attention(), self:
+                # Within the trace, because train() may compute tensors from
+                # parameters, which have to be frozen then.
+                set_mode_(self.model, training=not in_inference)
                 outputs = forward(self.model, inputs)
             for output in tree_leaves(outputs):
                 if isinstance(output, Tensor):
@@ -82,9 +89,11 @@ class Tracer(TorchDispatchMode):
         self._alive += [*tensors, *outputs]
         labels = self.labels
         labels.count_reads(tensors)
-        if any(map(labels.knows, tensors)):
-            operation = Operation(function, args, kwargs or {}, tensors,
-                                  outputs)
+        operation = Operation(function, args, kwargs or {}, tensors, outputs)
+        labels.batch.follow(tensors, outputs)
+        # An operator on tensors without labels concerns no channel, but may
+        # still have a cost.
+        if any(map(labels.knows, tensors)) or operation.name in PRODUCTS:
             if not apply(labels, operation):
                 for tensor in tensors:
                     labels.freeze(tensor,
@@ -94,11 +103,12 @@ class Tracer(TorchDispatchMode):
 
 @contextlib.contextmanager
 def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
-    """Keep the names of the modules that run, the innermost last.
+    """Keep a list of the names of the running modules, innermost last.
 
     Args:
-        model (nn.Module): Gets hooks for that long.
-        running (list[str]): Changed as modules begin and end.
+        model (nn.Module): The model, which has hooks within this context.
+        running (list[str]): The list, changed in place as modules begin and
+            end.
     """
 
     def enter(name: str) -> Callable[..., None]:
@@ -119,18 +129,29 @@ def module_names(model: nn.Module, running: list[str]) -> Iterator[None]:
 
 
 def copy_model(
-        model: nn.Module,
-        replaced: Callable[[Tensor],
-                           Tensor] = lambda tensor: tensor) -> nn.Module:
-    """A deep copy of a model with the same tensors, or others, in it.
+    model: nn.Module,
+    replaced: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+    shared: Iterable[Any] = ()
+) -> nn.Module:
+    """Deep-copy a model, but choose the tensors of the copy.
 
     Args:
-        model (nn.Module): Left as it is.
-        replaced (Callable[[Tensor], Tensor]): What the copy has in place of a
-            parameter or buffer.
+        model (nn.Module): The model, which stays unchanged.
+        replaced (Callable[[Tensor], Tensor]): Function from a parameter,
+            buffer or other tensor of a module to the tensor that the copy
+            has in its place. By default both models share their tensors.
+        shared (Iterable[Any]): Further objects that both models share.
     """
-    memo: dict[int, Tensor] = {}
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
+    memo: dict[int, Any] = {id(thing): thing for thing in shared}
+    # Modules may keep tensors in plain attributes, e.g. the kernel that weight
+    # norm computes, which deepcopy refuses if it has a gradient's history.
+    plain = (
+        value for module in model.modules() for value in vars(module).values()
+        if isinstance(value, Tensor))
+    for tensor in itertools.chain(model.parameters(), model.buffers(), plain):
+        if not tensor.is_leaf:
+            memo[id(tensor)] = replaced(tensor.detach())
+            continue
         other = replaced(tensor)
         if isinstance(tensor, nn.Parameter) and other is not tensor:
             other = nn.Parameter(other, tensor.requires_grad)
@@ -139,14 +160,43 @@ def copy_model(
 
 
 def set_mode_(model: nn.Module, training: bool) -> None:
-    """Training mode, but for norms, dropout and all that has no parts."""
+    """Set the mode of a model in place; modules without parts stay in eval.
+
+    The model's own ``train`` is called, because some modules compute tensors
+    there or keep their parts in eval mode. In training mode, modules that ask
+    ``self.training`` (e.g. to run an auxiliary head) do what they do in
+    training. Norms and dropout do not: a norm would change its statistics,
+    and random numbers would differ between two networks that are compared.
+    """
+    model.train(training)
     for module in model.modules():
-        module.training = training and any(module.children())
+        if not any(module.children()):
+            module.training = False
+
+
+@contextlib.contextmanager
+def fixed_seeds() -> Iterator[None]:
+    """Seed the generators of Python, NumPy and PyTorch, and restore them.
+
+    A forward that draws numbers then draws the same ones each time. Only the
+    generator of the CPU is seeded, where all copies of models run.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(1)
+    np.random.seed(1)
+    torch.default_generator.manual_seed(1)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
-    """PyTorch's attention as single operators, none of which hides layers."""
+    """Disable the fused attention of PyTorch, which hides its linear layers.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

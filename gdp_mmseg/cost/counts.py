@@ -1,16 +1,17 @@
-"""What a gated network costs, as a function of its gates' openness.
+"""Cost of a gated network as a function of its gates' openness.
 
-Every cost is a sum of products of two numbers of open channels, which makes
-its derivative a closed form, and a share: 1 with all gates open.
+Every cost is a sum of terms, each a product of two numbers of open channels,
+so that the derivative has a closed form. A cost is given as a share of the
+dense cost: it is 1 with all gates open.
 
 - FLOPs: one fused multiply-add is one FLOP, at the input size that was
   analysed, for one image. Only convolutions, linear layers and products of
-  activations count (nothing else of a segmentation network has a cost in
-  channels squared), and only those that inference runs.
+  activations count (nothing else in a segmentation network has a cost that
+  is quadratic in channels), and only those that inference runs.
 - Parameters: those that inference reads.
-- Latency: the measured times of the layers that FLOPs count.
+- Latency: the measured times of the layers that have FLOPs.
 
-Letters: ``G`` gates, ``S`` groups, ``K`` products, ``L`` counted layers.
+Letters: ``G`` gates, ``S`` groups, ``K`` terms, ``L`` layers of inference.
 """
 from __future__ import annotations
 
@@ -23,31 +24,31 @@ from torch import Tensor, nn
 
 from ..analysis.structure import Analysis, Layer
 
-# In a product, the place of a number of channels that is 1.
+# One slot without a gate: a factor of 1 in a term.
 ONE = torch.tensor([-1])
 
 
 @dataclasses.dataclass(frozen=True)
 class CostTerm:
-    """Two channel axes whose open channels multiply.
+    """Two channel axes whose numbers of open channels are multiplied.
 
     Args:
-        inputs (Tensor): ``(C_in,)`` gate of each slot, -1 for none.
-        outputs (Tensor): ``(C_out,)`` likewise.
+        inputs (Tensor): ``(C_in,)`` gate of each input slot, -1 for none.
+        outputs (Tensor): ``(C_out,)`` gate of each output slot, -1 for none.
     """
     inputs: Tensor
     outputs: Tensor
 
 
 class Cost(nn.Module):
-    """Share of the dense cost, given the openness of all gates.
+    """Share of the dense cost as a function of the openness of all gates.
 
-    Zero until :meth:`weigh_` said what each product costs.
+    The cost is zero until :meth:`weigh_` sets the weights of the terms.
 
     Args:
-        analysis (Analysis): What the analysis found.
-        products (Sequence[Product]): ``K`` of them.
-        persistent (bool): Whether the weights are in the state dict.
+        analysis (Analysis): The analysis of the model.
+        terms (Sequence[CostTerm]): The ``K`` terms of the sum.
+        persistent (bool): Whether the weights are part of the state dict.
     """
 
     group_of: Tensor
@@ -59,37 +60,38 @@ class Cost(nn.Module):
 
     def __init__(self,
                  analysis: Analysis,
-                 products: Sequence[CostTerm],
+                 terms: Sequence[CostTerm],
                  persistent: bool = False) -> None:
         super().__init__()
         group_of = torch.zeros(analysis.num_gates, dtype=torch.long)
         for index, group in enumerate(analysis.groups):
             group_of[group.gates] = index
-        # Members of a group lie on the same axes equally often.
+        # The gates of a group lie on the same axes equally often, so the sum
+        # over a group is enough to know the open channels of each axis.
         sizes = torch.tensor([len(group.gates) for group in analysis.groups])
         self.register_buffer('group_of', group_of, persistent=False)
         for side in ('inputs', 'outputs'):
-            slots = torch.zeros(len(products), len(analysis.groups))
-            fixed = torch.zeros(len(products))
-            for row, product in enumerate(products):
-                gates = getattr(product, side)
+            slots = torch.zeros(len(terms), len(analysis.groups))
+            fixed = torch.zeros(len(terms))
+            for row, term in enumerate(terms):
+                gates = getattr(term, side)
                 fixed[row] = (gates < 0).sum()
                 slots[row].index_add_(0, group_of[gates[gates >= 0]],
                                       torch.ones(int((gates >= 0).sum())))
             self.register_buffer(side, slots / sizes, persistent=False)
             self.register_buffer(f'fixed_{side}', fixed, persistent=False)
         self.register_buffer(
-            'shares', torch.zeros(len(products)), persistent=persistent)
+            'shares', torch.zeros(len(terms)), persistent=persistent)
 
     @torch.no_grad()
     def weigh_(self, amounts: Tensor) -> float:
-        """Say what the products cost, in place.
+        """Set the weights of the terms in place.
 
         Args:
-            amounts (Tensor): ``(K,)`` cost of each per pair of channels.
+            amounts (Tensor): ``(K,)`` cost of each term per pair of channels.
 
         Returns:
-            float: The dense cost, in their unit.
+            float: The dense cost, in the unit of ``amounts``.
         """
         amounts = amounts.to(self.shares.device, torch.double)
         inputs, outputs = self._sums(
@@ -99,18 +101,18 @@ class Cost(nn.Module):
         return dense
 
     def group_sums(self, openness: Tensor) -> Tensor:
-        """Open channels ``(S,)`` of each group, of openness ``(G,)``."""
+        """Sum the openness ``(G,)`` over each group, ``(S,)``."""
         return openness.new_zeros(self.inputs.shape[1]).index_add(
             0, self.group_of, openness)
 
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
-        """Open input and output channels of each product, ``(K,)`` twice."""
+        """Open input and output channels of each term, ``(K,)`` twice."""
         sums = self.group_sums(openness)
         return (self.inputs.to(sums) @ sums + self.fixed_inputs.to(sums),
                 self.outputs.to(sums) @ sums + self.fixed_outputs.to(sums))
 
     def forward(self, openness: Tensor) -> Tensor:
-        """Share of the dense cost, a scalar; differentiable.
+        """Compute the share of the dense cost, a differentiable scalar.
 
         Args:
             openness (Tensor): ``(G,)`` in [0, 1].
@@ -127,10 +129,10 @@ class Cost(nn.Module):
         return groups[self.group_of]
 
     def group_shares(self) -> Tensor:
-        """Share ``(S,)`` of the dense cost that goes with each group.
+        """Share ``(S,)`` of the dense cost that closing one group saves.
 
-        What would be gone if this group alone were closed. Two neighbours
-        share a layer, so the shares add up to more than 1.
+        Each group is closed alone. Two neighbouring groups both include the
+        layer between them, so the shares can add up to more than 1.
         """
         shares = []
         for index in range(self.inputs.shape[1]):
@@ -140,22 +142,22 @@ class Cost(nn.Module):
 
 
 class CountCost(Cost):
-    """A cost that is a number of something.
+    """Cost that is a count, such as FLOPs or parameters.
 
     Args:
-        analysis (Analysis): What the analysis found.
-        products (Sequence[Product]): ``K`` of them.
-        amounts (Sequence[float]): What each costs per pair of channels.
+        analysis (Analysis): The analysis of the model.
+        terms (Sequence[CostTerm]): The ``K`` terms of the sum.
+        amounts (Sequence[float]): Cost of each term per pair of channels.
 
     Attributes:
-        dense (int): The number with all gates open.
+        dense (int): The count with all gates open.
     """
 
     amounts: Tensor
 
-    def __init__(self, analysis: Analysis, products: Sequence[CostTerm],
+    def __init__(self, analysis: Analysis, terms: Sequence[CostTerm],
                  amounts: Sequence[float]) -> None:
-        super().__init__(analysis, products)
+        super().__init__(analysis, terms)
         self.register_buffer(
             'amounts',
             torch.tensor(amounts, dtype=torch.double),
@@ -163,7 +165,7 @@ class CountCost(Cost):
         self.dense = round(self.weigh_(self.amounts))
 
     def count(self, openness: Tensor) -> int:
-        """The number itself, exact where openness is 0 or 1.
+        """Compute the count itself, exact where openness is 0 or 1.
 
         Args:
             openness (Tensor): ``(G,)`` in [0, 1].
@@ -173,13 +175,13 @@ class CountCost(Cost):
 
 
 class FlopCost(CountCost):
-    """Multiply-adds.
+    """Multiply-adds of one image at the input size that was analysed.
 
     Source: GDP (ICCV 2021), section 3: a layer costs k^2 H W s_in s_out, a
     depthwise one k^2 H W s, where s sums the openness of the channels.
 
     Args:
-        analysis (Analysis): What the analysis found.
+        analysis (Analysis): The analysis of the model.
 
     Examples:
         Two 1x1 convolutions, 3 -> 2 -> 4 channels, on 5 x 5 pixels.
@@ -197,21 +199,21 @@ class FlopCost(CountCost):
 
     def __init__(self, analysis: Analysis) -> None:
         layers = inference_layers(analysis)
-        super().__init__(analysis, [product_of(layer) for layer in layers],
+        super().__init__(analysis, [term_of(layer) for layer in layers],
                          [layer.macs_per_pair for layer in layers])
 
 
 class ParameterCost(CountCost):
-    """Parameters that inference reads: kernels, biases, those of norms.
+    """Parameters that inference reads: kernels, biases and those of norms.
 
-    A kernel costs k^2 s_in s_out, of a grouped convolution that by its
-    groups; a parameter per channel costs s; one without a gate is constant.
-    A layer of which nothing is left to read becomes a constant (see
-    ``surgery.py``), with one parameter per channel in place of its norm's
-    two and its bias: a difference that is not told.
+    A kernel costs k^2 s_in s_out, divided by the number of groups for a
+    grouped convolution. A parameter per channel costs s. A parameter without
+    a gate costs what it has. A layer without inputs becomes a constant (see
+    ``surgery/constant.py``) with one parameter per channel in place of its
+    bias and its norm's two parameters; this cost ignores that difference.
 
     Args:
-        analysis (Analysis): What the analysis found.
+        analysis (Analysis): The analysis of the model.
 
     Examples:
         Two 1x1 convolutions with biases, 3 -> 2 -> 4 channels.
@@ -227,7 +229,7 @@ class ParameterCost(CountCost):
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        products, amounts = [], []
+        terms, amounts = [], []
         for name, shape in analysis.parameters.items():
             gated = [
                 analysis.gate_of_slot[name, axis]
@@ -235,16 +237,16 @@ class ParameterCost(CountCost):
                 if (name, axis) in analysis.gate_of_slot
             ]
             first, second = (*gated, ONE, ONE)[:2]
-            products.append(CostTerm(first, second))
+            terms.append(CostTerm(first, second))
             amounts.append(math.prod(shape) / (len(first) * len(second)))
-        super().__init__(analysis, products, amounts)
+        super().__init__(analysis, terms, amounts)
 
 
 def inference_layers(analysis: Analysis) -> list[Layer]:
-    """Those that inference runs, ``L`` of them."""
+    """Return the ``L`` layers that inference runs."""
     return [layer for layer in analysis.layers if layer.in_inference]
 
 
-def product_of(layer: Layer) -> CostTerm:
-    """The channels of a layer that multiply."""
+def term_of(layer: Layer) -> CostTerm:
+    """Return the channel axes of a layer that are multiplied in its cost."""
     return CostTerm(ONE if layer.blockwise else layer.inputs, layer.outputs)

@@ -1,16 +1,16 @@
-"""Measures how the time of each layer depends on its widths.
+"""Measurement of how the time of each layer depends on its widths.
 
-Each distinct layer that inference runs is timed by itself, on the device at
-hand, at a few numbers of inputs and outputs, and a model that no width can
-make negative is fitted:
+Each distinct layer that inference runs is timed alone, on the device of the
+training, at a few numbers of inputs and outputs. A function that cannot be
+negative at any width is fitted to the times:
 
 .. code-block:: text
 
     milliseconds = a + b s_in + c s_out + d s_in s_out,  a, b, c, d >= 0
 
-What stands between the layers (norms, activations, resampling) is not timed.
+Operators between the layers (norms, activations, resampling) are not timed.
 
-Letters: ``L`` counted layers, ``P`` points (widths of a layer).
+Letters: ``L`` layers of inference, ``P`` points (widths of a layer).
 """
 from __future__ import annotations
 
@@ -26,66 +26,70 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..analysis.structure import Analysis, Layer, LayerCall
-from .counts import ONE, Cost, CostTerm, inference_layers, product_of
+from .counts import ONE, Cost, CostTerm, inference_layers, term_of
 
 
 class LatencyCost(Cost):
-    """Time of the counted layers, one after the other, as it was measured.
+    """Sum of the measured times of all layers that inference runs.
 
-    A layer costs a + b s_in + c s_out + d s_in s_out. The four numbers of
-    each are measured once, when a training begins (see ``latency.py``), and
-    live in the state dict: whoever loads the checkpoint has the same cost.
-    The constant a stays, whatever is closed.
+    A layer costs a + b s_in + c s_out + d s_in s_out. The four coefficients
+    of each layer are measured once, when a training begins (see
+    :func:`measure`). They are part of the state dict, so that a resumed
+    training has the same cost. The constant a is paid even for a layer whose
+    channels are all closed.
 
     Args:
-        analysis (Analysis): What the analysis found.
+        analysis (Analysis): The analysis of the model.
     """
 
     def __init__(self, analysis: Analysis) -> None:
-        products = []
+        terms = []
         for layer in inference_layers(analysis):
-            both = product_of(layer)
-            products += [
+            both = term_of(layer)
+            terms += [
                 CostTerm(ONE, ONE),
                 CostTerm(both.inputs, ONE),
                 CostTerm(ONE, both.outputs), both
             ]
-        super().__init__(analysis, products, persistent=True)
+        super().__init__(analysis, terms, persistent=True)
 
     @property
     def measured(self) -> bool:
-        """Whether :meth:`weigh_` was called, or a state dict loaded."""
+        """True once :meth:`weigh_` was called or a state dict was loaded."""
         return bool(self.shares.any())
 
 
-# Shares of the channels at which a layer with gates is timed, on each side:
-# a round over all layers takes as long as three dense forward passes.
+# Shares of the channels at which a layer with gates is timed, on each side.
+# The nine pairs cost 1.75^2, about three dense forward passes a round.
 WIDTHS = (1., 0.5, 0.25)
+# A median of 20 rounds is stable, and a minute is little beside a training.
 SECONDS = 60.
 ROUNDS = 20
-# Launching a kernel takes the host longer than a small layer the GPU.
+# The host takes longer to launch a kernel than a GPU to run a small layer, so
+# that several calls in a row are timed there.
 _CALLS = {'cuda': 20}
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A layer at some width.
+    """One call of a layer at chosen widths.
 
     Args:
-        run (Run): Its call.
-        inputs (int): Slots of its kernel's axis of inputs.
-        outputs (int): Output channels.
-        blockwise (bool): See :class:`gdp_mmseg.groups.Layer`.
+        call (LayerCall): The call of the dense layer.
+        inputs (int): Number of slots on the kernel's axis of inputs.
+        outputs (int): Number of output channels.
+        blockwise (bool): Whether outputs are removed with the inputs that
+            they read (see :class:`gdp_mmseg.analysis.structure.Layer`).
     """
-    run: LayerCall
+    call: LayerCall
     inputs: int
     outputs: int
     blockwise: bool
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """An input and a kernel."""
-        run = self.run
-        kernel, size, options = run.kernel, run.size, run.options
+        """Create an input and a kernel of ones."""
+        call = self.call
+        kernel, size, options = call.kernel, call.size, call.options
         if not options:
             shapes: tuple[Sequence[int], ...] = ((*size, self.inputs),
                                                  (self.outputs, self.inputs))
@@ -97,7 +101,7 @@ class Workload:
                                                         kernel[1])
             else:
                 channels = groups * self.inputs
-                narrow = ((self.inputs, self.outputs) if transposed else
+                narrow = ((channels, self.outputs // groups) if transposed else
                           (self.outputs, self.inputs))
             shapes = (images, channels, *sides), (*narrow, *kernel[2:])
         inputs, weight = (torch.ones(shape, device=device) for shape in shapes)
@@ -105,17 +109,17 @@ class Workload:
 
     @property
     def groups(self) -> int:
-        """Of the convolution at this width: of blocks, some are gone."""
-        groups: int = self.run.options[5]
+        """Groups of the convolution; a blockwise one has lost some."""
+        groups: int = self.call.options[5]
         return (self.outputs * groups //
-                self.run.kernel[0] if self.blockwise else groups)
+                self.call.kernel[0] if self.blockwise else groups)
 
     def __call__(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Run the layer."""
-        if not self.run.options:
+        """Run the layer once."""
+        if not self.call.options:
             return F.linear(inputs, weight)
         return torch.ops.aten.convolution(inputs, weight, None,
-                                          *self.run.options[:5], self.groups)
+                                          *self.call.options[:5], self.groups)
 
 
 Stopwatch = Callable[[Workload, torch.device], float]
@@ -123,7 +127,7 @@ Stopwatch = Callable[[Workload, torch.device], float]
 
 @torch.no_grad()
 def stopwatch(workload: Workload, device: torch.device) -> float:
-    """Milliseconds of a run of a layer."""
+    """Measure the milliseconds of one call of a layer."""
     inputs, weight = workload.tensors(device)
     calls = _CALLS.get(device.type, 1)
     _wait(device)
@@ -143,66 +147,71 @@ def measure(layers: Sequence[Layer],
             device: torch.device,
             stopwatch: Stopwatch = stopwatch,
             seconds: float = SECONDS) -> Tensor:
-    """Time layers at several widths, and fit each.
+    """Time layers at several widths and fit the coefficients of each.
 
     Args:
-        layers (Sequence[Layer]): ``L`` counted ones.
-        device (torch.device): To measure on.
-        stopwatch (Stopwatch): Gives the milliseconds of one run.
-        seconds (float): No second timed round over all layers starts after
-            this; a first one, and one that is not timed, are always made.
+        layers (Sequence[Layer]): The ``L`` layers that inference runs.
+        device (torch.device): The device to measure on.
+        stopwatch (Stopwatch): Function that returns the milliseconds of one
+            call.
+        seconds (float): Time after which no further round over all layers
+            begins. An untimed and one timed round are always made.
 
     Returns:
-        Tensor: ``(L, 4)`` coefficients a, b, c, d in milliseconds, where a
-        layer that is called several times has the sum of its calls.
+        Tensor: ``(L, 4)`` coefficients a, b, c, d in milliseconds; those of
+        a layer that is called several times are summed over its calls.
     """
     points = {
-        layer_run: _workloads(*layer_run)
-        for layer_run in dict.fromkeys(
-            _key(layer, run) for layer in layers for run in layer.calls)
+        key: _workloads(*key)
+        for key in dict.fromkeys(
+            _key(layer, call) for layer in layers for call in layer.calls)
     }
-    workloads = [one for several in points.values() for one in several]
-    times: dict[Workload, list[float]] = {one: [] for one in workloads}
+    times: dict[Workload, list[float]] = {
+        workload: []
+        for workloads in points.values()
+        for workload in workloads
+    }
     end = time.perf_counter() + seconds
     for number in range(ROUNDS + 1):
         if number > 1 and time.perf_counter() > end:
             break
         for workload in times:
             times[workload].append(stopwatch(workload, device))
-    # The first run of a kind makes room and chooses an algorithm.
+    # The first call of a kind allocates memory and selects an algorithm.
     medians = {
         workload: statistics.median(values[1:])
         for workload, values in times.items()
     }
     fits = {
         key:
-        fit([(one.inputs, one.outputs)
-             for one in several], [medians[one] for one in several])
-        for key, several in points.items()
+        fit([(workload.inputs, workload.outputs) for workload in workloads],
+            [medians[workload] for workload in workloads])
+        for key, workloads in points.items()
     }
     return torch.stack([
-        torch.stack([fits[_key(layer, run)] for run in layer.calls]).sum(0)
+        torch.stack([fits[_key(layer, call)] for call in layer.calls]).sum(0)
         for layer in layers
     ])
 
 
-# Run, widths of the inputs, widths of the outputs, blocks.
+# A call, the widths of its inputs, those of its outputs, blockwise.
 _Key = tuple[LayerCall, tuple[int, ...], tuple[int, ...], bool]
 
 
-def _key(layer: Layer, run: LayerCall) -> _Key:
-    """What tells a run of a layer, and the widths that it can have."""
-    groups = run.options[5] if run.options else 1
+def _key(layer: Layer, call: LayerCall) -> _Key:
+    """Return what identifies equal work: a call and its possible widths."""
+    groups = call.options[5] if call.options else 1
     if layer.blockwise:
-        # The inputs go with the outputs.
-        return run, (1, ), _widths(layer.outputs,
-                                   run.kernel[0] // groups), True
-    return (run, _widths(layer.inputs, 1), _widths(layer.outputs,
-                                                   groups), False)
+        # The inputs are removed with the outputs: one axis of widths only.
+        return call, (1, ), _widths(layer.outputs,
+                                    call.kernel[0] // groups), True
+    return (call, _widths(layer.inputs, 1), _widths(layer.outputs,
+                                                    groups), False)
 
 
 def _widths(gates: Tensor, unit: int) -> tuple[int, ...]:
-    """Numbers of channels, multiples of ``unit``; of gates ``(C,)``."""
+    """Return the widths to time, multiples of ``unit``, for gates ``(C,)``.
+    """
     if not bool((gates >= 0).any()):
         return (len(gates), )
     units = len(gates) // unit
@@ -210,25 +219,25 @@ def _widths(gates: Tensor, unit: int) -> tuple[int, ...]:
         dict.fromkeys(max(round(share * units), 1) * unit for share in WIDTHS))
 
 
-def _workloads(run: LayerCall, inputs: tuple[int, ...],
+def _workloads(call: LayerCall, inputs: tuple[int, ...],
                outputs: tuple[int, ...], blockwise: bool) -> list[Workload]:
     return [
-        Workload(run, width_in, width_out, blockwise) for width_in in inputs
+        Workload(call, width_in, width_out, blockwise) for width_in in inputs
         for width_out in outputs
     ]
 
 
 def fit(widths: Sequence[tuple[int, int]],
         milliseconds: Sequence[float]) -> Tensor:
-    """Nonnegative least squares of a + b s_in + c s_out + d s_in s_out.
+    """Fit a + b s_in + c s_out + d s_in s_out by nonnegative least squares.
 
     Args:
-        widths (Sequence[tuple[int, int]]): ``P`` numbers of inputs and
-            outputs. Of a side that does not vary, there is no term.
+        widths (Sequence[tuple[int, int]]): ``P`` pairs of numbers of inputs
+            and outputs. A side that does not vary gets no term.
         milliseconds (Sequence[float]): ``P`` times.
 
     Returns:
-        Tensor: ``(4,)`` a, b, c, d, none below zero.
+        Tensor: ``(4,)`` coefficients a, b, c, d, none of them negative.
 
     Examples:
         >>> times = [18., 10., 10., 6.]
@@ -240,7 +249,8 @@ def fit(widths: Sequence[tuple[int, int]],
         [np.ones_like(inputs), inputs, outputs, inputs * outputs], 1)
     varied_in, varied_out = (len(set(side)) > 1 for side in (inputs, outputs))
     used = [True, varied_in, varied_out, varied_in and varied_out]
-    # Of one size, or the solver's tolerance means something else for each.
+    # Columns of equal size, so that the solver's tolerance means the same for
+    # each coefficient.
     scale = columns.max(0)
     found = np.zeros(4)
     found[used] = nnls((columns / scale)[:, used], np.array(milliseconds))[0]

@@ -1,4 +1,4 @@
-"""The layer that replaces one without inputs or outputs."""
+"""Replacement for a layer that has no inputs or no outputs left."""
 from __future__ import annotations
 
 from torch import Tensor, nn
@@ -6,14 +6,15 @@ from torch.nn.modules.conv import _ConvNd
 
 
 class Constant(nn.Module):
-    """What is left of a layer that reads, or writes, no channel.
+    """Layer without a kernel: its output is a bias at every position.
 
-    Source: GDP (ICCV 2021), section 3: of a residual branch whose gates are
-    all zero, the constant of its last batch norm stays as a bias.
+    Source: GDP (ICCV 2021), section 3: a residual branch whose gates are all
+    zero leaves the constant of its last batch norm, which is kept as a bias.
 
     Args:
-        layer (nn.Module): The layer that it stands for.
-        channels (int): ``C_out``, may be 0.
+        layer (nn.Module): The layer that is replaced, which gives the size of
+            the output.
+        channels (int): Number of output channels ``C_out``, possibly 0.
 
     Examples:
         >>> import torch
@@ -24,8 +25,8 @@ class Constant(nn.Module):
 
     def __init__(self, layer: nn.Linear | _ConvNd, channels: int) -> None:
         super().__init__()
-        # Kernel size, stride, padding of both sides with what is added to the
-        # output, along each spatial axis; none for a linear layer.
+        # (extent of the dilated kernel, stride, padding of both sides less
+        # the output padding) along each spatial axis; None for a linear layer.
         self.windows: list[tuple[int, int, int]] | None = None
         self.transposed = isinstance(layer, _ConvNd) and layer.transposed
         if isinstance(layer, _ConvNd):
@@ -40,12 +41,13 @@ class Constant(nn.Module):
             self.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """The bias at every position: ``(N, C_in, ...) -> (N, C_out, ...)``.
-        """
+        """Expand the bias: ``(N, C_in, ...) -> (N, C_out, ...)``."""
         channels = (
             inputs.new_empty(0)
             if self.bias is None else self.bias.to(inputs.dtype))
-        # Cloned, because what follows may work in place.
+        # The sizes are read as inputs.shape[i], never len(inputs): a trace
+        # records the former and fixes the latter to the traced batch.
+        # Cloned, because a layer that follows may work in place.
         if self.windows is None:
             return channels.expand(*inputs.shape[:-1], -1).clone()
         size = [(length - 1) * step - around + window if self.transposed else
@@ -53,11 +55,11 @@ class Constant(nn.Module):
                 for length, (window, step,
                              around) in zip(inputs.shape[2:], self.windows)]
         return channels.reshape(-1, *(1 for _ in size)).expand(
-            len(inputs), -1, *size).clone()
+            inputs.shape[0], -1, *size).clone()
 
 
 def _total_padding(layer: _ConvNd) -> list[int]:
-    """Padding of each spatial axis, both sides together."""
+    """Padding along each spatial axis, both sides together."""
     if layer.padding == 'same':
         return [
             dilation * (size - 1)

@@ -1,13 +1,13 @@
-"""Surgery: absorb the gates, cut the closed channels, set widths.
+"""Surgery: absorb the gates, remove the closed channels, set the widths.
 
 A pruned network computes exactly what the gated one does. It is described by
-its *widths*: module name to ``[C_out, C_in]`` (convolution, linear layer),
-``[C_out, C_in, groups]`` (grouped convolution), ``[C]`` (batch norm, group
-norm) or, for a parameter of another module, parameter name to shape. Axes that
-have no gate are ``None``, but for grouped convolutions: as wide as the config
-makes them, so that a pruned network can get another number of classes. A
-module without channels is replaced: a batch norm by the identity, a layer by
-:class:`Constant`.
+its *widths*, a map from a module's name to ``[C_out, C_in]`` (convolution,
+linear layer), ``[C_out, C_in, groups]`` (grouped convolution) or ``[C]``
+(batch norm, group norm); a parameter of any other module is listed by its own
+name with its shape. ``None`` stands for an axis without a gate, whose size is
+that of the config, so that a pruned network can still get another number of
+classes; grouped convolutions always have numbers. A module without channels
+is replaced: a batch norm by the identity, a layer by :class:`Constant`.
 """
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from .widths import Widths, apply_widths_, whole_width, widths_of
 
 def prune(model: nn.Module, analysis: Analysis,
           openness: Tensor) -> tuple[nn.Module, Widths]:
-    """A small copy of a model that computes what the gated model computes.
+    """Copy a model without its closed channels; the outputs stay the same.
 
     Args:
-        model (nn.Module): The model that was analysed, without gates; left as
-            it is.
-        analysis (Analysis): What the analysis found.
-        openness (Tensor): ``(G,)`` the gates' openness.
+        model (nn.Module): The model that was analysed, without gates. It
+            stays unchanged.
+        analysis (Analysis): The analysis of the model.
+        openness (Tensor): ``(G,)`` openness of the gates.
 
     Returns:
         tuple[nn.Module, Widths]: The pruned model and its widths.
 
     Raises:
-        ValueError: If a number in the model is not finite.
+        ValueError: If a weight or buffer is not finite.
     """
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
@@ -50,9 +50,10 @@ def prune(model: nn.Module, analysis: Analysis,
 
 def cut(model: nn.Module, analysis: Analysis,
         openness: Tensor) -> tuple[nn.Module, Widths]:
-    """:func:`prune`, but what did not change is the model's own."""
+    """Prune like :func:`prune`, but share unchanged tensors with the model.
+    """
     keep = kept_channels(analysis, openness)
-    dense = model.state_dict()
+    dense = {name: tensor.detach() for name, tensor in _tensors(model).items()}
     state = dict(dense)
     for (name, axis), gates in analysis.gate_of_slot.items():
         kept = kept_slots(gates, keep)
@@ -62,35 +63,56 @@ def cut(model: nn.Module, analysis: Analysis,
     absorb_(state, analysis, openness, keep)
     widths = widths_of(model, analysis, state)
     _fold_constants_(model, analysis, state, widths)
-    # What changed is not copied first.
+    # Tensors that are replaced below need no data in the copy.
     empty = {
         id(tensor)
-        for name, tensor in model.state_dict(keep_vars=True).items()
+        for name, tensor in _tensors(model).items()
         if state[name] is not dense[name]
     }
     pruned = copy_model(
         model, lambda tensor: torch.empty_like(tensor, device='meta')
         if id(tensor) in empty else tensor)
     apply_widths_(pruned, widths)
-    pruned.load_state_dict(
-        {
-            name: state[name]
-            for name, tensor in pruned.state_dict().items() if tensor.is_meta
-        },
-        strict=False,
-        assign=True)
+    for name, tensor in _tensors(pruned).items():
+        if tensor.is_meta:
+            _assign_(pruned, name, state[name])
     return pruned, widths
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return all parameters and buffers by each of their names.
+
+    A model's own code may rename or drop keys of its state dict, and check
+    versions that a plain dict has lost. The surgery works on the tensors
+    themselves, so that none of this concerns it.
+    """
+    return {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False))
+    }
+
+
+def _assign_(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the data of a parameter or buffer in place."""
+    owner, _, leaf = name.rpartition('.')
+    module = model.get_submodule(owner)
+    old = getattr(module, leaf)
+    if isinstance(old, nn.Parameter):
+        tensor = nn.Parameter(tensor, old.requires_grad)
+    setattr(module, leaf, tensor)
 
 
 def absorb_(state: dict[str, Tensor], analysis: Analysis, openness: Tensor,
             keep: Tensor) -> None:
-    """Multiply the gates into the kernels that read them, in place.
+    """Multiply the kernels of a state dict by their gates, in place.
 
     Args:
-        state (dict[str, Tensor]): A state dict; kernels are replaced.
-        analysis (Analysis): What the analysis found.
-        openness (Tensor): ``(G,)``.
-        keep (Tensor): ``(G,)`` bool, the gates whose slots the kernels have.
+        state (dict[str, Tensor]): The state dict, in which kernels are
+            replaced.
+        analysis (Analysis): The analysis of the model.
+        openness (Tensor): ``(G,)`` openness of the gates.
+        keep (Tensor): ``(G,)`` bool, gates whose slots the kernels still
+            have.
     """
     for layer in analysis.gated_layers():
         kernel = state[layer.kernel]
@@ -103,10 +125,10 @@ def absorb_(state: dict[str, Tensor], analysis: Analysis, openness: Tensor,
 
 def _fold_constants_(model: nn.Module, analysis: Analysis,
                      state: dict[str, Tensor], widths: Widths) -> None:
-    """Layers that read nothing: their norm's constant becomes their bias.
+    """Fold batch norms into the biases of layers without inputs, in place.
 
-    Folded, it is a parameter that fine-tuning can train; a batch norm that
-    sees a constant in training mode would lose its mean.
+    The folded constant is a parameter that fine-tuning can train. A batch
+    norm that reads a constant in training mode would subtract it and lose it.
     """
     for layer, width in list(widths.items()):
         if 0 not in width or len(width) < 2 or f'{layer}.weight' not in state:
@@ -120,6 +142,7 @@ def _fold_constants_(model: nn.Module, analysis: Analysis,
             mean, var, scale, shift = (
                 state[f'{norm}.{name}'].double()
                 for name in ('running_mean', 'running_var', 'weight', 'bias'))
+            # In double precision, because it is computed only once.
             bias = (shift + scale * (bias.double() - mean) /
                     (var + module.eps).sqrt()).to(kernel)
             widths[norm] = [0]

@@ -1,7 +1,7 @@
-"""Copies of models with random weights, under which errors show.
+"""Copies of models with random weights, with which errors become visible.
 
-The weights of a model at the start of a training hide them: zero biases,
-layer scales of 1e-6, norms that are the identity.
+The initial weights of a training hide errors: biases are zero, layer scales
+are 1e-6 and norms are the identity.
 """
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from torch.utils._pytree import tree_leaves
 
 from ..analysis.tracer import copy_model
 
+# Sizes of the weights to try, in this order: the largest one with which the
+# outputs are finite shows errors best.
 _GAINS = (1., 0.5, 0.25, 0.1)
-# Numbers between the starts of two kernels in the same memory; a prime, so
-# that no row of the one is a row of the other.
+# Offset between the starts of two kernels in the same memory. It is a prime,
+# so that no row of one kernel is a row of another.
 _SHIFT = 1009
 
 
 def copy_with_random_weights(model: nn.Module,
                              run: Callable[[nn.Module], Any]) -> nn.Module:
-    """A copy on the CPU, as lively as it bears, in the default dtype.
+    """Copy a model to the CPU, in the default dtype, with random weights.
 
-    Its kernels share memory (see :func:`randomise_`): it is never to be
-    trained.
+    The weights are as large as finite outputs allow. Kernels share memory
+    (see :func:`randomise_`), so the copy must not be trained.
 
     Args:
-        model (nn.Module): Left as it is.
-        run (Callable[[nn.Module], Any]): Its outputs on some input.
+        model (nn.Module): The model, which stays unchanged.
+        run (Callable[[nn.Module], Any]): Function that runs the copy and
+            returns its outputs.
     """
 
     def converted(tensor: Tensor) -> Tensor:
@@ -50,19 +53,19 @@ def copy_with_random_weights(model: nn.Module,
 
 @torch.no_grad()
 def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
-    """Random numbers of order ``gain`` for all that is learnt, in place.
+    """Fill all parameters with random numbers of order ``gain``, in place.
 
-    Kernels of as many inputs lie in the same memory, each a bit further on:
-    that of a large model is little, and quickly filled. Biases have both
-    signs, or all features would be about the same, and what is normalised or
-    compared later be lost in rounding.
+    Kernels with the same number of inputs are overlapping views of the same
+    memory, which makes it fast to fill a large model. Biases have both signs:
+    otherwise all features would be nearly equal, and their differences would
+    be lost in rounding where they are normalised or compared.
     """
     kernels: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
             continue
         if sum(size > 1 for size in parameter.shape) > 1:
-            # Of tokens (1, N, C) each is one.
+            # A parameter (1, N, C) holds N tokens, each with its own inputs.
             tokens = parameter.dim() == 3 and len(parameter) == 1
             inputs = parameter.numel() / parameter.shape[int(tokens)]
             kernels.setdefault(inputs, []).append(parameter)

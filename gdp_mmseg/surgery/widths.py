@@ -1,4 +1,7 @@
-"""Widths of a pruned network, and a dense network narrowed to them."""
+"""Widths of a pruned network, and how a dense network is narrowed to them.
+
+The format of the widths is described in ``prune.py``.
+"""
 from __future__ import annotations
 
 from typing import Mapping, Sequence
@@ -13,26 +16,26 @@ from .constant import Constant
 
 Width = Sequence[int | None]
 Widths = dict[str, Width]
-# Of a tensor that only the weights of a network of the same widths fit into,
-# or a module of such tensors; None are all axes.
+# Axes along which a tensor was cut, by the tensor's name; None means all
+# axes, and the name may be that of a module for all its tensors.
 Fitting = dict[str, tuple[int, ...] | None]
 
 
 def apply_widths_(model: nn.Module, widths: Mapping[str, Width]) -> Fitting:
-    """Give the modules of a dense model the widths of a pruned one, in place.
+    """Narrow the modules of a dense model to given widths, in place.
 
-    The parameters become the first channels of what they were; what they hold
-    is to be loaded.
+    Parameters keep their first channels; their values are to be loaded later.
 
     Args:
-        model (nn.Module): Dense.
-        widths (Mapping[str, Width]): See the top of this file.
+        model (nn.Module): The dense model.
+        widths (Mapping[str, Width]): The widths of the pruned model.
 
     Returns:
-        Fitting: The tensors that were cut, and where.
+        Fitting: The tensors that were cut, and the axes.
 
     Raises:
-        ValueError: If the model has no such module, or it is narrower.
+        ValueError: If the model lacks one of the modules or parameters, or it
+            is narrower than its width.
     """
     fitting: Fitting = {}
     for name, given in widths.items():
@@ -62,7 +65,11 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, Width]) -> Fitting:
 
 def whole_width(name: str, part: nn.Module | nn.Parameter,
                 width: Width) -> list[int]:
-    """A width without None; an error if it cannot be that of this part."""
+    """Replace None in a width by the size of the part.
+
+    Raises:
+        ValueError: If the part is narrower, or another kind of module.
+    """
     dense = _dense_width(name, part)
     whole = [old if new is None else new for new, old in zip(width, dense)]
     if len(width) != len(dense) or any(not 0 <= new <= old
@@ -74,7 +81,11 @@ def whole_width(name: str, part: nn.Module | nn.Parameter,
 
 
 def _dense_width(name: str, part: nn.Module | nn.Parameter) -> list[int]:
-    """The width of a part that nothing was cut of; an error if it has none."""
+    """Return the width of a part as it is.
+
+    Raises:
+        ValueError: If the part is of a kind that has no width.
+    """
     if isinstance(part, nn.Parameter):
         return list(part.shape)
     if isinstance(part, _BatchNorm):
@@ -88,12 +99,13 @@ def _dense_width(name: str, part: nn.Module | nn.Parameter) -> list[int]:
         return sizes + ([part.groups] if part.groups > 1 else [])
     raise ValueError(f'widths: expected {name} to be a convolution, '
                      'linear layer, norm or parameter, but got '
-                     f'{type(part).__name__}')
+                     f'{type(part).__name__}; the widths belong to another '
+                     'config')
 
 
 def _fitting(name: str, part: nn.Module | nn.Parameter,
              width: Width) -> Fitting:
-    """Where the tensors of a part were cut."""
+    """Return the tensors of a part that were cut, and the axes."""
     axes = tuple(axis for axis, size in enumerate(width) if size is not None)
     if isinstance(part, nn.Parameter):
         return {name: axes}
@@ -109,7 +121,7 @@ def _set_layer_widths_(layer: nn.Linear | _ConvNd,
                        outputs: int,
                        inputs: int,
                        groups: int = 1) -> None:
-    """Convolution or linear layer."""
+    """Narrow a convolution or linear layer in place."""
     sizes = [outputs, inputs // groups]
     if isinstance(layer, nn.Linear):
         layer.in_features, layer.out_features = inputs, outputs
@@ -138,18 +150,18 @@ def _set_norm_width_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
 
 
 def _narrowed(parameter: nn.Parameter, *sizes: int) -> nn.Parameter:
-    """A parameter of smaller sizes, trained if the old one is."""
+    """Return a smaller parameter that is trained if the old one is."""
     return nn.Parameter(_first(parameter, *sizes), parameter.requires_grad)
 
 
 def _first(tensor: Tensor, *sizes: int) -> Tensor:
-    """A copy of the first entries of a tensor along its first axes."""
+    """Copy the first entries of a tensor along its first axes."""
     return tensor.detach()[tuple(slice(size) for size in sizes)].clone()
 
 
 def widths_of(model: nn.Module, analysis: Analysis,
               state: Mapping[str, Tensor]) -> Widths:
-    """Widths of all modules that became narrower."""
+    """Return the widths of all modules that are narrower in a state dict."""
     dense = dict([*model.named_parameters(), *model.named_buffers()])
     blocks = {layer.name for layer in analysis.layers if layer.blockwise}
     widths: Widths = {}
@@ -177,14 +189,16 @@ def widths_of(model: nn.Module, analysis: Analysis,
 
 def _layer_widths(layer: nn.Linear | _ConvNd, kernel: torch.Size,
                   gated: Sequence[bool], blocks: bool) -> Width:
-    """Widths of a layer whose kernel has got this shape.
+    """Return the widths of a layer, given the shape of its pruned kernel.
 
     Args:
-        layer (nn.Linear | _ConvNd): The dense one.
-        kernel (torch.Size): ``(C_out, C_in / groups, ...)``, or ``(C_in,
-            C_out / groups, ...)`` if transposed.
-        gated (Sequence[bool]): Whether its first two axes have gates.
-        blocks (bool): Whether whole groups went, or channels of each.
+        layer (nn.Linear | _ConvNd): The dense layer.
+        kernel (torch.Size): Shape ``(C_out, C_in / groups, ...)``, or
+            ``(C_in, C_out / groups, ...)`` if transposed.
+        gated (Sequence[bool]): Whether each of the kernel's first two axes
+            has gates.
+        blocks (bool): True if whole groups were removed, False if channels
+            of each group were.
     """
     if isinstance(layer, nn.Linear) or layer.groups == 1:
         sizes = [size if one else None for size, one in zip(kernel, gated)]

@@ -176,9 +176,7 @@ def test_price_is_the_derivative_of_the_cost(name: str, kind: int) -> None:
 def test_dense_is_what_torch_counts(name: str) -> None:
     toy = TOYS[name]
     net, analysis = toy.analyse()
-    assert FlopCost(analysis).dense + toy.uncounted == counted_macs(
-        net,
-        toy.inputs()[:1])
+    assert FlopCost(analysis).dense == counted_macs(net, toy.inputs()[:1])
 
 
 @pytest.mark.parametrize('name', TOYS)

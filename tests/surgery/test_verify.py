@@ -339,5 +339,5 @@ def test_pattern_of_no_module_is_named(option: str) -> None:
     options: Any = {option: ['branch', 'bodi*']}
     with pytest.raises(
             ValueError,
-            match=rf"{option}: .*'bodi\*' matches none.* stem, branch, head"):
+            match=rf"{option}: .*'bodi\*'.*matches none.* stem, branch, head"):
         analyse(TOYS['residual'].build(), SHAPE, run, **options)
