@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -38,11 +39,12 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from gdp_mmseg.engine.model import inference_forward
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.report.measure import count_macs, count_parameters
-from gdp_mmseg.report.record import last_miou
+from gdp_mmseg.report.measure import count_flops, count_parameters
+from gdp_mmseg.report.record import last_metrics
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
@@ -175,7 +177,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     # The same sums in a quarter less time on CPUs.
     runner.model.to(memory_format=torch.channels_last)
     shape = (1, 3, *cfg.crop_size)
-    dense_macs = count_macs(runner.model, shape)
+    dense_flops = count_flops(runner.model, shape, inference_forward)
     refusal: tuple[type[Exception], ...] = ()
     if method not in ('start', 'dense', *GDP):
         from one_shot import OutOfReach, PruneOnce
@@ -191,7 +193,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         target=float(target),
         seed=int(seed),
         iterations=iterations,
-        start_miou=(last_miou(start_checkpoint(args).parent)
+        start_miou=(miou_of(start_checkpoint(args).parent)
                     if cfg.load_from else None))
     try:
         with plain:
@@ -200,26 +202,30 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         print(error)
         return dict(row, miou=None)
     row.update(
-        miou=last_miou(folder / 'training'),
-        minutes=(time.time() - start) / 60)
+        miou=miou_of(folder / 'training'), minutes=(time.time() - start) / 60)
     if method in GDP:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
         return dict(
             row,
-            macs=report['macs_pruned'] / report['macs_dense'],
-            params=report['params_pruned'] / report['params_dense'],
-            miou=report['miou_pruned'],
-            miou_gated=report['miou_gated'],
-            max_rel_diff=report['max_rel_diff'],
+            macs=report.share('flops'),
+            params=report.share('params'),
+            miou=(report.network('pruned').metrics or {})['mIoU'],
+            miou_gated=(report.network('gated').metrics or {})['mIoU'],
+            max_rel_diff=report.max_rel_diff,
             half_open=float(((g > 0.01) & (g < 0.5)).float().mean()),
-            groups=report['groups'])
+            groups=[dataclasses.asdict(row) for row in report.groups])
     dense_params = count_parameters(Runner.build_model(runner, cfg.model))
     return dict(
         row,
-        macs=count_macs(runner.model, shape) / dense_macs,
+        macs=count_flops(runner.model, shape, inference_forward) / dense_flops,
         params=count_parameters(runner.model) / dense_params)
+
+
+def miou_of(work_dir: Path) -> float:
+    """Return the mIoU of the last evaluation in a work folder."""
+    return last_metrics(work_dir, ['mIoU'])['mIoU']
 
 
 def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:

@@ -20,8 +20,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from gdp_mmseg.engine.model import training_forward
-from gdp_mmseg.report.measure import count_macs
+from gdp_mmseg.engine.model import inference_forward, training_forward
+from gdp_mmseg.report.measure import count_flops
 
 
 @dataclass(frozen=True)
@@ -141,14 +141,15 @@ class PruneOnce(Hook):
         Raises:
             OutOfReach: If no ratio meets it.
         """
-        budget = self.target * count_macs(model, self.shape)
+        budget = self.target * count_flops(model, self.shape,
+                                           inference_forward)
         low, high = 0., MAX_RATIO
         with torch.random.fork_rng():
             for _ in range(8):
                 middle = (low + high) / 2
                 trial = copy.deepcopy(model)
                 prune_(trial, self.method, middle, self.shape, self.seed)
-                if count_macs(trial, self.shape) > budget:
+                if count_flops(trial, self.shape, inference_forward) > budget:
                     low = middle
                 else:
                     high = middle

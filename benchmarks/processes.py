@@ -138,9 +138,9 @@ def measure(folder: Path) -> dict[str, Any]:
         equal_in_both=int((first == second).all(1).sum()),
         same_closed_as_alone=int(((first == 0) == (alone == 0)).all(1).sum()),
         theta_apart=float((first - alone).abs().max()),
-        flops=report['macs_pruned'] / report['macs_dense'],
-        max_rel_diff=report['max_rel_diff'],
-        compared_on=report['compared_on'],
+        flops=report.share('flops'),
+        max_rel_diff=report.max_rel_diff,
+        compared_on=report.compared_on,
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores, gloo',
         torch=torch.__version__)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from gdp_mmseg.report.tables import comparison
+from gdp_mmseg.report import tables
 
 from accuracy_report import accuracy, plot_accuracy, readme_table
 from budget_report import budget, controllers, phases
@@ -44,13 +44,13 @@ def section(path: Path) -> str:
 
 def networks(report: Report) -> list[str]:
     """Return a table of dense, gated and pruned, and its conditions."""
-    size = ' x '.join(map(str, report['input_shape'][2:]))
+    exported = tables.Report.parse(report)
+    size = ' x '.join(map(str, exported.input_shape[2:]))
     return [
-        comparison(report), '',
-        f'- FLOPs left: {report["macs_pruned"] / report["macs_dense"]:.3f} of '
-        f'the dense ones, target {report["target"]}, at {size}; latency: '
-        f'{report["latency_ms_pruned"] / report["latency_ms_dense"]:.2f} of '
-        'the dense one.',
+        tables.comparison(exported), '', '- FLOPs of the pruned network: '
+        f'{exported.share("flops"):.3f} of the dense network\'s (target '
+        f'{exported.target}), at {size}; latency: '
+        f'{exported.latency_share():.2f} of the dense network\'s.',
         f'- Training: {report["train"]}; {report["iterations"]} iterations of '
         f'batch {report["batch_size"]}, crop '
         f'{report["crop"][0]} x {report["crop"][1]}, seeds '
@@ -67,9 +67,10 @@ def networks(report: Report) -> list[str]:
 def show_demo(path: Path) -> None:
     """Put the demo's table into the README, between its marks."""
     report = json.loads(path.read_text())
+    table = tables.comparison(tables.Report.parse(report))
     size = ' x '.join(map(str, report['input_shape'][2:]))
     put_between(
-        README, 'demo', f'{comparison(report)}\n\n{report["title"]}, '
+        README, 'demo', f'{table}\n\n{report["title"]}, '
         f'{report["iterations"]} iterations each, FLOPs at {size}; the output '
         'of `make demo` ([details](docs/results.md)).\n\n'
         '![Input, truth, dense and pruned prediction; openness of the gates '

@@ -27,6 +27,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
+from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.model import analyse_config, build_base_model
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
@@ -155,7 +156,7 @@ def analysis_seconds() -> float:
     torch.set_num_threads(1)
     cfg = load()
     start = time.perf_counter()
-    analyse_config(cfg.model)
+    analyse_config(ModelConfig.parse(cfg.model))
     torch.set_num_threads(threads)
     return time.perf_counter() - start
 

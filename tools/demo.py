@@ -9,14 +9,14 @@ printed and can be run again.
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
 import platform
 import re
 import shutil
 import time
 from pathlib import Path
-from typing import Any, Callable
+from typing import TYPE_CHECKING, Any, Callable
 
 from gdp_mmseg.cli.checks import load_config
 from gdp_mmseg.cli.errors import fail, one_line_errors
@@ -24,6 +24,9 @@ from gdp_mmseg.cli.errors import fail, one_line_errors
 from demo_commands import ROOT, Command, run_together
 from demo_picture import draw
 from make_demo_data import make_demo_data
+
+if TYPE_CHECKING:
+    from gdp_mmseg.report.tables import Report
 
 DENSE = ROOT / 'configs' / 'deeplabv3plus_demo.py'
 GATED = ROOT / 'configs' / 'gdp_deeplabv3plus_demo.py'
@@ -118,13 +121,18 @@ def export(folder: Path, clock: Clock) -> None:
     ])
 
 
-def complete_report(folder: Path, cfg: Any) -> dict[str, Any]:
-    """Return the export's report with the dense mIoU and the conditions."""
-    from gdp_mmseg.report.record import last_miou
-    report: dict[str, Any] = json.loads(
-        (folder / 'export' / 'report.json').read_text())
-    report.update(
-        miou_dense=last_miou(folder / 'dense'),
+def complete_report(folder: Path) -> Report:
+    """Return the export's report, completed by the dense network's mIoU."""
+    from gdp_mmseg.report.record import last_metrics
+    from gdp_mmseg.report.tables import Report
+    report = Report.read(folder / 'export' / 'report.json')
+    return report.with_metrics(
+        dict(dense=last_metrics(folder / 'dense', ['mIoU'])))
+
+
+def conditions(cfg: Any) -> dict[str, Any]:
+    """Return data, schedule and machine of the demo as plain types."""
+    return dict(
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
         train='600 drawn images of 128 x 128, 3 classes, seed 0',
         test='160 drawn images of 128 x 128',
@@ -134,7 +142,6 @@ def complete_report(folder: Path, cfg: Any) -> dict[str, Any]:
         seeds=[cfg.randomness.seed],
         precision='bfloat16 autocast in training, float32 in evaluation',
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
-    return report
 
 
 def parse_args() -> argparse.Namespace:
@@ -165,21 +172,26 @@ def main() -> None:
     make_demo_data(data_root, train=600, val=160, size=128, seed=0)
     train_both(folder, clock)
     export(folder, clock)
-    report = complete_report(folder, cfg)
-    write_json(folder / 'report.json', report)
+    report = complete_report(folder)
+    write_json(folder / 'report.json',
+               dict(dataclasses.asdict(report), **conditions(cfg)))
     clock.show('report', clock.work, 'drawing report.png')
+    miou = {
+        row.name: row.metrics['mIoU']
+        for row in report.networks if row.metrics
+    }
     draw(folder / 'report.png', data_root,
-         [('dense', report['miou_dense'], DENSE,
+         [('dense', miou['dense'], DENSE,
            checkpoint_of(folder, 'dense', clock.iterations)),
-          ('pruned', report['miou_pruned'],
+          ('pruned', miou['pruned'],
            folder / 'export' / f'{GATED.stem}_pruned.py',
            folder / 'export' / f'{GATED.stem}_pruned.pth')],
-         folder / 'gated' / 'gates.jsonl', report['target'])
+         folder / 'gated' / 'gates.jsonl', report.target)
     print()
     print(comparison(report))
-    print(f'\nFLOPs left: {report["macs_pruned"] / report["macs_dense"]:.3f} '
-          f'(target {report["target"]}); the outputs of the gated and the '
-          f'pruned network differ by {report["max_rel_diff"]:.0e} of the '
+    print(f'\nFLOPs left: {report.share("flops"):.3f} '
+          f'(target {report.target}); the outputs of the gated and the '
+          f'pruned network differ by {report.max_rel_diff:.0e} of the '
           f'largest output\n{folder / "report.json"}\n{folder / "report.png"}')
 
 

@@ -33,7 +33,7 @@ def draw(path: Path, data_root: Path,
     from PIL import Image
 
     from gdp_mmseg.report.plots import plot_gates
-    from gdp_mmseg.report.record import read_gates
+    from gdp_mmseg.report.record import read_rows
     names = (data_root / 'ImageSets/Segmentation/val.txt').read_text().split()
     names = names[::len(names) // IMAGES][:IMAGES]
     images = [str(data_root / 'JPEGImages' / f'{name}.jpg') for name in names]
@@ -54,13 +54,15 @@ def draw(path: Path, data_root: Path,
     left, right = figure.subfigures(
         1, 2, squeeze=False, width_ratios=[1, 1.05])[0]
     _show(left.subplots(len(names), len(columns)), columns)
-    iterations, flops, openness = read_gates(gates)
+    rows = read_rows(gates)
+    iterations = [row.iter for row in rows]
     upper, lower = right.subplots(2, 1, height_ratios=[1, 2])
-    upper.plot(iterations, flops)
+    upper.plot(iterations, [row.flops for row in rows])
     upper.axhline(target, linestyle=':', color='grey')
     upper.set(xlim=(0, iterations[-1]), ylim=(0, 1.02), ylabel='FLOPs / dense')
     upper.set_title('FLOPs of the open channels, and the target', fontsize=10)
-    plot_gates(torch.tensor(openness), iterations[-1], lower)
+    plot_gates(
+        torch.tensor([row.openness for row in rows]), iterations[-1], lower)
     figure.savefig(path, dpi=110)
 
 

@@ -196,10 +196,14 @@ def comparison(report: Report) -> str:
               f'{row.latency_ms[runtime]:.1f}' for runtime in runtimes)
         ]
 
-    return table([[
-        'network', metric or 'metric', 'GFLOPs', 'params (M)',
-        *(f'{runtime} (ms)' for runtime in runtimes)
-    ], *map(cells, report.networks)])
+    # A single runtime needs no name: the report's page tells it.
+    headers = [
+        'latency (ms)' if len(runtimes) == 1 else f'latency, {runtime} (ms)'
+        for runtime in runtimes
+    ]
+    return table(
+        [['network', metric or 'metric', 'GFLOPs', 'params (M)', *headers],
+         *map(cells, report.networks)])
 
 
 def markdown(report: Report) -> str:
@@ -228,9 +232,10 @@ def markdown(report: Report) -> str:
         'Largest difference between the outputs of the gated and the pruned '
         f'network, relative to the largest output: {report.max_rel_diff:.1e} '
         f'on {report.compared_on}.',
-        'Latency: median of alternating runs of one forward pass, torch '
-        f'{report.torch}. Only the ratio can be compared with other machines.',
-        '', '## Gates', '', *picture,
+        'Latency: median of alternating runs of one forward pass, '
+        f'{", ".join(report.networks[0].latency_ms)}, torch {report.torch}. '
+        'Only the ratio can be compared with other machines.', '', '## Gates',
+        '', *picture,
         table([['part', 'channels', 'kept', 'kept share'],
                *(_kept(row.name, row)
                  for row in report.parts)]), '', *dead, '', '## Groups', '',

@@ -8,14 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
+from toys import SHAPE, Net, block, conv, counted_macs, last, run
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost, inference_layers
 from gdp_mmseg.cost.latency import measure, stopwatch
 from gdp_mmseg.surgery.verify import verify
-
-from toys import SHAPE, Net, block, conv, counted_macs, last, run
 
 
 class StandardisedConv(nn.Conv2d):
