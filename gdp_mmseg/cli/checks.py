@@ -104,7 +104,7 @@ def verify_start(cfg: Config) -> None:
     from ..engine.config import kind_of
     start = cfg.get('load_from')
     if not start and not cfg.resume and kind_of(cfg.model) == 'pruned':
-        start = (cfg.model.get('init_cfg') or {}).get('checkpoint')
+        start = (cfg.model.get('gdp') or {}).get('checkpoint')
     if start:
         verify_checkpoint(start, cfg)
 

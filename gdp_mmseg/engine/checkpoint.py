@@ -25,6 +25,9 @@ from torch import Tensor
 from ..files import write_whole
 from ..version import __version__
 
+# Codes of NumPy's kinds of numbers: signed, unsigned, real, bool, text.
+_NUMBERS = ('i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8',
+            'b', 'U1')
 # Distributions whose versions a checkpoint records. Of two with the same
 # import name, the installed one is recorded.
 PACKAGES = ('torch', 'mmengine', 'onedl-mmengine', 'mmsegmentation',
@@ -80,8 +83,8 @@ def _read(path: str) -> Any:
     # mmengine saves its log buffers and a scheduler's method by name.
     known: list[Any] = [
         HistoryBuffer, OneCycleParamScheduler, getattr, np.ndarray, np.dtype,
-        *(type(np.dtype(kind)) for kind in ('f8', 'f4', 'i8', 'i4', 'b')),
-        *_numpys(np.zeros(1).__reduce__()[0]),
+        *(type(np.dtype(kind))
+          for kind in _NUMBERS), *_numpys(np.zeros(1).__reduce__()[0]),
         *_numpys(np.float64(0).__reduce__()[0])
     ]
     try:
@@ -210,14 +213,20 @@ def save_exported(path: Path, state: Mapping[str, Tensor],
 
 
 def plain(value: Any) -> Any:
-    """Turn arrays into lists and keys into strings, recursively.
+    """Turn a value into plain types, recursively.
 
-    ``torch.load(weights_only=True)`` reads the result.
+    ``torch.load(weights_only=True)`` reads the result. Arrays become lists,
+    named tuples become tuples, and keys become strings. An object of another
+    kind becomes its text.
     """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(plain(item) for item in value)
+    if isinstance(value, (list, tuple, set, frozenset)):
+        kind = list if isinstance(value, list) else tuple
+        return kind(plain(item) for item in value)
     if isinstance(value, (np.ndarray, np.generic)):
-        return value.tolist()
-    return value
+        return plain(value.tolist())
+    if value is None or isinstance(
+            value, Tensor) or type(value) in (bool, int, float, str, bytes):
+        return value
+    return str(value)

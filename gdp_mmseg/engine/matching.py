@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..analysis.state import first_difference, from_state, to_state
 from ..pruner.pruner import Pruner
 from ..surgery.widths import Fitting
-from .checkpoint import other_versions
+from .checkpoint import other_versions, unwrapped
 
 # Names in a state dict: the gates, and the mask of those that are closed.
 THETA = 'gdp.gates.theta'
@@ -107,6 +107,28 @@ def _other_analysis(pruner: Pruner, gates: Mapping[str, Any],
             f'other channels ({module} first); change load_from, the model, '
             'or the versions it was trained with' +
             (f': {other}' if other else ''))
+
+
+def check_resume(network: nn.Module, state: Mapping[str, Any]) -> None:
+    """Check that a training resumes from one with gates if it has gates.
+
+    The states of the optimizers do not fit otherwise.
+
+    Args:
+        network (nn.Module): Model of the training that resumes.
+        state (Mapping[str, Any]): State dict of the checkpoint.
+
+    Raises:
+        ValueError: If only one of the two has gates.
+    """
+    gated = isinstance(getattr(network, 'gdp', None), Pruner)
+    came = THETA in unwrapped(state)
+    if gated != came:
+        kinds = ('a dense', 'a gated')
+        raise ValueError(
+            f'--resume: expected a checkpoint of {kinds[gated]} training, but '
+            f'got one of {kinds[came]} training; to start from its weights, '
+            'pass it as load_from, without --resume and to another work_dir')
 
 
 def refuse_others_(network: nn.Module, fitting: Fitting) -> None:

@@ -25,6 +25,7 @@ from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
 from .matching import refuse_others_
+from .start import StartFromExport
 
 _KNOWN: contextvars.ContextVar[Analysis | None] = contextvars.ContextVar(
     'known_analysis', default=None)
@@ -135,7 +136,9 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
     """Build a model of the user's own class with the widths of a pruned one.
 
     Args:
-        gdp (Mapping[str, Any]): ``widths``, as an export wrote them.
+        gdp (Mapping[str, Any]): ``widths``, as an export wrote them, and
+            optionally ``checkpoint``, the exported weights that a training
+            starts from.
         base (Any, optional): See :func:`build_gated_model`.
         **model: The rest of the model config.
 
@@ -145,11 +148,16 @@ def build_pruned_model(gdp: Mapping[str, Any] | None = None,
     Raises:
         ValueError: If the widths do not fit the model.
     """
-    if not gdp or set(gdp) != {'widths'}:
-        raise ValueError("gdp: expected dict(widths=...) as an export wrote "
-                         f'it, but got {gdp if gdp is None else list(gdp)}')
-    network = build_base_model(base, model)
+    if not gdp or 'widths' not in gdp or not set(gdp) <= {
+            'widths', 'checkpoint'
+    }:
+        raise ValueError('gdp: expected dict(widths=..., checkpoint=...) as '
+                         'an export wrote it, but got '
+                         f'{gdp if gdp is None else list(gdp)}')
+    network: Any = build_base_model(base, model)
     refuse_others_(network, apply_widths_(network, gdp['widths']))
+    if gdp.get('checkpoint'):
+        network.init_weights = StartFromExport(network, gdp['checkpoint'])
     return network
 
 

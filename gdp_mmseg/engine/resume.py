@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..registry import HOOKS
 from .checkpoint import plain, unwrapped
+from .matching import check_resume
 from .whole_files import (WHOLE, WholeFileBackend, mend_last_checkpoint,
                           pointed_checkpoint)
 
@@ -68,8 +69,18 @@ class ResumeHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner,
                               checkpoint: dict[str, Any]) -> None:
-        """Keep the random state of a checkpoint until the training begins."""
-        self._loaded = (checkpoint.get('meta') or {}).get('random_state')
+        """Keep the random state of a checkpoint until the training begins.
+
+        Raises:
+            ValueError: If the training would resume from a checkpoint with
+                gates, and its model has none, or the other way round.
+        """
+        meta = checkpoint.get('meta') or {}
+        self._loaded = meta.get('random_state')
+        if getattr(runner, '_resume', False):
+            check_resume(
+                _network(runner.model),
+                checkpoint.get('state_dict') or {})
 
     def before_train(self, runner: Runner) -> None:
         """Make checkpoint hooks write local files completely or not at all."""
@@ -147,7 +158,11 @@ class ResumeHook(Hook):
                     f'expected finite weights to save, but got nan or inf in '
                     f'{name} after iteration {runner.iter + 1}; nothing was '
                     f'saved; {self._advice(runner)}')
-        checkpoint['meta']['random_state'] = self._paused or random_state()
+        meta = checkpoint['meta']
+        meta['random_state'] = self._paused or random_state()
+        # A data set's own types could not be loaded without running code.
+        if meta.get('dataset_meta'):
+            meta['dataset_meta'] = plain(meta['dataset_meta'])
         widths = ((runner.cfg.get('model') or {}).get('gdp')
                   or {}).get('widths')
         if widths:

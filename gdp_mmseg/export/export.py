@@ -19,8 +19,6 @@ from torch import nn
 
 from ..analysis.structure import Analysis
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
-from ..engine.compat import moves_gates
-from ..engine.config import PRUNED, SCOPE, ModelConfig
 from ..engine.model import find_pruner, inference_forward
 from ..pruner.pruner import Pruner
 from ..report.measure import count_flops, count_parameters, paired_latency_ms
@@ -35,6 +33,7 @@ from ..version import __version__
 from .compare import Comparison, check_metrics, compare
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_exported
+from .pruned_config import pruned_config, write_config
 
 Progress = Callable[[str], None]
 
@@ -112,7 +111,8 @@ def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,
     """Write ``<name>_pruned.py`` and ``<name>_pruned.pth`` into a folder."""
     save_exported(folder / f'{name}_pruned.pth', pruned.state_dict(), widths,
                   meta)
-    pruned_config(cfg, name, widths).dump(folder / f'{name}_pruned.py')
+    write_config(folder / f'{name}_pruned.py',
+                 pruned_config(cfg, name, widths))
 
 
 def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
@@ -208,37 +208,3 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
             log_level='WARNING',
             experiment_name=Path(folder).name)
         return runner.test()
-
-
-def pruned_config(cfg: Config, name: str, widths: Widths) -> Config:
-    """Make the config of the pruned network, which stock tools read.
-
-    A training with it starts from the exported weights beside the config.
-
-    Args:
-        cfg (Config): Config of the gated training.
-        name (str): Name of that config.
-        widths (Widths): Widths of the pruned network.
-    """
-    content = cfg.to_dict()
-    config = ModelConfig.of(cfg).without_pretrained()
-    content['model'] = dict(
-        config.parts,
-        type=f'{SCOPE}.{PRUNED}',
-        base=config.base,
-        gdp=dict(widths=widths),
-        init_cfg=dict(
-            type='Pretrained',
-            checkpoint='{{ fileDirname }}/' + f'{name}_pruned.pth'))
-    hooks = content.get('default_hooks') or {}
-    content['default_hooks'] = {
-        key: hook
-        for key, hook in hooks.items() if not moves_gates(hook)
-    }
-    if content.get('custom_hooks'):
-        content['custom_hooks'] = [
-            hook for hook in content['custom_hooks'] if not moves_gates(hook)
-        ]
-    for key in ('work_dir', 'load_from', 'resume'):
-        content.pop(key, None)
-    return Config(content)

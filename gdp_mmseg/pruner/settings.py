@@ -140,6 +140,12 @@ class Settings:
         """
         known = [field.name for field in dataclasses.fields(cls)]
         config = {} if config is None else config
+        if isinstance(config, Mapping) and 'widths' in config:
+            raise ValueError(
+                'gdp: expected the settings of a network with all its '
+                'channels, but got the widths of an exported one; to prune '
+                'further, train the gated config again with load_from=its '
+                'last checkpoint and a lower gdp.target')
         if not isinstance(config, Mapping) or 'target' not in config or any(
                 key not in known for key in config):
             came = list(config) if isinstance(config, Mapping) else config
