@@ -15,7 +15,7 @@ from gdp_mmseg.cost.counts import FlopCost, inference_layers
 from gdp_mmseg.cost.latency import measure, stopwatch
 from gdp_mmseg.surgery.verify import verify
 
-from toys import SHAPE, Net, block, conv, counted_macs, last, run
+from helpers.toys import SHAPE, Net, block, conv, counted_macs, last, run
 
 
 class StandardisedConv(nn.Conv2d):

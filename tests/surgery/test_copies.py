@@ -12,7 +12,7 @@ from gdp_mmseg.surgery.constant import Constant
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.verify import verify
 
-from toys import SHAPE, TOYS, Net, block, last, run
+from helpers.toys import SHAPE, TOYS, Net, block, last, run
 
 
 class Versioned(nn.Sequential):
