@@ -286,7 +286,8 @@ def _operators(frozen: list[dict[str, Any]]) -> str:
     for row in frozen:
         reason = re.sub(r'^\S+ is used without', 'kernel used without',
                         row['reason'])
-        counts[reason.partition(' in ')[0]] += row['channels']
+        # The module or an error's message follows, different in each row.
+        counts[re.split(r' in | \(', reason)[0]] += row['channels']
     return ', '.join(f'{reason} ({count})'
                      for reason, count in counts.most_common())
 
