@@ -138,8 +138,9 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
                 raise ValueError(
                     f'expected the model to run on an input of shape (N, C, '
                     f'H, W) = {tuple(inputs.shape)}, but got '
-                    f'{type(error).__name__}: {first_line}; set input_shape '
-                    'to one that it can take') from error
+                    f'{type(error).__name__}: {first_line}; correct the '
+                    "model's forward, or set input_shape to a shape that it "
+                    'can take') from error
     return tracer.labels
 
 

@@ -188,8 +188,7 @@ class Labels:
         return True
 
     def axis(self, name: str, axis: int, size: int) -> Tensor:
-        """Labels ``(size,)`` of the slots of an axis, created on first use.
-        """
+        """Labels ``(size,)`` of an axis, created on first use."""
         key = (name, axis)
         if key not in self.axes:
             self.axes[key] = torch.arange(self.next_label,
@@ -219,8 +218,7 @@ class Labels:
         return first
 
     def freeze(self, tensor: Tensor, reason: str) -> None:
-        """Freeze the channels of a tensor; an activation loses its labels.
-        """
+        """Freeze a tensor's channels; an activation loses its labels."""
         labels = self.get(tensor)
         name = self.name_of(tensor)
         if labels is not None:
@@ -235,8 +233,7 @@ class Labels:
         self.freezes.append((torch.unique(compact(labels)), reason))
 
     def needs_channels(self, labels: Tensor) -> None:
-        """Note that the running operator may refuse tensors without channels.
-        """
+        """Note that an operator may refuse tensors without channels."""
         self.stops.append(torch.unique(compact(labels)))
 
     def per_channel(self, tensor: Tensor, channels: Tensor) -> None:

@@ -1,8 +1,8 @@
-"""An analysis as plain types, to travel in a checkpoint.
+"""Conversion of an analysis to and from plain types, for checkpoints.
 
-Lists, numbers and strings only, so that ``torch.load(weights_only=True)``
-reads them. Whoever has the state needs neither trace nor verify the model
-again.
+The state consists of lists, numbers and strings only, so that
+``torch.load(weights_only=True)`` can read it. With the state at hand, a model
+need not be traced and verified again.
 """
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def to_state(analysis: Analysis) -> dict[str, Any]:
         for field in dataclasses.fields(Analysis)
         if field.name != 'gate_of_slot'
     })
-    # A pair is no key of a plain mapping.
+    # JSON and weights_only allow no pair as the key of a mapping.
     state['gate_of_slot'] = [[
         name, axis, gates.tolist()
     ] for (name, axis), gates in analysis.gate_of_slot.items()]
@@ -40,10 +40,10 @@ def to_state(analysis: Analysis) -> dict[str, Any]:
 
 
 def from_state(state: Mapping[str, Any]) -> Analysis:
-    """Make an analysis of what :func:`to_state` returned.
+    """Restore an analysis from the state that :func:`to_state` returned.
 
     Raises:
-        ValueError: If it was written by another version of the package.
+        ValueError: If another version of the package wrote the state.
     """
     try:
         return Analysis(
@@ -75,7 +75,7 @@ def from_state(state: Mapping[str, Any]) -> Analysis:
 
 
 def fits(analysis: Analysis, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether tensors have all axes that an analysis puts gates on.
+    """Return True if tensors have all axes on which an analysis has gates.
 
     Args:
         analysis (Analysis): Analysis of a model.
@@ -89,8 +89,8 @@ def fits(analysis: Analysis, tensors: Mapping[str, Tensor]) -> bool:
 def first_difference(one: Analysis, other: Analysis) -> str | None:
     """Name the first module whose gates differ between two analyses.
 
-    A vector of gates means nothing to a model that was analysed otherwise,
-    also where the number of gates is the same.
+    Gates can only be loaded into a model with the same analysis: an equal
+    number of gates is not enough.
 
     Returns:
         str, optional: Name of a module; None if each gate acts on the same
@@ -126,7 +126,7 @@ def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
 
 
 def _plain(value: Any) -> Any:
-    """Lists, mappings, numbers and strings in place of everything else."""
+    """Convert to lists, mappings, numbers and strings, recursively."""
     if dataclasses.is_dataclass(value):
         value = {
             field.name: getattr(value, field.name)
@@ -140,7 +140,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """Tuples in place of lists, at each depth."""
+    """Convert lists to tuples, recursively."""
     if isinstance(value, list):
         return tuple(_tuples(item) for item in value)
     return value

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Collection, Iterator
+from typing import Any, Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -114,16 +114,15 @@ class Analysis:
             if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
-    def without(self, indices: Collection[int], reason: str) -> Analysis:
+    def without(self, reasons: Mapping[int, str]) -> Analysis:
         """Return this analysis with some groups frozen.
 
         Args:
-            indices (Collection[int]): Indices into ``groups`` of the groups
-                to freeze.
-            reason (str): The reason that is reported for their channels.
+            reasons (Mapping[int, str]): Index into ``groups`` of each group
+                to freeze, and the reason that is reported for it.
         """
         stay = torch.ones(self.num_gates, dtype=torch.bool)
-        for index in indices:
+        for index in reasons:
             stay[self.groups[index].gates] = False
         renumbered = (stay.cumsum(0) - 1).masked_fill(~stay, -1)
 
@@ -146,10 +145,10 @@ class Analysis:
                     outputs=moved(layer.outputs)) for layer in self.layers),
             groups=tuple(
                 dataclasses.replace(group, gates=moved(group.gates))
-                for index, group in rows if index not in indices),
+                for index, group in rows if index not in reasons),
             frozen=self.frozen + tuple(
-                FrozenChannels(reason, group.writers, len(group.gates))
-                for index, group in rows if index in indices))
+                FrozenChannels(reasons[index], group.writers, len(group.gates))
+                for index, group in rows if index in reasons))
 
 
 @dataclasses.dataclass(frozen=True)

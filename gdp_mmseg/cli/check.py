@@ -169,8 +169,8 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, float]:
 
     from ..engine.model import inference_forward
     from ..gates.gdp import GDPGates
+    from ..surgery.outputs import largest_difference
     from ..surgery.random_weights import copy_with_random_weights
-    from ..surgery.verify import largest_difference
     generator = torch.Generator().manual_seed(7)
     gates = GDPGates(analysis.num_gates)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)
@@ -216,8 +216,8 @@ def _default_dtype(dtype: Any) -> Iterator[None]:
 def _differ(network: Any, analysis: Any, gates: Any,
             images: Any) -> tuple[list[Any], float]:
     """Return the gated outputs, and how far the pruned ones are from them."""
+    from ..surgery.outputs import largest_difference
     from ..surgery.prune import cut
-    from ..surgery.verify import largest_difference
     wanted = _outputs(_gated(network, analysis, gates), images)
     pruned, _ = cut(network, analysis, gates.openness())
     return wanted, largest_difference(_outputs(pruned, images), wanted)
@@ -286,7 +286,8 @@ def _operators(frozen: list[dict[str, Any]]) -> str:
     for row in frozen:
         reason = re.sub(r'^\S+ is used without', 'kernel used without',
                         row['reason'])
-        counts[reason.partition(' in ')[0]] += row['channels']
+        # The module or an error's message follows, different in each row.
+        counts[re.split(r' in | \(', reason)[0]] += row['channels']
     return ', '.join(f'{reason} ({count})'
                      for reason, count in counts.most_common())
 

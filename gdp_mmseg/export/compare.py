@@ -14,7 +14,7 @@ from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
 from ..engine.model import find_pruner, inference_forward
-from ..surgery.verify import largest_difference
+from ..surgery.outputs import largest_difference
 
 # Largest difference of outputs, relative to the largest output, in single
 # precision on real inputs.

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, weight_norm
-from toys import SHAPE, Net, block, conv, counted_macs, last, run
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Analysis
@@ -16,15 +15,8 @@ from gdp_mmseg.cost.counts import FlopCost, inference_layers
 from gdp_mmseg.cost.latency import measure, stopwatch
 from gdp_mmseg.surgery.verify import verify
 
-
-class StandardisedConv(nn.Conv2d):
-    """Weight standardisation (Qiao et al., 2019)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        axes = tuple(range(1, self.weight.dim()))
-        kernel = self.weight - self.weight.mean(axes, keepdim=True)
-        kernel = kernel / (kernel.std(axes, keepdim=True) + 1e-5)
-        return self._conv_forward(input, kernel, self.bias)
+from helpers.toys import (SHAPE, Net, StandardisedConv, block, conv,
+                          counted_macs, last, run)
 
 
 class OwnKernelLinear(nn.Linear):
@@ -103,20 +95,6 @@ def test_layer_with_a_computed_kernel_can_be_timed(name: str) -> None:
     assert bool((times.sum(1) > 0).all())
 
 
-def _normed_attention(net: Any, x: Tensor) -> Tensor:
-    x = net.stem(x).flatten(2).transpose(1, 2)
-    query, key = net.norm(net.query(x)), net.norm(net.key(x))
-    return net.head((query @ key.transpose(1, 2)).softmax(-1) @ net.value(x))
-
-
-def _learnt_queries(net: Any, x: Tensor) -> Tensor:
-    """Queries of no image, then repeated for each, meet the features."""
-    x = net.stem(x).flatten(2).transpose(1, 2)
-    queries = net.query(net.tokens).expand(len(x), -1, -1)
-    mixed = net.mix(queries)
-    return net.head((mixed @ x.transpose(1, 2)).softmax(-1) @ net.value(x))
-
-
 def _biased_product(net: Any, x: Tensor) -> Tensor:
     x = net.stem(x).flatten(2).transpose(1, 2)
     return net.head(
@@ -130,24 +108,6 @@ def _product_of_kernels(net: Any, x: Tensor) -> Tensor:
 
 
 PRODUCTS: dict[str, Callable[[], nn.Module]] = {
-    'attention behind a layer norm':
-    lambda: Net(
-        _normed_attention,
-        stem=block(3, 4),
-        query=nn.Linear(4, 6),
-        key=nn.Linear(4, 6),
-        norm=nn.LayerNorm(6),
-        value=nn.Linear(4, 5),
-        head=nn.Linear(5, 2)),
-    'learnt queries':
-    lambda: Net(
-        _learnt_queries,
-        stem=block(3, 4),
-        tokens=nn.Parameter(torch.randn(1, 7, 5)),
-        query=nn.Linear(5, 6),
-        mix=nn.Linear(6, 4),
-        value=nn.Linear(4, 5),
-        head=nn.Linear(5, 2)),
     'product with a sum':
     lambda: Net(
         _biased_product,

@@ -17,7 +17,7 @@ from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.export.networks import build_networks
-from gdp_mmseg.surgery.verify import largest_difference
+from gdp_mmseg.surgery.outputs import largest_difference
 
 from helpers import HELPERS
 from helpers.project import DENSE, Project, make_demo_data, run_program, train

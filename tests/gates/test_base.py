@@ -12,8 +12,8 @@ from gdp_mmseg.gates.base import CostFunction, GateMethod
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings, Target
+from gdp_mmseg.surgery.outputs import largest_difference
 from gdp_mmseg.surgery.prune import prune
-from gdp_mmseg.surgery.verify import largest_difference
 
 from helpers.toys import TOYS
 

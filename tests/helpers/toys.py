@@ -249,7 +249,69 @@ def _attend_in_heads(net: Any, x: Tensor) -> Tensor:
     return net.head(x.transpose(1, 2).flatten(2))
 
 
+class StandardisedConv(nn.Conv2d):
+    """Weight standardisation (Qiao et al., 2019): a computed kernel."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        axes = tuple(range(1, self.weight.dim()))
+        kernel = self.weight - self.weight.mean(axes, keepdim=True)
+        kernel = kernel / (kernel.std(axes, keepdim=True) + 1e-5)
+        return self._conv_forward(input, kernel, self.bias)
+
+
+def _normed_attention(net: Any, x: Tensor) -> Tensor:
+    x = net.stem(x).flatten(2).transpose(1, 2)
+    query, key = net.norm(net.query(x)), net.norm(net.key(x))
+    return net.head((query @ key.transpose(1, 2)).softmax(-1) @ net.value(x))
+
+
+def _learnt_queries(net: Any, x: Tensor) -> Tensor:
+    """Queries of no image, then repeated for each, meet the features."""
+    x = net.stem(x).flatten(2).transpose(1, 2)
+    queries = net.mix(net.query(net.tokens).expand(len(x), -1, -1))
+    return net.head((queries @ x.transpose(1, 2)).softmax(-1) @ net.value(x))
+
+
 TOYS: dict[str, Toy] = {
+    'computed kernel':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(net.after(net.body(net.stem(x)))),
+            stem=nn.Sequential(*block(3, 4), *block(4, 6)),
+            body=StandardisedConv(6, 8, 3, padding=1),
+            after=block(8, 5),
+            head=last(5)), ((4, 'stem.0 stem.3'), (5, 'after.0 head')), {
+                'stem.3': 'convolution in body',
+                'body': 'computed kernel in body'
+            }),
+    'attention behind a layer norm':
+    Toy(
+        lambda: Net(
+            _normed_attention,
+            stem=block(3, 4),
+            query=nn.Linear(4, 6),
+            key=nn.Linear(4, 6),
+            norm=nn.LayerNorm(6),
+            value=nn.Linear(4, 5),
+            head=nn.Linear(5, 2)),
+        ((4, 'stem.0 query key value'), (5, 'value head')), {
+            'query': 'native_layer_norm in norm',
+            'key': 'native_layer_norm in norm'
+        }),
+    'learnt queries':
+    Toy(
+        lambda: Net(
+            _learnt_queries,
+            stem=nn.Sequential(*block(3, 5), *block(5, 4)),
+            tokens=nn.Parameter(torch.linspace(-1, 1, 35).reshape(1, 7, 5)),
+            query=nn.Linear(5, 6),
+            mix=nn.Linear(6, 4),
+            value=nn.Linear(4, 5),
+            head=nn.Linear(5, 2)),
+        ((5, 'stem.0 stem.3'), (6, 'query mix'), (5, 'value head')), {
+            'stem.3': 'bmm over it',
+            'mix': 'bmm over it'
+        }),
     'chain':
     Toy(lambda: nn.Sequential(*block(3, 4), *block(4, 6), last(6)),
         ((4, '0 3'), (6, '3 6'))),

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import SHAPE, TOYS, Net, block, last, run
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.surgery.constant import Constant
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.verify import verify
+
+from helpers.toys import SHAPE, TOYS, Net, block, last, run
 
 
 class Versioned(nn.Sequential):

@@ -14,9 +14,9 @@ from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.labels import Labels
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import GDPGates
+from gdp_mmseg.surgery.outputs import largest_difference
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.random_weights import randomise_
-from gdp_mmseg.surgery.verify import largest_difference
 
 from helpers.random_networks import SHAPE, STEPS, RandomNetwork
 from helpers.toys import gated, run

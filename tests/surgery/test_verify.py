@@ -13,9 +13,10 @@ from torch.nn import functional as F
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.surgery import verify as proof
+from gdp_mmseg.surgery import trial
+from gdp_mmseg.surgery.outputs import largest_difference
 from gdp_mmseg.surgery.random_weights import copy_with_random_weights
-from gdp_mmseg.surgery.verify import TOLERANCE, largest_difference, verify
+from gdp_mmseg.surgery.verify import TOLERANCE, verify
 
 from helpers.toys import SHAPE, TOYS, Net, block, conv, last, run
 
@@ -139,13 +140,13 @@ def test_several_culprits_are_found_among_many() -> None:
 def count_cuts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of all cuts of a proof, how many channels go."""
     cuts: list[int] = []
-    plain = proof.cut
+    plain = trial.cut
 
     def cut(model: nn.Module, analysis: Analysis, openness: Tensor) -> Any:
         cuts.append(int((openness == 0).sum()))
         return plain(model, analysis, openness)
 
-    monkeypatch.setattr(proof, 'cut', cut)
+    monkeypatch.setattr(trial, 'cut', cut)
     return cuts
 
 
