@@ -39,7 +39,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from gdp_mmseg.engine.model import inference_forward
+from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.pruner import Pruner

@@ -20,7 +20,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from gdp_mmseg.engine.model import inference_forward, training_forward
+from gdp_mmseg.engine.forwards import inference_forward, training_forward
 from gdp_mmseg.report.measure import count_flops
 
 

@@ -167,7 +167,7 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, float]:
     """
     import torch
 
-    from ..engine.model import inference_forward
+    from ..engine.forwards import inference_forward
     from ..gates.gdp import GDPGates
     from ..surgery.outputs import largest_difference
     from ..surgery.random_weights import copy_with_random_weights
@@ -238,7 +238,7 @@ def _outputs(network: Any, images: Any) -> list[Any]:
     import torch
     from torch.utils._pytree import tree_leaves
 
-    from ..engine.model import inference_forward
+    from ..engine.forwards import inference_forward
     torch.manual_seed(1)  # a forward may draw random numbers
     with torch.no_grad():
         outputs = inference_forward(network, images)

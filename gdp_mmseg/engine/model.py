@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 from typing import Any, Iterator, Mapping, Sequence
 
+import torch
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
-from torch import Tensor, nn
+from torch import nn
 
 from ..analysis.analyse import analyse
 from ..analysis.state import fits
-from ..analysis.structure import Analysis
+from ..analysis.structure import Analysis, Layer, LayerCall
+from ..cost.counts import FlopCost
 from ..gates.layers import gate_
 from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
@@ -24,6 +27,8 @@ from ..registry import MODELS
 from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
+from .forwards import (count_inference_flops, inference_forward, loss_forward,
+                       prediction_forward, training_forward)
 from .matching import refuse_others_
 from .start import StartFromExport
 
@@ -199,33 +204,21 @@ def analyse_model(network: nn.Module,
     """
     analysis = analyse(network, shape, inference_forward, training_forward,
                        ignore, only)
-    return verify(network, analysis, inference_forward, training_forward)
+    analysis, difference = verify(network, analysis, inference_forward,
+                                  training_forward,
+                                  [(prediction_forward, False),
+                                   (loss_forward, True)])
+    return _with_fixed_cost(network, analysis), difference
 
 
-def inference_forward(network: Any, inputs: Tensor) -> Any:
-    """Run what inference runs, up to the logits."""
-    return network(inputs, mode='tensor')
-
-
-def training_forward(network: Any, inputs: Tensor) -> Any:
-    """Run what training runs, auxiliary heads included, up to the losses."""
-    heads = getattr(network, 'auxiliary_head', None)
-    if heads is None:
-        return [network(inputs, mode='tensor')]
-    features: list[Any] = []
-    plain = network.extract_feat
-
-    def extract_feat(images: Tensor) -> Any:
-        features.append(plain(images))
-        return features[-1]
-
-    # All heads read the same features, as when the losses are computed.
-    network.extract_feat = extract_feat
-    try:
-        outputs = [network(inputs, mode='tensor')]
-    finally:
-        del network.extract_feat
-    heads = heads if isinstance(heads, nn.ModuleList) else [heads]
-    return outputs + [
-        head(features[0] if features else plain(inputs)) for head in heads
-    ]
+def _with_fixed_cost(network: nn.Module, analysis: Analysis) -> Analysis:
+    """Add the FLOPs of a prediction that the logits do not need."""
+    more = (
+        count_inference_flops(network, analysis.input_shape) -
+        FlopCost(analysis).dense)
+    if more <= 0:
+        return analysis
+    none = torch.tensor([-1])
+    layer = Layer('prediction', '', more, 1, none, none, False, True,
+                  (LayerCall((more, )), ))
+    return dataclasses.replace(analysis, layers=(*analysis.layers, layer))

@@ -4,16 +4,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from typing import Any, Iterator, Mapping
+from typing import Any, Mapping
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
-from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 
-from ..engine.model import find_pruner, inference_forward
+from ..engine.forwards import inference_forward, tensors_of
+from ..engine.model import find_pruner
 from ..surgery.outputs import largest_difference
 
 # Largest difference of outputs, relative to the largest output, in single
@@ -152,23 +151,5 @@ def _difference(forward: Any, gated: nn.Module, exported: nn.Module,
     for model in (exported, gated):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            outputs.append(list(_tensors(forward(model, inputs))))
+            outputs.append(list(tensors_of(forward(model, inputs))))
     return largest_difference(*outputs)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors and arrays in nested outputs, data samples included.
-    """
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, np.ndarray) and value.dtype.kind in 'fiub':
-        yield torch.from_numpy(value)
-    elif isinstance(value, BaseDataElement):
-        for _, item in sorted(value.items()):
-            yield from _tensors(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)

@@ -19,9 +19,10 @@ from torch import nn
 
 from ..analysis.structure import Analysis
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
-from ..engine.model import find_pruner, inference_forward
+from ..engine.forwards import count_inference_flops, inference_forward
+from ..engine.model import find_pruner
 from ..pruner.pruner import Pruner
-from ..report.measure import count_flops, count_parameters, paired_latency_ms
+from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
 from ..report.record import RECORD
 from ..report.summary import dead_parts, kept_by_part
@@ -127,7 +128,7 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
     channels = pruner.channels()
     keep = channels.cpu() > 0
     rows = [
-        NetworkRow(name, count_flops(model, shape, inference_forward),
+        NetworkRow(name, count_inference_flops(model, shape),
                    count_parameters(model),
                    {f'pytorch {device.type}': latency})
         for (name, model), latency in zip(networks.items(), latencies)

@@ -12,7 +12,7 @@ is replaced: a batch norm by the identity, a layer by :class:`Constant`.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,7 @@ def cut(model: nn.Module, analysis: Analysis,
     """
     keep = kept_channels(analysis, openness)
     dense = {name: tensor.detach() for name, tensor in _tensors(model).items()}
-    state = dict(dense)
-    for (name, axis), gates in analysis.gate_of_slot.items():
-        kept = kept_slots(gates, keep)
-        if not kept.all():
-            slots = kept.nonzero().flatten().to(state[name].device)
-            state[name] = state[name].index_select(axis, slots)
+    state = take(dense, analysis, keep)
     absorb_(state, analysis, openness, keep)
     widths = widths_of(model, analysis, state)
     _fold_constants_(model, analysis, state, widths)
@@ -77,6 +72,32 @@ def cut(model: nn.Module, analysis: Analysis,
         if tensor.is_meta:
             _assign_(pruned, name, state[name])
     return pruned, widths
+
+
+def take(tensors: Mapping[str, Tensor], analysis: Analysis,
+         keep: Tensor) -> dict[str, Tensor]:
+    """Select the slots of kept gates along all axes of some tensors.
+
+    Weights, gradients, momenta and averages are all maps from the name of a
+    parameter to a tensor of its shape; one function cuts them all.
+
+    Args:
+        tensors (Mapping[str, Tensor]): Dense tensors by the name of the
+            parameter or buffer whose shape they have; not all need be there.
+        analysis (Analysis): The analysis of the model.
+        keep (Tensor): ``(G,)`` bool, gates whose slots are kept.
+
+    Returns:
+        dict[str, Tensor]: The same names. Tensors that lose nothing are the
+        given ones.
+    """
+    taken = dict(tensors)
+    for (name, axis), gates in analysis.gate_of_slot.items():
+        kept = kept_slots(gates, keep)
+        if name in taken and not kept.all():
+            slots = kept.nonzero().flatten().to(taken[name].device)
+            taken[name] = taken[name].index_select(axis, slots)
+    return taken
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -59,22 +59,26 @@ class Trial:
     Args:
         model (nn.Module): The model that was analysed, which stays unchanged.
         analysis (Analysis): The analysis of the model.
-        forward (Forward): The forward of inference.
-        training_forward (Forward, optional): The forward of training.
+        forwards (Sequence[tuple[Forward, bool]]): Forwards that are compared,
+            the one of inference first; each with True if it is of training.
+        others (Sequence[tuple[Forward, bool]]): Forwards that are compared if
+            the model itself can run them on these inputs.
         tolerance (float): Largest relative difference of equal outputs.
 
     Raises:
         ForwardError: If the model itself cannot run.
     """
 
-    def __init__(self, model: nn.Module, analysis: Analysis, forward: Forward,
-                 training_forward: Forward | None, tolerance: float) -> None:
+    def __init__(self, model: nn.Module, analysis: Analysis,
+                 forwards: Sequence[tuple[Forward, bool]],
+                 others: Sequence[tuple[Forward,
+                                        bool]], tolerance: float) -> None:
         self.tolerance = tolerance
-        self.forwards = [(forward, False)]
-        if training_forward is not None:
-            self.forwards.append((training_forward, True))
+        self.forwards = list(forwards)
         self.model, self.inputs = self._random_copy(model,
                                                     analysis.input_shape)
+        self._num_required = len(self.forwards)
+        self.forwards += [one for one in others if self._runs(one)]
         self.use(analysis)
 
     def use(self, analysis: Analysis) -> None:
@@ -147,6 +151,16 @@ class Trial:
         return outputs_of(model, forward, inputs, training,
                           getattr(self, 'gates', None))
 
+    def _runs(self, one: tuple[Forward, bool]) -> bool:
+        """Return True if the model itself runs a forward to finite numbers."""
+        forward, training = one
+        try:
+            outputs = outputs_of(self.model, forward, self.inputs, training)
+        except Exception:  # it needs inputs or samples of another kind
+            return False
+        return bool(outputs) and all(
+            bool(output.isfinite().all()) for output in outputs)
+
     def _run_gated(self, index: int) -> list[Tensor]:
         try:
             return self._run(index, self.gated, self.inputs)
@@ -159,13 +173,20 @@ class Trial:
     def check_repeatable(self) -> None:
         """Refuse a model that computes something else each time.
 
+        Other forwards than the required ones are left out in that case.
+
         Raises:
             ValueError: If two runs on the same input differ.
         """
-        for index in range(len(self.forwards)):
+        for index in reversed(range(len(self.forwards))):
             difference = largest_difference(
                 self._run_gated(index), self._run_gated(index))
-            if not difference <= self.tolerance:
+            if difference <= self.tolerance:
+                continue
+            if index >= self._num_required:
+                del self.forwards[index]
+                self.known.clear()
+            else:
                 raise ValueError(
                     'expected the same outputs from two runs of the model on '
                     'the same input, but got a relative difference of '
@@ -206,7 +227,10 @@ class Trial:
         for name, module in pruned.named_modules():
             module.register_forward_pre_hook(self._remember(name))
         worst = 0.
-        for index in range(len(self.forwards) if half else 1):
+        for index, (_, training) in enumerate(self.forwards):
+            # Nothing needs to be trainable without any channel.
+            if training and not half:
+                continue
             wanted = self._run_gated(index)
             try:
                 got = self._run(index, pruned, self.inputs)

@@ -30,10 +30,13 @@ _ROUNDING = 1e-5
 _SINGLE_TOLERANCE = 1e-4
 
 
-def verify(model: nn.Module,
-           analysis: Analysis,
-           forward: Forward,
-           training_forward: Forward | None = None) -> tuple[Analysis, float]:
+def verify(
+    model: nn.Module,
+    analysis: Analysis,
+    forward: Forward,
+    training_forward: Forward | None = None,
+    others: Sequence[tuple[Forward, bool]] = ()
+) -> tuple[Analysis, float]:
     """Freeze the groups whose surgery is not exact on a copy of the model.
 
     Args:
@@ -43,6 +46,9 @@ def verify(model: nn.Module,
         forward (Forward): The forward of inference (see
             :func:`gdp_mmseg.analysis.analyse.analyse`).
         training_forward (Forward, optional): The forward of training.
+        others (Sequence[tuple[Forward, bool]]): Further forwards that must
+            stay exact, each with True if it is one of training. Those that
+            the model itself cannot run are left out.
 
     Returns:
         tuple[Analysis, float]: The analysis, in which some groups may be
@@ -57,8 +63,10 @@ def verify(model: nn.Module,
                                                           _SINGLE_TOLERANCE)):
         with fixed_seeds(), _default_dtype(dtype):
             try:
-                trial = Trial(model, analysis, forward, training_forward,
-                              tolerance)
+                forwards = [(forward, False)]
+                if training_forward is not None:
+                    forwards.append((training_forward, True))
+                trial = Trial(model, analysis, forwards, others, tolerance)
                 found = _verified(trial)
             except _Rounded:
                 continue

@@ -20,7 +20,8 @@ from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.config import ModelConfig
-from gdp_mmseg.engine.model import analyse_config, inference_forward
+from gdp_mmseg.engine.forwards import inference_forward
+from gdp_mmseg.engine.model import analyse_config
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.compare import check_metrics
 from gdp_mmseg.export.export import export, pruned_config
