@@ -93,6 +93,7 @@ class Cost(nn.Module):
         Returns:
             float: The dense cost, in the unit of ``amounts``.
         """
+        # Counts exceed 2^24, beyond which float32 skips integers.
         amounts = amounts.to(self.shares.device, torch.double)
         inputs, outputs = self._sums(
             torch.ones_like(self.group_of, dtype=torch.double))
@@ -236,6 +237,7 @@ class ParameterCost(CountCost):
                 for axis in range(len(shape))
                 if (name, axis) in analysis.gate_of_slot
             ]
+            # At most two axes of a parameter have gates.
             first, second = (*gated, ONE, ONE)[:2]
             terms.append(CostTerm(first, second))
             amounts.append(math.prod(shape) / (len(first) * len(second)))

@@ -45,6 +45,8 @@ def prune(model: nn.Module, analysis: Analysis,
             raise ValueError(f'expected finite weights, but got nan or inf in '
                              f'{name}; export an earlier checkpoint')
     pruned, widths = cut(model, analysis, openness)
+    # The cut shares unchanged tensors with the model; to train one of the two
+    # must not change the other.
     return copy.deepcopy(pruned), widths
 
 
@@ -140,6 +142,7 @@ def absorb_(state: dict[str, Tensor], analysis: Analysis, openness: Tensor,
         slots = layer.inputs[kept_slots(layer.inputs, keep)]
         scale = slot_values(openness.detach().to(kernel),
                             slots.to(kernel.device))
+        # An unchanged kernel stays the same object and is not copied.
         if bool((scale != 1).any()):
             state[layer.kernel] = kernel * along(scale, kernel, layer.axis)
 

@@ -52,6 +52,7 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, Width]) -> Fitting:
         if isinstance(part, nn.Parameter):
             setattr(parent, leaf, _narrowed(part, *width))
         elif isinstance(part, (_BatchNorm, nn.GroupNorm)):
+            # PyTorch's norms refuse to be built or trained without channels.
             if width[0]:
                 _set_norm_width_(part, width[0])
             else:
@@ -111,6 +112,7 @@ def _fitting(name: str, part: nn.Module | nn.Parameter,
         return {name: axes}
     if None not in width:
         return {name: None}
+    # Widths begin with the outputs, a transposed kernel with the inputs.
     if isinstance(part, _ConvNd) and part.transposed:
         axes = tuple(1 - axis for axis in axes)
     outputs = () if width[0] is None else (0, )
@@ -138,6 +140,7 @@ def _set_layer_widths_(layer: nn.Linear | _ConvNd,
 
 def _set_norm_width_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
     if isinstance(norm, nn.GroupNorm):
+        # Whole groups are removed: the size of a group stays the same.
         norm.num_groups = norm.num_groups * channels // norm.num_channels
         norm.num_channels = channels
     else:
@@ -145,6 +148,7 @@ def _set_norm_width_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
     for name, parameter in norm.named_parameters():
         setattr(norm, name, _narrowed(parameter, channels))
     for name, buffer in norm.named_buffers():
+        # num_batches_tracked is a scalar.
         if buffer.dim():
             setattr(norm, name, _first(buffer, channels))
 

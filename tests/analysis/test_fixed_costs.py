@@ -36,7 +36,7 @@ def between(body: Callable[[], nn.Module]) -> nn.Module:
         head=last(5))
 
 
-def on_tokens(body: nn.Module, tokens_first: bool = True) -> nn.Module:
+def on_tokens(body: nn.Module) -> nn.Module:
     """A linear layer of 6 -> 8 features on the pixels of a map."""
 
     def forward(net: Any, x: Tensor) -> Tensor:

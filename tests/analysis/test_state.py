@@ -48,7 +48,7 @@ def test_state_is_loaded_without_running_code() -> None:
 
 def test_the_module_whose_gates_differ_is_named() -> None:
     _, analysis = TOYS['residual'].analyse()
-    fewer = analysis.without([0], 'a reason')
+    fewer = analysis.without({0: 'a reason'})
     assert first_difference(analysis, fewer) in analysis.groups[0].writers
     state = to_state(analysis)
     name, _, gates = state['gate_of_slot'][0]
