@@ -51,7 +51,9 @@ class StartFromExport:
                 f'{self.path}, but got none that fits; use the file that was '
                 'exported with the config')
         fresh = [name for name in own if name not in fitting]
-        network.load_state_dict(dict(own, **fitting))
+        # The model's own state dict keeps the versions of its modules.
+        own.update(fitting)
+        network.load_state_dict(own)
         _check_loaded(network, fitting, self.path)
         if fresh:
             print_log(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..engine.forwards import inference_forward, tensors_of
 from ..engine.model import find_pruner
-from ..surgery.outputs import largest_difference
+from ..surgery.outputs import largest_difference, outputs_of
 
 # Largest difference of outputs, relative to the largest output, in single
 # precision on real inputs.
@@ -63,8 +63,7 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
         images = _preprocessed(batches, gated)
         source = f'{len(images)} inputs of the test set'
     difference = max(
-        *(_difference(inference_forward, gated, exported, image)
-          for image in images),
+        *(_difference(_logits, gated, exported, image) for image in images),
         *(_difference(_predict, gated, exported, batch)
           for batch in batches or ()))
     # The comparison is also false for nan.
@@ -134,22 +133,25 @@ def _preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
     return images
 
 
-def _predict(model: Any, batch: Any) -> Any:
+def _predict(model: Any, batch: Any) -> list[Tensor]:
+    """Preprocess and predict a batch; return all tensors of the result."""
     # Preprocessing and prediction may write into the batch.
-    return model.test_step(copy.deepcopy(batch))
+    return list(tensors_of(model.test_step(copy.deepcopy(batch))))
 
 
-@torch.no_grad()
+def _logits(model: Any, image: Any) -> list[Tensor]:
+    """Run the model up to the logits; return all tensors of the result."""
+    return list(tensors_of(inference_forward(model, image)))
+
+
 def _difference(forward: Any, gated: nn.Module, exported: nn.Module,
                 inputs: Any) -> float:
     """Largest difference of outputs, relative to the largest output.
 
-    Both networks start from the same random state, because a forward pass may
-    draw random numbers.
+    Both networks start from the same random numbers and from their own state,
+    because a forward pass may draw numbers or write into buffers.
     """
-    outputs = []
-    for model in (exported, gated):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            outputs.append(list(tensors_of(forward(model, inputs))))
-    return largest_difference(*outputs)
+    gates = find_pruner(gated).gates
+    return largest_difference(
+        outputs_of(exported, forward, inputs),
+        outputs_of(gated, forward, inputs, shared=gates))

@@ -1,6 +1,7 @@
 """Networks of an export, built from a config and a checkpoint."""
 from __future__ import annotations
 
+import collections
 import copy
 from pathlib import Path
 from typing import Any, Mapping
@@ -77,15 +78,18 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: If a tensor is missing, has another shape or no place.
     """
-    wanted = model.state_dict()
+    wanted: Any = model.state_dict()
     shapes = [
         key for key in wanted
         if key in state and state[key].shape != wanted[key].shape
     ]
     missing, extra = shapes, list[str]()
     if not shapes:
+        # Modules look up their version there; a plain dict has none.
+        loaded = collections.OrderedDict(state)
+        loaded._metadata = wanted._metadata  # type: ignore
         # Some modules drop or add keys when they load; only they know which.
-        result = model.load_state_dict(dict(state), strict=False)
+        result = model.load_state_dict(loaded, strict=False)
         missing = [key for key in result.missing_keys if key not in state]
         extra = list(result.unexpected_keys)
     if missing or extra:
