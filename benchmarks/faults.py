@@ -36,7 +36,7 @@ from gdp_mmseg.export.export import export
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
-from gdp_mmseg.report.tables import table
+from gdp_mmseg.report.tables import Report, table
 
 from kills import Kill, arm_, export_kills, run, training_kills
 from pages import put_between
@@ -248,11 +248,11 @@ def is_complete(out_dir: Path) -> bool:
     """Tell whether a folder is a whole export, which loads and is verified."""
     if {path.name for path in out_dir.iterdir()} != FILES:
         return False
-    report = json.loads((out_dir / 'report.json').read_text())
+    report = Report.read(out_dir / 'report.json')
     # Both raise an error for damaged files.
     load_exported(out_dir, NAME)
     _, meta = read_checkpoint(str(out_dir / f'{NAME}_pruned.pth'))
-    return 'sha256' in meta and report['max_rel_diff'] <= 1e-4
+    return 'sha256' in meta and report.max_rel_diff <= 1e-4
 
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

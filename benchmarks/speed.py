@@ -9,7 +9,6 @@ first. Peak memory is that of a fresh process for each network.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from gdp_mmseg.engine.config import ModelConfig
-from gdp_mmseg.engine.model import analyse_config, build_base_model
+from gdp_mmseg.engine.model import analyse_config
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 from gdp_mmseg.report.tables import table
@@ -49,11 +48,8 @@ ROWS = (
 def build(gated: bool) -> nn.Module:
     """Build the network of the VOC config with norms for one process."""
     cfg = load()
-    model = copy.deepcopy(cfg.model)
-    if gated:
-        return MODELS.build(model).train()
-    del model['type'], model['gdp']
-    return build_base_model(None, model).train()
+    model = cfg.model if gated else ModelConfig.of(cfg).ungated
+    return MODELS.build(model).train()
 
 
 def load() -> Config:
@@ -74,9 +70,9 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     optimizer.zero_grad()
     features: Any = model.extract_feat(inputs)  # type: ignore[operator]
     outputs = [
-        model.decode_head(features),  # type: ignore[operator]
-        model.auxiliary_head(features)
-    ]  # type: ignore[operator]
+        head(features)  # type: ignore[operator]
+        for head in (model.decode_head, model.auxiliary_head)
+    ]
     sum(output.square().mean() for output in outputs).backward()
     pruner: Any = getattr(model, 'gdp', None)
     if pruner is not None:
@@ -156,7 +152,7 @@ def analysis_seconds() -> float:
     torch.set_num_threads(1)
     cfg = load()
     start = time.perf_counter()
-    analyse_config(ModelConfig.parse(cfg.model))
+    analyse_config(ModelConfig.of(cfg))
     torch.set_num_threads(threads)
     return time.perf_counter() - start
 

@@ -31,8 +31,11 @@ ARROWS: dict[str, set[str]] = {
         'version', 'registry', 'files', 'analysis', 'gates', 'cost', 'surgery',
         'pruner', 'report'
     },
-    'export':
-    {'version', 'files', 'analysis', 'surgery', 'pruner', 'report', 'engine'},
+    'export': {'version', 'analysis', 'surgery', 'pruner', 'report', 'engine'},
+    'cli': {
+        'files', 'analysis', 'gates', 'cost', 'surgery', 'report', 'engine',
+        'export'
+    },
     '__init__': {'version'},
 }
 # Libraries that each may import. What serves plain PyTorch models needs no
@@ -49,7 +52,7 @@ LIBRARIES: dict[str, set[str]] = {
     'report': {'torch', 'matplotlib', 'numpy'},
     'engine': {'torch', 'numpy', 'matplotlib', 'mmengine'},
     'export': {'torch', 'numpy', 'mmengine'},
-    'cli': {'torch', 'numpy', 'mmengine', 'mmseg'},
+    'cli': {'torch', 'mmengine', 'mmseg', 'PIL'},
     '__init__': set(),
 }
 
