@@ -11,9 +11,10 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..engine.forwards import inference_forward, tensors_of
+from ..analysis.tracer import fixed_seeds
+from ..engine.forwards import inference_forward, loss_forward, tensors_of
 from ..engine.model import find_pruner
-from ..surgery.outputs import largest_difference, outputs_of
+from ..surgery.outputs import first_line, largest_difference, outputs_of
 
 # Largest difference of outputs, relative to the largest output, in single
 # precision on real inputs.
@@ -54,7 +55,8 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
     Raises:
         RuntimeError: If the outputs are not equal.
     """
-    batches = _test_batches(cfg, needs_data)
+    batches = _batches(
+        cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data)
     if batches is None:
         shape = find_pruner(gated).analysis.input_shape
         images = [torch.randn(shape) for _ in range(_BATCHES)]
@@ -73,6 +75,49 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
             f'but got a relative difference of {difference:.1e} on {source}; '
             'nothing was written. Please report this with the config')
     return Comparison(difference, source)
+
+
+def check_trainable(cfg: Config, gated: nn.Module,
+                    exported: nn.Module) -> None:
+    """Check that the exported network can be fine-tuned: run one loss step.
+
+    The step runs on the first images of the training set, or on made-up ones
+    if there is no data. A step that the gated network cannot run either says
+    nothing about the export.
+
+    Raises:
+        RuntimeError: If only the exported network fails, or its loss is not
+            finite.
+    """
+    settings = cfg.get('train_dataloader')
+    # Norms need two images in training.
+    batches = _batches(settings and dict(settings, batch_size=2), False)
+    _, *shape = find_pruner(gated).analysis.input_shape
+
+    def step(network: nn.Module) -> None:
+        model: Any = copy.deepcopy(network).train()
+        with fixed_seeds():
+            if batches:
+                data = model.data_preprocessor(copy.deepcopy(batches[0]), True)
+                loss = model.parse_losses(model(**data, mode='loss'))[0]
+            else:
+                losses = loss_forward(model, torch.randn(2, *shape))
+                loss = torch.stack([one.mean() for one in losses]).sum()
+            loss.backward()
+        if not bool(loss.isfinite()):
+            raise FloatingPointError(f'a loss of {float(loss)}')
+
+    try:
+        step(exported)
+    except Exception as error:  # a user's forward can raise anything
+        try:
+            step(gated)
+        except Exception:
+            return
+        raise RuntimeError(
+            'expected a loss step of the exported network, as the gated one '
+            f'makes it, but got {first_line(error)}; nothing was written. '
+            'Please report this with the config') from error
 
 
 def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
@@ -95,9 +140,13 @@ def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
                 'Please report this with the config')
 
 
-def _test_batches(cfg: Config, needs_data: bool) -> list[Any] | None:
-    """Load the first batches of the test set; None if there is no data."""
-    settings = cfg.get('test_dataloader') or cfg.get('val_dataloader')
+def _batches(settings: Any, needs_data: bool) -> list[Any] | None:
+    """Load the first batches of a loader; None if there is no data.
+
+    Args:
+        settings (Any): Config of the loader, or None.
+        needs_data (bool): Whether missing files are an error.
+    """
     if not settings:
         return None
     try:

@@ -31,7 +31,7 @@ from ..report.tables import (GroupRow, NetworkRow, Report, markdown,
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
 from ..version import __version__
-from .compare import Comparison, check_metrics, compare
+from .compare import Comparison, check_metrics, check_trainable, compare
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_exported
 from .pruned_config import pruned_config, write_config
@@ -66,7 +66,8 @@ def export(cfg: Config,
     Raises:
         ValueError: If config, checkpoint and folder do not fit together.
         RuntimeError: If gated and pruned network differ: in their outputs by
-            more than 1e-4, or in a metric.
+            more than 1e-4, in a metric, or because only the pruned one cannot
+            be trained.
     """
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
@@ -89,6 +90,7 @@ def export(cfg: Config,
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
         comparison = compare(cfg, gated, exported, needs_data=evaluate)
+        check_trainable(cfg, gated, exported)
         report = _report(name, pruner,
                          dict(dense=dense, gated=gated, pruned=pruned),
                          comparison)

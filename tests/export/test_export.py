@@ -23,7 +23,7 @@ from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.engine.model import analyse_config
 from gdp_mmseg.export import export as exporting
-from gdp_mmseg.export.compare import check_metrics
+from gdp_mmseg.export.compare import check_metrics, check_trainable
 from gdp_mmseg.export.export import export, pruned_config
 from gdp_mmseg.report.measure import count_flops
 from gdp_mmseg.report.tables import Report
@@ -742,3 +742,40 @@ def test_metrics_agree_within_rounding(gated: dict[str, float],
         return
     with pytest.raises(RuntimeError, match='expected equal metrics'):
         check_metrics(gated, pruned)
+
+
+def test_an_export_that_cannot_be_trained_is_an_error(
+        project: Project, trained: Trained, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    right = exporting.load_exported
+
+    def wrong(folder: Path, name: str) -> nn.Module:
+        model: Any = right(folder, name)
+
+        def loss(*_: Any) -> None:
+            raise RuntimeError('expected 64 channels')
+
+        model.loss = loss
+        return model
+
+    monkeypatch.setattr(exporting, 'load_exported', wrong)
+    with pytest.raises(
+            RuntimeError, match='but got RuntimeError: expected 64 channels'):
+        export(
+            project.load(tmp_path),
+            str(trained.checkpoint),
+            tmp_path / 'pair',
+            'x',
+            evaluate=False)
+    assert tree(tmp_path) == {}
+
+
+def test_a_model_that_cannot_be_trained_at_all_is_exported(
+        project: Project, trained: Trained,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that fails with gates too says nothing about the export."""
+    model = copy.deepcopy(trained.runner.model)
+    other = copy.deepcopy(model)
+    for one in (model, other):
+        one.loss = None
+    assert check_trainable(Config(), model, other) is None
