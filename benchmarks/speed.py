@@ -27,6 +27,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
 from gdp_mmseg.engine.config import ModelConfig
+from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import analyse_config
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
@@ -134,7 +135,8 @@ def export_seconds() -> float:
         gates.theta.mul_(torch.rand(len(gates.theta)) > 0.5)
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = Path(folder) / 'gated.pth'
-        torch.save(dict(state_dict=model.state_dict(), meta={}), checkpoint)
+        meta = dict(gdp=gate_meta(model.gdp))
+        torch.save(dict(state_dict=model.state_dict(), meta=meta), checkpoint)
         start = time.perf_counter()
         export(
             cfg,

@@ -10,9 +10,11 @@ import errno
 import os
 import os.path as osp
 import sys
-from typing import Iterator, NoReturn
+import traceback
+from typing import Any, Iterator, NoReturn
 
 from PIL import UnidentifiedImageError
+from torch.utils.data import Dataset
 
 PACKAGE = __name__.partition('.')[0]
 # Types of the errors that this package raises about a user's input. Other
@@ -20,6 +22,10 @@ PACKAGE = __name__.partition('.')[0]
 USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, KeyError)
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
                 errno.EACCES, errno.EPERM)
+# Types of errors about data. Other types that a dataset raises are bugs of its
+# code, whose author needs the traceback.
+DATA_ERRORS = (OSError, RuntimeError, ValueError, KeyError, AssertionError)
+BUILDING = ('__init__', 'full_init', 'load_data_list')
 
 
 def fail(message: str) -> NoReturn:
@@ -35,8 +41,8 @@ def one_line_errors() -> Iterator[None]:
 
     Usable as a context manager and, as ``@one_line_errors()``, as a decorator.
     Errors about the user's input that this package raised are replaced, also
-    when mmengine's registry has wrapped them, and so are errors of other
-    packages about files and data that cannot be read or written. All other
+    when mmengine's registry has wrapped them, and so are errors of other code
+    about files and data that cannot be read or written. All other
     errors keep their traceback. ``GDP_DEBUG=1`` in the environment keeps every
     traceback.
     """
@@ -70,6 +76,20 @@ def _line(error: Exception) -> str | None:
         # torch's error on a CPU for a label that has no class.
         return (f'expected labels below num_classes, but got: {last}; change '
                 'num_classes of the heads, or reduce_zero_label')
+    dataset = _built_dataset(error)
+    if dataset is not None and isinstance(error, DATA_ERRORS):
+        return (f'expected data that {type(dataset).__name__} can read, but '
+                f'got {type(error).__name__}: {last}; change the dataset in '
+                'the config, or set GDP_DEBUG=1 for the traceback')
+    return None
+
+
+def _built_dataset(error: BaseException) -> Any:
+    """Return the dataset whose constructor raised an error, if any."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get('self')
+        if isinstance(owner, Dataset) and frame.f_code.co_name in BUILDING:
+            return owner
     return None
 
 

@@ -204,6 +204,30 @@ def test_built_dataset_is_not_checked(root: Path) -> None:
     check_paths(cfg, ['train'])
 
 
+def build_wrong(root: Path, **changes: Any) -> None:
+    """Build a dataset as a runner does, with the command line around it."""
+    with one_line_errors():
+        DATASETS.build(segments(root, **changes))
+
+
+def test_error_of_a_dataset_is_one_line(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_wrong(root, type='MountedDataset')
+    said = capsys.readouterr().err
+    assert said.count('\n') == 1 and 'but got' in said
+    assert 'MountedDataset' in said and 'the share is not mounted' in said
+
+
+def test_bug_in_a_dataset_keeps_its_traceback(
+        root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(TypeError):
+        build_wrong(root, no_such_argument=1)
+    monkeypatch.setenv('GDP_DEBUG', '1')
+    with pytest.raises(ValueError, match='not mounted'):
+        build_wrong(root, type='MountedDataset')
+
+
 @pytest.mark.parametrize('module, ours', [('gdp_mmseg.engine.hook', True),
                                           ('gdp_mmseg_tools.hook', False),
                                           ('somewhere.else', False)])
