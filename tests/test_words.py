@@ -61,7 +61,6 @@ def test_fragments_are_known_by_their_first_word(line: str,
     assert bool(FRAGMENT.match(line)) == is_fragment
 
 
-@pytest.mark.xfail(strict=False, reason='words are still being mended')
 @pytest.mark.parametrize('path', DOCUMENTED, ids=where)
 def test_docstrings_begin_as_a_sentence_does(path: Path) -> None:
     firsts = [(ast.get_docstring(node) or '').partition('\n')[0]
@@ -69,7 +68,6 @@ def test_docstrings_begin_as_a_sentence_does(path: Path) -> None:
     assert [first for first in firsts if FRAGMENT.match(first)] == []
 
 
-@pytest.mark.xfail(strict=False, reason='long functions are being split')
 @pytest.mark.parametrize('path', SOURCES, ids=where)
 def test_functions_are_short(path: Path) -> None:
     lengths = {
@@ -82,7 +80,6 @@ def test_functions_are_short(path: Path) -> None:
     } == {}
 
 
-@pytest.mark.xfail(strict=False, reason='long modules are being split')
 @pytest.mark.parametrize('path', SOURCES, ids=where)
 def test_modules_are_short(path: Path) -> None:
     lines = len(path.read_text().splitlines())

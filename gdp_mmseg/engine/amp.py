@@ -26,7 +26,7 @@ class BFloat16OptimWrapper(OptimWrapper):
 
     @contextlib.contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Of one forward pass in training."""
+        """Context of a forward pass in training."""
         device = next(model.parameters()).device.type
         with super().optim_context(model), torch.autocast(
                 device, torch.bfloat16):

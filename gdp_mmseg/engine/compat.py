@@ -52,7 +52,7 @@ def moves_gates(hook: Any) -> bool:
 
 
 def resumes_exactly(hook: Any) -> bool:
-    """Whether a hook of a config is a ``GuardHook``, as ``GDPHook`` is."""
+    """Tell whether a hook of a config is a ``ResumeHook`` or ``GDPHook``."""
     return moves_gates(hook) or _is_a('ResumeHook', hook)
 
 

@@ -1,4 +1,4 @@
-"""Output folders that are complete or absent."""
+"""Output folders of an export, which are complete or absent."""
 from __future__ import annotations
 
 import contextlib
@@ -11,10 +11,10 @@ from typing import Iterator
 
 
 def check_out_dir(out_dir: Path) -> None:
-    """Fail unless a folder can be made, or is there, empty and replaceable.
+    """Check that a folder is new, or empty and replaceable.
 
     Raises:
-        ValueError: If so.
+        ValueError: If it is not.
     """
     if out_dir.exists() and not out_dir.is_dir():
         raise ValueError(f'--out-dir: expected a folder, but got the file '
@@ -35,11 +35,12 @@ def check_out_dir(out_dir: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(out_dir: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes ``out_dir`` when that is done.
+    """Make a folder to fill, which becomes ``out_dir`` when it is complete.
 
-    Until then it is ``.<name>.partial-*`` beside it. A process that is killed
-    leaves that behind; the next one that wants the same folder removes it. A
-    lock, which ends with the process, tells whose it is.
+    Until then it is named ``.<name>.partial-*`` and lies beside ``out_dir``. A
+    process that is killed leaves it behind, and the next one that writes the
+    same ``out_dir`` removes it. A lock, which ends with the process, tells
+    whether a folder is still in use.
 
     Args:
         out_dir (Path): New or empty; nothing that it holds is overwritten.
@@ -47,12 +48,12 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
     Raises:
         ValueError: If the folder cannot be made, or another came first.
     """
-    # What a link names is replaced, not the link.
+    # Replace the folder that a link points to, not the link.
     out_dir = out_dir.resolve()
     anchor = next(folder for folder in out_dir.parents if folder.is_dir())
     prefix = f'.{out_dir.name}.partial-'
     with contextlib.ExitStack() as held:
-        # Or another process could take what is not locked yet for abandoned.
+        # Otherwise another process could remove a folder before it is locked.
         with writing(out_dir), _locked(anchor, wait=True):
             for left in anchor.glob(f'{glob.escape(prefix)}*'):
                 with _locked(left) as abandoned:
@@ -65,13 +66,13 @@ def new_folder(out_dir: Path) -> Iterator[Path]:
         with writing(out_dir):
             partial.chmod(0o755)
             out_dir.parent.mkdir(parents=True, exist_ok=True)
-            # Onto an empty folder, or none; anything else fails.
+            # Renaming fails if the folder is not empty any more.
             partial.replace(out_dir)
 
 
 @contextlib.contextmanager
 def writing(out_dir: Path) -> Iterator[None]:
-    """Turn errors of writing into one that names the folder.
+    """Turn an error of writing into one that names the folder.
 
     Raises:
         ValueError: If something cannot be written.
@@ -79,7 +80,7 @@ def writing(out_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # Another process may have been faster.
+        # Another process may have filled the folder in the meantime.
         check_out_dir(out_dir)
         raise ValueError(
             f'--out-dir: expected to write {out_dir}, but got: '
@@ -89,14 +90,14 @@ def writing(out_dir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(folder: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether this process alone holds a folder, as long as it does."""
-    # Not on Windows, where exported networks can still be used.
+    """Hold a folder for this process alone; yield whether that worked."""
+    # Windows has no fcntl, and only an export needs it.
     import fcntl
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         free = True
-    # Another process has it, or the file system has no locks.
+    # Another process holds it, or the file system has no locks.
     except OSError:
         free = False
     try:

@@ -83,7 +83,7 @@ class Pruner(nn.Module):
 
     @property
     def unmeasured(self) -> bool:
-        """Whether :meth:`measure_` has yet to measure the cost."""
+        """True until :meth:`measure_` has measured the cost."""
         return isinstance(self.cost, LatencyCost) and not self.cost.measured
 
     def measure_(self, stopwatch: Stopwatch = stopwatch) -> None:

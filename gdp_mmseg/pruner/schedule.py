@@ -65,7 +65,7 @@ class Schedule:
         return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
 
     def is_last_pruning_step(self, progress: float, step: float) -> bool:
-        """Whether a step of the pruning phase is the last one of it.
+        """Tell whether a step is the last one of the pruning phase.
 
         Args:
             progress (float): Progress at this step.
@@ -97,7 +97,7 @@ class Schedule:
         return min(0.5 + constant, 1.)
 
     def protects_groups(self, progress: float) -> bool:
-        """Whether every group that is alive must keep an open gate.
+        """Tell whether every group that is alive must keep an open gate.
 
         True in the last third of the pruning phase.
         """

@@ -473,7 +473,7 @@ def _labelled(label: int, shape: tuple[int, ...] = (64, 64)) -> Any:
 
 
 def _other_groups(content: dict[str, Any]) -> None:
-    content['meta']['gdp']['analysis']['groups'][0]['writers'] = ['other']
+    content['meta']['gdp']['analysis']['gate_of_slot'][0][0] = 'other.weight'
 
 
 def _other_weight(content: dict[str, Any]) -> None:
