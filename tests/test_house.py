@@ -50,7 +50,8 @@ LIBRARIES: dict[str, set[str]] = {
     'surgery': {'torch'},
     'pruner': {'torch'},
     'report': {'torch', 'matplotlib', 'numpy'},
-    'engine': {'torch', 'numpy', 'matplotlib', 'mmengine'},
+    'engine':
+    {'torch', 'numpy', 'matplotlib', 'mmengine', 'mmseg', 'mmpretrain'},
     'export': {'torch', 'numpy', 'mmengine'},
     'cli': {'torch', 'mmengine', 'mmseg', 'PIL'},
     '__init__': set(),
