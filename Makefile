@@ -14,7 +14,7 @@ BIN := .venv/bin
 # Written last: an environment without it is incomplete and made anew.
 STAMP := .venv/.complete
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-WORKERS := --numprocesses 2 --dist loadgroup
+WORKERS := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 TORCH_ONLY := analysis gates cost surgery pruner report
 # One line per package.
 PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
@@ -57,7 +57,7 @@ test: .venv
 
 # What needs no mm package: under a minute.
 check: .venv
-	$(BIN)/python -m pytest $(WORKERS) $(foreach folder,$(TORCH_ONLY),tests/$(folder) gdp_mmseg/$(folder))
+	$(BIN)/python -m pytest $(WORKERS) -m 'not mm' $(foreach folder,$(TORCH_ONLY),tests/$(folder) gdp_mmseg/$(folder))
 
 lint: .venv
 	$(BIN)/python -m pre_commit run --all-files

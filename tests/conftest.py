@@ -1,7 +1,8 @@
-"""One thread for each test process: runs are small, machines shared."""
+"""One thread for each test process, and what goes to which of them."""
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -9,10 +10,54 @@ import torch
 # What serves plain PyTorch models is tested without any mm package too.
 pytest_plugins = ['helpers.project'
                   ] if importlib.util.find_spec('mmseg') else []
+# Programs among them.
+collect_ignore = ['helpers']
+
+# The order of the tests: the longest first, or one process would be left
+# alone with one of them at the end.
+LONGEST = ('tests/e2e/test_models', 'tests/benchmarks', 'tests/e2e',
+           'tests/engine', 'tests/cli', 'tests/export')
+# Tests of these go to whichever process is free, one by one. Those of other
+# modules share a process, and what the module or a helper makes once.
+SPREAD = ('tests/e2e/test_models', 'tests/e2e/test_features',
+          'tests/e2e/test_stock_tools', 'tests/benchmarks',
+          'tests/cli/test_bad_inputs', 'tests/export/test_export')
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the tests, and mark those that need an mm package."""
+    items.sort(key=_place)
+    for item in items:
+        if 'mmseg_scope' in getattr(item, 'fixturenames', ()):
+            item.add_marker('mm')
+
+
+def _place(item: pytest.Item) -> int:
+    """Place of a test's folder in the order of the tests."""
+    return next((place for place, start in enumerate(LONGEST)
+                 if item.nodeid.startswith(start)), len(LONGEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let ``--dist loadscope`` do what ``SPREAD`` says."""
+    # Absent where the tests run in one process.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduler(LoadScopeScheduling):
+
+        def _split_scope(self, nodeid: str) -> str:
+            spread = nodeid.startswith(SPREAD)
+            return nodeid if spread else nodeid.partition('::')[0]
+
+    chosen = config.getoption('dist') == 'loadscope'
+    return Scheduler(config, log) if chosen else None
 
 
 @pytest.fixture(autouse=True, scope='session')
 def one_thread() -> None:
+    # Runs are small, and machines are shared.
     torch.set_num_threads(1)
 
 

@@ -142,11 +142,11 @@ def refuse_others_(network: nn.Module, fitting: Fitting) -> None:
         fitting (Fitting): Tensors, or modules of such tensors, that must fit
             or be absent; see :data:`gdp_mmseg.surgery.widths.Fitting`.
     """
+    keys = list(network.state_dict())
     inside = {
         key: axes
         for name, axes in fitting.items()
-        for key in network.state_dict()
-        if key == name or key.startswith(f'{name}.')
+        for key in keys if key == name or key.startswith(f'{name}.')
     }
     network._register_load_state_dict_pre_hook(
         functools.partial(_refuse, inside), with_module=True)

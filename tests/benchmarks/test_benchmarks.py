@@ -3,36 +3,43 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+pytest.importorskip('mmseg')
+
 import torch
 from torch import nn
 
-from helpers import BENCHMARKS, ROOT
+from helpers import BENCHMARKS, HELPERS, ROOT
+from helpers.project import run_program
 from helpers.toys import Net
-
-pytest.importorskip('mmseg')
 
 
 @pytest.mark.parametrize('name, options', [
     ('budget', ['--models', 'SegFormer', '--targets', '0.3', '0.6']),
-    ('controllers', ['--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6'
-                     ]),
+    ('controllers', [
+        '--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6', '--seeds',
+        '1', '--loss-weights', '10'
+    ]),
 ])
 def test_budget_is_measured_run_by_run(name: str, options: list[str],
                                        tmp_path: Path) -> None:
     report = tmp_path / 'report.json'
-    subprocess.run([
-        sys.executable, '-W', 'ignore', BENCHMARKS / f'{name}.py', *options,
-        '--iterations', '8', '--work-dir', tmp_path, '--report', report
-    ],
-                   check=True,
-                   capture_output=True)
+    run_program(
+        BENCHMARKS / f'{name}.py',
+        *options,
+        '--iterations',
+        8,
+        '--work-dir',
+        tmp_path,
+        '--report',
+        report,
+        cwd=tmp_path)
     runs = json.loads(report.read_text())['runs']
     # SegFormer cannot be pruned to 0.3.
     assert runs and all(one['run']['target'] == 0.6 for one in runs)
@@ -257,12 +264,15 @@ def test_page_on_reliability_has_the_figures_of_two_processes() -> None:
 def test_training_that_is_killed_ends_as_the_one_that_is_not(
         tmp_path: Path) -> None:
     report = tmp_path / 'report.json'
-    subprocess.run([
-        sys.executable, '-W', 'ignore', BENCHMARKS / 'faults.py', '--kills',
-        '1', '--seed', '1', '--report', report
-    ],
-                   check=True,
-                   capture_output=True)
+    run_program(
+        HELPERS / 'short_faults.py',
+        '--kills',
+        1,
+        '--seed',
+        1,
+        '--report',
+        report,
+        cwd=tmp_path)
     written = json.loads(report.read_text())
     training, = written['trainings']
     assert all(training[key] for key in training if key != 'ends')

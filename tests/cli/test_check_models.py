@@ -2,8 +2,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ import pytest
 
 pytest.importorskip('mmseg')
 from helpers import TOOLS
-from helpers.project import NAME, Project, run_tool
+from helpers.project import NAME, Project, run_program, run_tool
 
 HEAD = "model = dict(decode_head=dict(type='{}'))"
 
@@ -29,14 +27,12 @@ def rows(project: Project,
             'nothing', "model = dict(backbone=dict(type='torch.nn.Identity', "
             '_delete_=True))', project.dense),
     ]
-    subprocess.run([
-        sys.executable, '-W', 'ignore', TOOLS / 'check_models.py',
-        *(config.relative_to(project.folder)
-          for config in configs), '--json', folder / 'rows.json'
-    ],
-                   check=True,
-                   cwd=project.folder,
-                   capture_output=True)
+    run_program(
+        TOOLS / 'check_models.py',
+        *(config.relative_to(project.folder) for config in configs),
+        '--json',
+        folder / 'rows.json',
+        cwd=project.folder)
     found = json.loads((folder / 'rows.json').read_text())
     return {Path(row['config']).stem: row for row in found}
 

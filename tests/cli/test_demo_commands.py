@@ -1,13 +1,10 @@
 """Commands of the demo run together, and end together."""
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / 'tools'))
 
 from demo_commands import Command, run_together
 

@@ -38,7 +38,17 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
          backbone=dict(depth=18, base_channels=8, stem_channels=8),
          decode_head=dict(in_channels=64, channels=16),
          auxiliary_head=dict(in_channels=32, channels=8))),
-    'HRNet': ('_base_/models/fcn_hr18.py', {}),
+    # As many branches and fusions as it has, with one block in each; of the
+    # modules that repeat, two in a row.
+    'HRNet':
+    ('_base_/models/fcn_hr18.py',
+     dict(
+         backbone=dict(
+             extra=dict(
+                 stage1=dict(num_blocks=(1, )),
+                 stage2=dict(num_blocks=(1, 1)),
+                 stage3=dict(num_modules=2, num_blocks=(1, 1, 1)),
+                 stage4=dict(num_modules=1, num_blocks=(1, 1, 1, 1)))))),
     'UNet': ('_base_/models/fcn_unet_s5-d16.py',
              dict(
                  backbone=dict(base_channels=8),
@@ -55,8 +65,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                             in_index=0,
                             channels=16,
                             input_transform=None))),
-    'BiSeNetV2':
-    ('_base_/models/bisenetv2.py', dict(decode_head=dict(channels=64))),
+    'BiSeNetV2': ('_base_/models/bisenetv2.py',
+                  dict(decode_head=dict(channels=64))),
     'STDC': ('_base_/models/stdc.py', {}),
     'DDRNet': ('ddrnet/ddrnet_23-slim_in1k-pre_2xb6-120k_'
                'cityscapes-1024x1024.py', {}),
@@ -86,7 +96,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Drawn data of 128 x 128, and a training on it, for any model."""
     folder = tmp_path_factory.mktemp('models')

@@ -80,6 +80,7 @@ def _config(project: Project, work_dir: Path, loop: str) -> Config:
     ]
     cfg.model.decode_head.dropout_ratio = 0.5
     cfg.default_hooks.checkpoint.interval = 2
+    cfg.val_dataloader.dataset.indices = 1
     if loop == 'EpochBasedTrainLoop':
         # Two iterations each.
         cfg.train_cfg = dict(

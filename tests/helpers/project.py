@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
+import json
 import os
 import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
@@ -22,14 +25,16 @@ from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
+from yapf.yapflib import yapf_api
 
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.report.tables import Report
 
-from helpers import PYTHONPATH, TOOLS
+from helpers import HELPERS, PYTHONPATH, TOOLS
 from make_demo_data import make_demo_data
 
+FORMAT_CODE = yapf_api.FormatCode
 TARGET = 0.4
 ITERATIONS = 32
 # In iterations 4, 24, 4.
@@ -389,21 +394,37 @@ def _as_program(path: Path, arguments: list[str], cwd: Path) -> Iterator[None]:
 def run_program(path: Path, *arguments: object, cwd: Path) -> str:
     """Run a Python program in a process of its own; return its output.
 
+    Of this package, that process has imported nothing before.
+
     Raises:
         RuntimeError: If it fails; shows the end of its output.
     """
-    done = subprocess.run(
-        [sys.executable, '-W', 'ignore',
-         str(path), *map(str, arguments)],
-        cwd=cwd,
+    server = _fork_server()
+    assert server.stdin is not None and server.stdout is not None
+    with tempfile.NamedTemporaryFile('r', errors='replace') as output:
+        request = dict(
+            program=[str(path), *map(str, arguments)],
+            cwd=str(cwd),
+            env=dict(os.environ, OMP_NUM_THREADS='1'),
+            output=output.name)
+        print(json.dumps(request), file=server.stdin, flush=True)
+        status = server.stdout.readline().strip()
+        printed = output.read()
+    if status != '0':
+        raise RuntimeError(
+            f'{path.name} ended with status {status}: {printed[-2000:]}')
+    return printed
+
+
+@functools.cache
+def _fork_server() -> subprocess.Popen[str]:
+    """A process that saves each program the imports; it ends with this one."""
+    return subprocess.Popen(
+        [sys.executable, '-W', 'ignore', HELPERS / 'fork_server.py'],
         env=dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=PYTHONPATH),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
         text=True)
-    if done.returncode:
-        raise RuntimeError(f'{path.name} ended with status {done.returncode}:'
-                           f' {done.stdout[-2000:]}')
-    return done.stdout
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -425,6 +446,27 @@ def process_group(tmp_path: Path,
         'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def formatted_configs(formatted: bool) -> Iterator[None]:
+    """Have mmengine format the configs that it writes, or not.
+
+    Each training and each export has some of them formatted, which takes as
+    long as the training itself here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            yapf_api, 'FormatCode',
+            FORMAT_CODE if formatted else lambda text, **_: (text, True))
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def plain_configs() -> Iterator[None]:
+    """Nobody reads the configs of most tests."""
+    with formatted_configs(False):
+        yield
 
 
 @pytest.fixture(scope='session')
@@ -457,13 +499,14 @@ def exported(trained: Trained,
              tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The trained checkpoint, exported by the command line."""
     cwd = tmp_path_factory.mktemp('exported')
-    outcome = run_tool(
-        'export.py',
-        trained.config,
-        trained.checkpoint,
-        '--out-dir',
-        cwd / 'pair',
-        cwd=cwd)
+    with formatted_configs(True):
+        outcome = run_tool(
+            'export.py',
+            trained.config,
+            trained.checkpoint,
+            '--out-dir',
+            cwd / 'pair',
+            cwd=cwd)
     if outcome.status:
         raise RuntimeError(outcome.stderr)
     return Exported(cwd / 'pair')

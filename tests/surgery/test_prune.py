@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any, Callable
 
 import pytest
@@ -91,14 +92,25 @@ def test_pruned_toy_computes_what_the_gated_one_does(name: str,
     assert not pruned.training
 
 
+@functools.cache
+def pruned_toy(
+        name: str,
+        pattern: str) -> tuple[nn.Module, Analysis, Tensor, nn.Module, Widths]:
+    """A toy, its analysis, the openness of its gates, and what is left.
+
+    Made once, for those that change nothing of it.
+    """
+    net, analysis = TOYS[name].analyse()
+    openness = open_gates(PATTERNS[pattern](analysis)).openness().detach()
+    return net, analysis, openness, *prune(net, analysis, openness)
+
+
 @pytest.mark.parametrize('pattern', PATTERNS)
 @pytest.mark.parametrize('name', TOYS)
 def test_pruned_toy_has_fewer_parameters_if_a_channel_went(
         name: str, pattern: str) -> None:
-    net, analysis = TOYS[name].analyse()
-    gates = open_gates(PATTERNS[pattern](analysis))
-    pruned, widths = prune(net, analysis, gates.openness())
-    if kept_channels(analysis, gates.openness()).all():
+    net, analysis, openness, pruned, widths = pruned_toy(name, pattern)
+    if kept_channels(analysis, openness).all():
         assert numbers(pruned) == numbers(net) and not widths
     else:
         assert numbers(pruned) < numbers(net) and widths
@@ -109,9 +121,7 @@ def test_pruned_toy_has_fewer_parameters_if_a_channel_went(
 def test_pruned_toy_is_rebuilt_from_its_widths_alone(name: str,
                                                      pattern: str) -> None:
     toy = TOYS[name]
-    net, analysis = toy.analyse()
-    pruned, widths = prune(net, analysis,
-                           open_gates(PATTERNS[pattern](analysis)).openness())
+    pruned, widths = pruned_toy(name, pattern)[3:]
     torch.manual_seed(5)
     rebuilt = toy.build().eval()
     apply_widths_(rebuilt, widths)
@@ -124,9 +134,8 @@ def test_pruned_toy_is_rebuilt_from_its_widths_alone(name: str,
 @pytest.mark.parametrize('name', TOYS)
 def test_pruned_toy_trains_on(name: str, pattern: str) -> None:
     toy = TOYS[name]
-    net, analysis = toy.analyse()
-    pruned, _ = prune(net, analysis,
-                      open_gates(PATTERNS[pattern](analysis)).openness())
+    torch.manual_seed(0)
+    pruned = copy.deepcopy(pruned_toy(name, pattern)[3])
     trains(pruned, lambda net: net(toy.inputs()))
 
 
@@ -149,9 +158,7 @@ def trains(pruned: nn.Module, forward: Callable[[nn.Module], Any]) -> None:
 def test_macs_of_the_pruned_toy_are_what_the_cost_says(name: str,
                                                        pattern: str) -> None:
     toy = TOYS[name]
-    net, analysis = toy.analyse()
-    openness = open_gates(PATTERNS[pattern](analysis)).openness()
-    pruned, _ = prune(net, analysis, openness)
+    _, analysis, openness, pruned, _ = pruned_toy(name, pattern)
     kept = kept_channels(analysis, openness).float()
     assert counted_macs(pruned,
                         toy.inputs()[:1]) == FlopCost(analysis).count(kept)

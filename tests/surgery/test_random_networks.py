@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import Counter
 from typing import Any, Callable
 
@@ -23,6 +24,12 @@ from helpers.toys import gated, run
 
 SEEDS = range(300)
 TOLERANCE = 1e-9
+
+
+@functools.cache
+def drawn_once(seed: int) -> tuple[nn.Module, Analysis]:
+    """:func:`drawn`, for those that change nothing."""
+    return drawn(seed)
 
 
 def drawn(seed: int) -> tuple[nn.Module, Analysis]:
@@ -54,7 +61,7 @@ def error(net: nn.Module, analysis: Analysis, seed: int) -> float:
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_pruned_network_computes_what_the_gated_one_does(seed: int) -> None:
-    net, analysis = drawn(seed)
+    net, analysis = drawn_once(seed)
     for pattern in range(2):
         assert error(net, analysis, 2 * seed + pattern) <= TOLERANCE, net
 
@@ -64,7 +71,7 @@ def test_networks_have_every_kind_of_step_and_gates() -> None:
     for seed in SEEDS:
         kinds.update(RandomNetwork(seed).kinds)
     assert min(kinds[step.__name__] for step in STEPS) >= 30
-    numbers = [drawn(seed)[1].num_gates for seed in list(SEEDS)[:50]]
+    numbers = [drawn_once(seed)[1].num_gates for seed in list(SEEDS)[:50]]
     assert sorted(numbers)[len(numbers) // 2] >= 10
 
 
@@ -103,4 +110,6 @@ def test_broken_analysis_is_noticed(mutation: Callable[[pytest.MonkeyPatch],
             wrong += error(net, analysis, seed) > TOLERANCE
         except (RuntimeError, ValueError, ArithmeticError):
             wrong += 1
-    assert wrong >= 3
+        if wrong == 3:
+            break
+    assert wrong == 3
