@@ -3,13 +3,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+
+pytest.importorskip('mmpretrain')
+
+import numpy as np
 import torch
 from mmengine.config import Config
 from PIL import Image
 
-pytest.importorskip('mmpretrain')
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.export.networks import load_exported
