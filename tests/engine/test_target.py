@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,6 +17,7 @@ from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.pruner import pruner as pruner_module
+from gdp_mmseg.report.tables import Report
 
 from helpers.project import NAME, Project, Trained, train
 
@@ -83,7 +83,7 @@ def logged(trained: Trained) -> list[str]:
 
 
 def report_of(trained: Trained, out_dir: Path, kind: str,
-              project: Project) -> tuple[dict[str, Any], str, list[str]]:
+              project: Project) -> tuple[Report, str, list[str]]:
     lines: list[str] = []
     export(
         load(project, trained.work_dir, kind),
@@ -92,7 +92,7 @@ def report_of(trained: Trained, out_dir: Path, kind: str,
         NAME,
         evaluate=False,
         progress=lines.append)
-    return (json.loads((out_dir / 'report.json').read_text()),
+    return (Report.read(out_dir / 'report.json'),
             (out_dir / 'report.md').read_text(), lines)
 
 
@@ -124,7 +124,7 @@ def test_missed_target_is_noted_by_its_own_cost(
     lines = report_of(
         changed_gates(by_params), tmp_path / 'out', 'params', project)[2]
     note, = (line for line in lines if line.startswith('note'))
-    assert 'of the parameters are left, asked for 0.6' in note
+    assert 'of the parameters are left, but the target is 0.6' in note
 
 
 @pytest.fixture()
