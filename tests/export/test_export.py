@@ -21,6 +21,7 @@ from gdp_mmseg.cost.counts import FlopCost
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.forwards import inference_forward
+from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import analyse_config
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.compare import check_metrics, check_trainable
@@ -290,7 +291,7 @@ def test_dead_blocks_leave_and_nothing_changes(
     dead = torch.cat(gates)
     for row, group in zip(report.groups, analysis.groups):
         if bool(torch.isin(group.gates, dead).all()):
-            assert row['kept'] <= (0 if group.can_be_empty else 1)
+            assert row.kept <= (0 if group.can_be_empty else 1)
 
 
 def test_all_gates_closed_is_still_a_network(trained: Trained, changed: Change,
@@ -326,7 +327,9 @@ def test_network_of_windows_is_compared_in_them(project: Project,
     model: Any = build(cfg.model)
     with torch.no_grad():
         model.gdp.gates.theta[::2] = 0
-    torch.save(dict(state_dict=model.state_dict()), tmp_path / 'gated.pth')
+    meta = dict(gdp=gate_meta(model.gdp))
+    torch.save(
+        dict(state_dict=model.state_dict(), meta=meta), tmp_path / 'gated.pth')
     report = export(cfg, str(tmp_path / 'gated.pth'), tmp_path / 'pair', 'x')
     assert report.compared_on == '2 inputs of the test set'
     assert report.network('gated').metrics['mIoU'] == report.network(

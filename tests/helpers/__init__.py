@@ -8,4 +8,4 @@ TOOLS = ROOT / 'tools'
 BENCHMARKS = ROOT / 'benchmarks'
 HELPERS = ROOT / 'tests' / 'helpers'
 # A process that a test starts imports the package and the helpers from here.
-PYTHONPATH = ':'.join(map(str, (ROOT, ROOT / 'tests', BENCHMARKS)))
+PYTHONPATH = ':'.join(map(str, (ROOT, ROOT / 'tests', BENCHMARKS, TOOLS)))
