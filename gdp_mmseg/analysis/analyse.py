@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .labels import Labels
 from .structure import Analysis, FrozenChannels, Group, Layer
-from .tracer import Forward, Tracer, copy_model
+from .tracer import Forward, ForwardError, Tracer, copy_model
 
 
 def analyse(model: nn.Module,
@@ -54,9 +54,9 @@ def analyse(model: nn.Module,
         Analysis: The groups, the layers and the frozen channels.
 
     Raises:
-        ValueError: If the model cannot take an input of this shape, if none
-            of its channels can be pruned, or if a pattern in ``ignore`` or
-            ``only`` matches no module.
+        ForwardError: If the model cannot take an input of this shape.
+        ValueError: If none of its channels can be pruned, or if a pattern in
+            ``ignore`` or ``only`` matches no module.
     """
     ignored = _part(model, ignore, 'ignore')
     chosen = None if only is None else _part(model, only, 'only')
@@ -135,7 +135,7 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
         except Exception as error:  # a user's forward can raise anything
             if device == 'cpu':
                 first_line = str(error).partition('\n')[0]
-                raise ValueError(
+                raise ForwardError(
                     f'expected the model to run on an input of shape (N, C, '
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; correct the '

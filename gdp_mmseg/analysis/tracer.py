@@ -24,6 +24,10 @@ from .operators import PRODUCTS, Operation, apply
 Forward = Callable[[nn.Module, Tensor], Any]
 
 
+class ForwardError(ValueError):
+    """Failure of a model's own forward pass, without anything pruned."""
+
+
 class Tracer(TorchDispatchMode):
     """Dispatch mode that runs a model with labels beside its activations.
 

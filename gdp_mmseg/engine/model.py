@@ -19,6 +19,7 @@ from torch import nn
 from ..analysis.analyse import analyse
 from ..analysis.state import fits
 from ..analysis.structure import Analysis, Layer, LayerCall
+from ..analysis.tracer import ForwardError
 from ..cost.counts import FlopCost
 from ..gates.layers import gate_
 from ..pruner.pruner import Pruner
@@ -27,7 +28,8 @@ from ..registry import MODELS
 from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
-from .forwards import (count_inference_flops, inference_forward, loss_forward,
+from .forwards import (count_inference_flops, inference_forward,
+                       inputs_of_preprocessor, loss_forward,
                        prediction_forward, training_forward)
 from .matching import refuse_others_
 from .start import StartFromExport
@@ -202,13 +204,30 @@ def analyse_model(network: nn.Module,
     Raises:
         ValueError: If the model cannot be pruned.
     """
-    analysis = analyse(network, shape, inference_forward, training_forward,
-                       ignore, only)
+    try:
+        analysis = analyse(network, shape, inference_forward, training_forward,
+                           ignore, only)
+    except ForwardError as error:
+        inputs = inputs_of_preprocessor(network, shape)
+        if inputs is None or isinstance(inputs, torch.Tensor):
+            raise
+        raise ValueError(_several_inputs(network, inputs)) from error
     analysis, difference = verify(network, analysis, inference_forward,
                                   training_forward,
                                   [(prediction_forward, False),
                                    (loss_forward, True)])
     return _with_fixed_cost(network, analysis), difference
+
+
+def _several_inputs(network: Any, inputs: Any) -> str:
+    """Message for a model whose forward takes more than one tensor."""
+    keys = f' with the keys {[*inputs]}' if isinstance(inputs, Mapping) else ''
+    return ('model: expected a forward on one tensor of images (N, C, H, W), '
+            f'but {type(network.data_preprocessor).__name__} makes a '
+            f'{type(inputs).__name__}{keys} of them; let the data preprocessor'
+            ' concatenate them along the channels and let extract_feat split '
+            'them again, and set gdp.input_shape to the (C, H, W) of all '
+            'channels together')
 
 
 def _with_fixed_cost(network: nn.Module, analysis: Analysis) -> Analysis:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
-from ..analysis.tracer import Forward, copy_model
+from ..analysis.tracer import Forward, ForwardError, copy_model
 from ..gates.gdp import GDPGates, theta_of
 from ..gates.layers import gate_layer_
 from .outputs import first_line, largest_difference, outputs_of
@@ -22,10 +22,6 @@ _INEXACT = 'not exact when pruned: the forward counts on these channels'
 # between larger ones: a small input makes the many forward passes fast.
 _SIDES = (64, 128)
 _STEP = 32
-
-
-class ForwardError(ValueError):
-    """Failure of a model's own forward pass, without anything pruned."""
 
 
 @dataclasses.dataclass(frozen=True)

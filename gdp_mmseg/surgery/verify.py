@@ -17,8 +17,8 @@ from torch import nn
 
 from ..analysis.analyse import nothing_left
 from ..analysis.structure import Analysis
-from ..analysis.tracer import Forward, fixed_seeds
-from .trial import ForwardError, Trial
+from ..analysis.tracer import Forward, ForwardError, fixed_seeds
+from .trial import Trial
 
 # Tolerance in double precision, where a small error is not lost in rounding.
 TOLERANCE = 1e-8

@@ -10,6 +10,7 @@ pytest.importorskip('mmseg')
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
@@ -302,6 +303,36 @@ def test_an_input_that_the_network_cannot_take_is_an_error(
     assert '(2, 3, 24, 24)' in message and 'input_shape' in message
     model['gdp'] = dict(target=0.4, input_shape=(32, 32))
     assert isinstance(build(model).gdp, Pruner)
+
+
+@MODELS.register_module()
+class RgbDepthPreprocessor(BaseDataPreprocessor):
+    """Makes two tensors of each image."""
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> Any:
+        rgb = torch.stack(list(data['inputs'])).float()
+        return dict(data, inputs=dict(rgb=rgb, depth=rgb.mean(1)))
+
+
+@MODELS.register_module()
+class RgbDepthSegmentor(EncoderDecoder):
+    """Takes a dict of two tensors."""
+
+    def extract_feat(self, inputs: Any) -> Any:
+        return self.backbone(inputs['rgb'] + inputs['depth'][:, None])
+
+
+def test_inputs_in_a_dict_are_named_with_the_way_out(gated: Config) -> None:
+    model = dict(
+        gated.model,
+        base='RgbDepthSegmentor',
+        data_preprocessor=dict(type='RgbDepthPreprocessor'),
+        gdp=dict(target=0.4, input_shape=(64, 64)))
+    with pytest.raises(ValueError) as error:
+        build(model)
+    message = str(error.value)
+    assert "makes a dict with the keys ['rgb', 'depth']" in message
+    assert 'concatenate them along the channels' in message
 
 
 def test_settings_have_the_documented_defaults() -> None:
