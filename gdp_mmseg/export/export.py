@@ -10,7 +10,7 @@ import dataclasses
 import math
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Mapping
+from typing import Any, Mapping
 
 import torch
 from mmengine.config import Config
@@ -31,12 +31,11 @@ from ..report.tables import (GroupRow, NetworkRow, Report, markdown,
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
 from ..version import __version__
-from .compare import Comparison, check_metrics, check_trainable, compare
+from .compare import (Comparison, Progress, check_metrics, check_trainable,
+                      compare)
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_exported
 from .pruned_config import pruned_config, write_config
-
-Progress = Callable[[str], None]
 
 # Points above the target from which on an export says so.
 _NOTE_ABOVE = 0.01
@@ -89,8 +88,8 @@ def export(cfg: Config,
             _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
-        comparison = compare(cfg, gated, exported, needs_data=evaluate)
-        check_trainable(cfg, gated, exported)
+        comparison = compare(cfg, gated, exported, evaluate, progress)
+        check_trainable(cfg, gated, exported, progress)
         report = _report(name, pruner,
                          dict(dense=dense, gated=gated, pruned=pruned),
                          comparison)

@@ -778,4 +778,4 @@ def test_a_model_that_cannot_be_trained_at_all_is_exported(
     other = copy.deepcopy(model)
     for one in (model, other):
         one.loss = None
-    assert check_trainable(Config(), model, other) is None
+    assert check_trainable(Config(), model, other, print) is None
