@@ -37,8 +37,6 @@ from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_exported
 from .pruned_config import pruned_config, write_config
 
-# Points above the target from which on an export says so.
-_NOTE_ABOVE = 0.01
 _PICTURE = 'gates.png'
 
 
@@ -156,12 +154,14 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
 
 
 def _note_target(report: Report, pruner: Pruner, progress: Progress) -> None:
-    """Say so if the checkpoint is above the target."""
-    if report.reached > report.target + _NOTE_ABOVE:
-        progress(f'note: {report.reached:.3f} of the '
-                 f'{pruner.settings.target.resource} are left, but the target '
-                 f'is {report.target}; is the pruning phase over in this '
-                 'checkpoint?')
+    """Say so if the network that was counted misses the target."""
+    left = report.reached
+    if report.target_type == 'flops':
+        # The count of torch, which does not depend on the analysis.
+        left = report.share('flops')
+    note = pruner.note_on(left)
+    if note:
+        progress(f'note: {note}')
 
 
 def _evaluated(report: Report, gated: tuple[Config, nn.Module],
