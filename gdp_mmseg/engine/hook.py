@@ -20,6 +20,7 @@ from .compat import accumulated_gradients, check_runner
 from .matching import check_gates, gate_meta
 from .model import find_pruner
 from .monitor import log_summary, show_gates
+from .pruned_config import check_survives
 from .resume import ResumeHook
 
 # Openness of a gate that counts as half open in the log.
@@ -58,6 +59,18 @@ class GDPHook(ResumeHook):
         self.picture_interval = picture_interval
         # Undo what before_train did to the optimizer.
         self._undo: list[Callable[[], None]] = []
+
+    def before_run(self, runner: Runner) -> None:
+        """Check the config and the files of a resume.
+
+        Raises:
+            ValueError: If the config could not be exported after the
+                training, or there are checkpoints, but no complete one.
+        """
+        # A runner may also be made of parts, without a config of its model.
+        if is_main_process() and 'model' in runner.cfg:
+            check_survives(runner.cfg)
+        super().before_run(runner)
 
     def before_train(self, runner: Runner) -> None:
         """Attach the gates' step to the optimizer.

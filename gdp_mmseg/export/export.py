@@ -21,6 +21,7 @@ from ..analysis.structure import Analysis
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
+from ..engine.pruned_config import pruned_config, write_config
 from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
@@ -35,7 +36,6 @@ from .compare import (Comparison, Progress, check_metrics, check_trainable,
                       compare)
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_exported
-from .pruned_config import pruned_config, write_config
 
 _PICTURE = 'gates.png'
 

@@ -22,9 +22,10 @@ from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.engine.model import analyse_config
+from gdp_mmseg.engine.pruned_config import pruned_config
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.compare import check_metrics, check_trainable
-from gdp_mmseg.export.export import export, pruned_config
+from gdp_mmseg.export.export import export
 from gdp_mmseg.report.measure import count_flops
 from gdp_mmseg.report.tables import Report
 from gdp_mmseg.surgery.constant import Constant

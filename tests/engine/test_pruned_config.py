@@ -13,8 +13,8 @@ import numpy as np
 from mmengine.config import Config
 from torch import nn
 
-from gdp_mmseg.export.pruned_config import (plain_value, pruned_config,
-                                            write_config)
+from gdp_mmseg.engine.pruned_config import (check_survives, plain_value,
+                                            pruned_config, write_config)
 
 Size = collections.namedtuple('Size', 'height width')
 MODEL = dict(
@@ -52,6 +52,33 @@ def written(tmp_path: Path, value: Any) -> Any:
 def test_values_come_back_as_they_were(value: Any, expected: Any,
                                        tmp_path: Path) -> None:
     assert written(tmp_path, value) == expected
+
+
+def test_keys_that_are_numbers_stay_numbers(tmp_path: Path) -> None:
+    assert dict(written(tmp_path, {0: 'a', 255: 'b'})) == {0: 'a', 255: 'b'}
+
+
+@pytest.mark.parametrize('value', [
+    dict(c=[1, (2., )], a=dict(z=float('nan'), b=Path('x'))),
+    {
+        1: np.zeros(2),
+        'a b': True
+    },
+])
+def test_config_that_survives_an_export_passes(value: Any) -> None:
+    check_survives(Config(dict(model=MODEL, value=value)))
+
+
+@pytest.mark.parametrize('value, message', [
+    (lambda: 0, 'at value.x, but got function'),
+    (dict(y=object()), 'at value.x.y, but got object'),
+    ('{{ fileBasename }}', 'a value at value .* comes back as another'),
+    ('{{ _base_.y }}', 'read again, as an export does, but got'),
+])
+def test_config_that_does_not_survive_an_export_is_refused(
+        value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_survives(Config(dict(model=MODEL, value=dict(x=value))))
 
 
 def test_the_order_of_keys_is_kept(tmp_path: Path) -> None:
