@@ -19,12 +19,13 @@ from torch import nn
 from ..analysis.analyse import analyse
 from ..analysis.state import fits
 from ..analysis.structure import Analysis, Layer, LayerCall
-from ..analysis.tracer import ForwardError
+from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
 from ..gates.layers import gate_
 from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
 from ..registry import MODELS
+from ..surgery.outputs import first_line
 from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
@@ -99,9 +100,49 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     analysis = _KNOWN.get()
     if (analysis is None or analysis.input_shape[1:] != shape
             or not fits(analysis, network.state_dict())):
+        _check_without_pretrained(network, config)
         analysis, _ = analyse_model(network, shape, settings.ignore,
                                     settings.only)
     return add_gates_(network, analysis, settings)
+
+
+def _check_without_pretrained(network: nn.Module, config: ModelConfig) -> None:
+    """Check that a model can be built without its pretrained weights.
+
+    An export builds it so, because the weights may be elsewhere by then.
+
+    Raises:
+        ValueError: If it cannot, or has other parameters then.
+    """
+    bare = config.without_pretrained()
+    # Texts, because parts may hold arrays, which have no single truth.
+    if repr(bare.parts) == repr(config.parts):
+        return
+    try:
+        # The random numbers of the training stay what they are.
+        with fixed_seeds():
+            built = build_base_model(bare.base, bare.parts).state_dict()
+        found = {name: value.shape for name, value in built.items()}
+    except Exception as error:  # a user's model can raise anything
+        cause = first_line(error)
+    else:
+        wanted = {
+            name: value.shape
+            for name, value in network.state_dict().items()
+        }
+        other = [
+            name for name in {
+                **wanted,
+                **found
+            } if wanted.get(name) != found.get(name)
+        ]
+        if not other:
+            return
+        cause = f'another one ({other[0]} first)'
+    raise ValueError(
+        'model: expected the same model without its pretrained weights, as an '
+        f'export builds it, but got {cause}; remove pretrained or init_cfg '
+        'from the config, and pass the weights as load_from')
 
 
 def add_gates_(network: nn.Module, analysis: Analysis,

@@ -335,6 +335,45 @@ def test_inputs_in_a_dict_are_named_with_the_way_out(gated: Config) -> None:
     assert 'concatenate them along the channels' in message
 
 
+@MODELS.register_module()
+class PretrainedSegmentor(EncoderDecoder):
+    """Needs its weights, or has more layers with them, or neither."""
+
+    def __init__(self, pretrained: Any, kind: str, **parts: Any) -> None:
+        super().__init__(**parts)
+        if kind == 'needs' and not pretrained:
+            raise TypeError('expected pretrained weights')
+        if kind == 'more' and pretrained:
+            self.more = torch.nn.Conv2d(1, 1, 1)
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('needs', 'but got TypeError: expected pretrained weights; remove '),
+    ('more', r'but got another one \(more.weight first\); remove '),
+])
+def test_a_model_that_an_export_cannot_build_is_refused_at_once(
+        gated: Config, kind: str, message: str) -> None:
+    model = dict(
+        gated.model, base='PretrainedSegmentor', pretrained='x.pth', kind=kind)
+    with pytest.raises(ValueError, match=message):
+        build(model)
+
+
+def test_the_check_without_pretrained_weights_draws_no_number(
+        gated: Config) -> None:
+    states = []
+    for pretrained in (None, 'x.pth'):
+        torch.manual_seed(0)
+        build(
+            dict(
+                gated.model,
+                base='PretrainedSegmentor',
+                pretrained=pretrained,
+                kind='neither'))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_settings_have_the_documented_defaults() -> None:
     settings = Settings.from_config(dict(target=0.3))
     assert settings.target == Target(0.3, 'flops')
