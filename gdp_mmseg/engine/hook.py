@@ -20,7 +20,7 @@ from .compat import accumulated_gradients, check_runner
 from .matching import check_gates, gate_meta
 from .model import find_pruner
 from .monitor import log_summary, show_gates
-from .pruned_config import check_survives
+from .pruned_config import check_not_exported, check_survives
 from .resume import ResumeHook
 
 # Openness of a gate that counts as half open in the log.
@@ -64,11 +64,13 @@ class GDPHook(ResumeHook):
         """Check the config and the files of a resume.
 
         Raises:
-            ValueError: If the config could not be exported after the
-                training, or there are checkpoints, but no complete one.
+            ValueError: If the config is one of an export, or could not be
+                exported after the training, or there are checkpoints, but no
+                complete one.
         """
+        check_not_exported(runner.cfg)
         # A runner may also be made of parts, without a config of its model.
-        if is_main_process() and 'model' in runner.cfg:
+        if 'model' in runner.cfg:
             check_survives(runner.cfg)
         super().before_run(runner)
 

@@ -18,6 +18,8 @@ from ..surgery.widths import Widths
 from .compat import moves_gates
 from .config import PRUNED, SCOPE, ModelConfig
 
+# Key by which an exported config is known, whatever is changed in it.
+_EXPORTED = 'gdp_exported'
 # Keys that belong to the gated training alone.
 _OF_THE_TRAINING = ('work_dir', 'load_from', 'resume')
 
@@ -59,7 +61,24 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> dict[str, Any]:
         content['custom_hooks'] = [
             hook for hook in content['custom_hooks'] if not moves_gates(hook)
         ]
+    content[_EXPORTED] = True
     return {key: plain_value(value, key) for key, value in content.items()}
+
+
+def check_not_exported(cfg: Config) -> None:
+    """Check that a gated training does not build on an exported config.
+
+    Its gates would be on the dense network again, with random weights.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if cfg.get(_EXPORTED):
+        raise ValueError(
+            'config: expected a gated training of the dense network, but got '
+            f'gates in the config of an export ({_EXPORTED}=True); to prune '
+            'further, train the gated config again with load_from=its last '
+            'checkpoint and a lower gdp.target')
 
 
 def write_config(path: Path, content: Mapping[str, Any]) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 from mmengine.config import Config
 from torch import nn
 
-from gdp_mmseg.engine.pruned_config import (check_survives, plain_value,
-                                            pruned_config, write_config)
+from gdp_mmseg.engine.pruned_config import (check_not_exported, check_survives,
+                                            plain_value, pruned_config,
+                                            write_config)
 
 Size = collections.namedtuple('Size', 'height width')
 MODEL = dict(
@@ -79,6 +80,18 @@ def test_config_that_does_not_survive_an_export_is_refused(
         value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_survives(Config(dict(model=MODEL, value=dict(x=value))))
+
+
+def test_gates_in_the_config_of_an_export_are_refused(tmp_path: Path) -> None:
+    """Also if nothing but a key tells that it is one."""
+    cfg = Config(dict(model=MODEL))
+    assert check_not_exported(cfg) is None
+    write_config(tmp_path / 'pruned.py', pruned_config(cfg, 'x', {}))
+    (tmp_path / 'again.py').write_text(
+        "_base_ = './pruned.py'\nmodel = dict(type='gdp_mmseg.GDPModel', "
+        'gdp=dict(_delete_=True, target=0.5))\n')
+    with pytest.raises(ValueError, match='to prune further, train the gated'):
+        check_not_exported(Config.fromfile(tmp_path / 'again.py'))
 
 
 def test_the_order_of_keys_is_kept(tmp_path: Path) -> None:
