@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ from .whole_files import (WHOLE, WholeFileBackend, mend_last_checkpoint,
                           pointed_checkpoint)
 
 RandomState = dict[str, Any]
+_SKIP = 'or skip this check with GDP_CHECKS=0'
 
 
 @HOOKS.register_module()
@@ -112,12 +114,13 @@ class ResumeHook(Hook):
                           runner: Runner,
                           batch_idx: int,
                           data_batch: Any = None) -> None:
-        """Check the labels of a batch.
+        """Check the labels of a batch, unless GDP_CHECKS=0 is set.
 
         Raises:
             ValueError: If the model has no class for a label.
         """
-        check_labels(runner.model, data_batch)
+        if os.environ.get('GDP_CHECKS') != '0':
+            check_labels(runner.model, data_batch)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -277,7 +280,8 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         batch (Any): Training batch before preprocessing.
 
     Raises:
-        ValueError: If a label has no class, or a pixel has no label.
+        ValueError: If a label has no class, or the labels are no map of the
+            image. The map may be finer or coarser than the image.
     """
     head = getattr(_network(model), 'decode_head', None)
     head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
@@ -290,13 +294,25 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         if labels is None:
             continue
         path = sample.get('seg_map_path', 'an image')
-        if labels.dim() != 3 or labels.shape[-2:] != image.shape[-2:]:
+        if (labels.dim() != 3 or len(labels) != 1
+                or not _same_scene(labels.shape[1:], image.shape[-2:])):
             raise ValueError(
                 'labels: expected one for each pixel of '
                 f'{list(image.shape[-2:])}, but got {list(labels.shape)} in '
                 f'{path}; replace the file by a map of class numbers of the '
-                'size of its image')
+                f'size of its image, {_SKIP}')
         _check_range(labels, classes, getattr(head, 'ignore_index', 255), path)
+
+
+def _same_scene(labels: Sequence[int], image: Sequence[int]) -> bool:
+    """Tell whether two sizes ``(H, W)`` can be of the same scene.
+
+    Both axes differ by the same factor, but for the rounding of a resize.
+    """
+    if any(one == other for one, other in zip(labels, image)):
+        return tuple(labels) == tuple(image)
+    difference = abs(labels[0] * image[1] - labels[1] * image[0])
+    return difference <= max(sum(labels), sum(image)) / 2
 
 
 def _check_range(labels: Tensor, classes: int, ignored: int,
@@ -312,7 +328,7 @@ def _check_range(labels: Tensor, classes: int, ignored: int,
         raise ValueError(
             f'labels: expected classes up to {highest}, or {ignored} for none,'
             f' but got {int(wrong[0])} in {path}; change num_classes of the '
-            'heads, or reduce_zero_label, or the file')
+            f'heads, reduce_zero_label or the file, {_SKIP}')
 
 
 def _network(model: nn.Module) -> nn.Module:
