@@ -129,10 +129,13 @@ class Pruner(nn.Module):
         target = self.settings.target
         if abs(left - target.ratio) <= _MISSED:
             return None
+        reason = (
+            'the pruning phase is not over, or was too short for this target, '
+            'or the last channels of groups cost more than it allows' if left
+            > target.ratio else 'it was trained to a lower target, or large '
+            'groups closed as a whole')
         return (f'{left:.4f} of the {target.resource} are left, but gdp.target'
-                f' is {target.ratio}: the pruning phase is not over, or it was'
-                ' too short for this target, or the last channels of groups '
-                'cost more than it allows')
+                f' is {target.ratio}: {reason}')
 
     def budget(self, progress: float) -> float:
         """Share of the dense cost that is allowed at a progress in [0, 1]."""
