@@ -60,28 +60,19 @@ class GDPHook(ResumeHook):
         # Undo what before_train did to the optimizer.
         self._undo: list[Callable[[], None]] = []
 
-    def before_run(self, runner: Runner) -> None:
-        """Check the config and the files of a resume.
-
-        Raises:
-            ValueError: If the config is one of an export, or could not be
-                exported after the training, or there are checkpoints, but no
-                complete one.
-        """
-        check_not_exported(runner.cfg)
-        # A runner may also be made of parts, without a config of its model.
-        if 'model' in runner.cfg:
-            check_survives(runner.cfg)
-        super().before_run(runner)
-
     def before_train(self, runner: Runner) -> None:
         """Attach the gates' step to the optimizer.
 
         Raises:
-            ValueError: If the model has no gates, or the runner does not work
-                with gates.
+            ValueError: If the model has no gates, if the runner does not work
+                with gates, or if the config is one of an export or could not
+                be exported after the training.
         """
         check_runner(runner)
+        check_not_exported(runner.cfg)
+        # A runner may also be made of parts, without a config of its model.
+        if 'model' in runner.cfg:
+            check_survives(runner.cfg)
         super().before_train(runner)
         pruner = find_pruner(runner.model)
         pruner.hooked = True

@@ -427,3 +427,20 @@ def test_training_leaves_the_optimizer_as_it_was(project: Project,
     assert len(steps) == 4
     assert second.optim_wrapper.clip_func is clip
     assert clip is torch.nn.utils.clip_grad_norm_
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('note', '{{ fileBasename }}', 'at note .* comes back as another'),
+    ('gdp_exported', True, 'to prune further, train the gated config again'),
+])
+def test_config_is_checked_before_the_training(project: Project,
+                                               tmp_path: Path, key: str,
+                                               value: Any,
+                                               message: str) -> None:
+    """An export could not write it, or it is one of an export."""
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 1
+    cfg[key] = value
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
+    assert not list(tmp_path.glob('*.pth'))

@@ -383,6 +383,16 @@ def test_settings_have_the_documented_defaults() -> None:
     assert 0 < settings.close_below < 1 and settings.min_keep_ratio == 0
 
 
+def test_settings_made_in_python_are_checked_too() -> None:
+    assert Settings(Target(0.3)).target.ratio == 0.3
+    with pytest.raises(ValueError, match='expected a Target, but got 0.3'):
+        Settings(0.3)  # type: ignore
+    with pytest.raises(ValueError, match='gdp.gate: '):
+        Settings(Target(0.3), gate='none')
+    with pytest.raises(ValueError, match='gdp.phases: '):
+        Settings(Target(0.3), phases=(1., 1., 1.))
+
+
 def test_pruned_model_without_widths_is_an_error(dense: Config) -> None:
     for gdp in (None, dict(), dict(target=0.4)):
         with pytest.raises(ValueError) as error:
