@@ -15,7 +15,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
-from .checkpoint import plain, unwrapped
+from .checkpoint import not_plain, plain, unwrapped
 from .matching import check_resume
 from .whole_files import (WHOLE, WholeFileBackend, mend_last_checkpoint,
                           pointed_checkpoint)
@@ -87,6 +87,14 @@ class ResumeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Make checkpoint hooks write local files completely or not at all."""
         WholeFileBackend.forget(Path(runner.work_dir))
+        loader = getattr(runner, 'train_dataloader', None)
+        dataset = getattr(loader, 'dataset', None)
+        meta = getattr(dataset, 'metainfo', None) or {}
+        for key in not_plain(meta, 'metainfo'):
+            runner.logger.warning(
+                f'GDP: expected numbers, strings, lists and dicts at {key} of '
+                'the training set, but got an object, which is saved as its '
+                'text in checkpoints')
         self._earlier = (None if runner.iter else pointed_checkpoint(
             Path(runner.work_dir)))
         for hook in runner.hooks:

@@ -24,6 +24,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.resume import (ResumeHook, check_labels, random_state,
                                      set_random_state)
 
@@ -517,3 +518,15 @@ def test_weights_in_the_wrapper_of_processes_are_looked_at_too(
     with pytest.raises(FloatingPointError, match='weight after iteration 8'):
         ResumeHook().before_save_checkpoint(runner,
                                             dict(state_dict=state, meta={}))
+
+
+def test_metainfo_that_is_saved_as_text_is_named(project: Project,
+                                                 tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 1
+    cfg.train_dataloader.dataset.metainfo.maps = dict(root=Path('maps'))
+    train(cfg)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'at metainfo.maps.root of the training set, but got' in log
+    _, meta = read_checkpoint(str(tmp_path / 'iter_1.pth'))
+    assert meta['dataset_meta']['maps'] == dict(root='maps')
