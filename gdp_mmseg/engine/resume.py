@@ -172,8 +172,11 @@ class ResumeHook(Hook):
         meta = checkpoint['meta']
         meta['random_state'] = self._paused or random_state()
         # A data set's own types could not be loaded without running code.
-        if meta.get('dataset_meta'):
-            meta['dataset_meta'] = plain(meta['dataset_meta'])
+        hub = checkpoint.get('message_hub')
+        infos = hub.get('runtime_info') if isinstance(hub, Mapping) else None
+        for place in (meta, infos or {}):
+            if place.get('dataset_meta'):
+                place['dataset_meta'] = plain(place['dataset_meta'])
         widths = ((runner.cfg.get('model') or {}).get('gdp')
                   or {}).get('widths')
         if widths:
