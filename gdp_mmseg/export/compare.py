@@ -8,7 +8,8 @@ from typing import Any, Callable, Mapping
 
 import torch
 from mmengine.config import Config
-from mmengine.dataset import Compose
+from mmengine.dataset import BaseDataset, Compose
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -182,7 +183,11 @@ def _build_pipelines(dataset: Any) -> None:
         for one in dataset:
             _build_pipelines(one)
     elif isinstance(dataset, Mapping):
-        if isinstance(dataset.get('pipeline'), (list, tuple)):
+        kind = dataset.get('type')
+        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+        # Others may build their transforms in a way that is not known here.
+        if (isinstance(kind, type) and issubclass(kind, BaseDataset)
+                and isinstance(dataset.get('pipeline'), (list, tuple))):
             Compose(copy.deepcopy(dataset['pipeline']))
         for key in ('dataset', 'datasets'):
             _build_pipelines(dataset.get(key))
