@@ -14,6 +14,7 @@ axes, e.g. "the channels between conv1 and conv2").
 """
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Iterable, Sequence
@@ -26,7 +27,10 @@ from torch import Tensor, nn
 
 from .labels import Labels
 from .structure import Analysis, FrozenChannels, Group, Layer
-from .tracer import Forward, Tracer, copy_model
+from .tracer import Forward, ForwardError, Tracer, copy_model
+
+# Number of modules that a reason names.
+_MAX_SHOWN = 3
 
 
 def analyse(model: nn.Module,
@@ -54,13 +58,14 @@ def analyse(model: nn.Module,
         Analysis: The groups, the layers and the frozen channels.
 
     Raises:
-        ValueError: If the model cannot take an input of this shape, if none
-            of its channels can be pruned, or if a pattern in ``ignore`` or
-            ``only`` matches no module.
+        ForwardError: If the model cannot take an input of this shape.
+        ValueError: If none of its channels can be pruned, or if a pattern in
+            ``ignore`` or ``only`` matches no module.
     """
     ignored = _part(model, ignore, 'ignore')
     chosen = None if only is None else _part(model, only, 'only')
-    labels = _trace(model, input_shape, forward, training_forward)
+    tracer = _trace(model, input_shape, forward, training_forward)
+    labels = tracer.labels
     for (name, axis), slots in labels.axes.items():
         owner = name.rpartition('.')[0]
         if owner in ignored:
@@ -71,7 +76,8 @@ def analyse(model: nn.Module,
     found = _collect(labels, (1, *input_shape))
     if not found.num_gates:
         raise ValueError(nothing_left(found))
-    return found
+    return dataclasses.replace(
+        found, frozen=found.frozen + _unread(model, tracer.unread.values()))
 
 
 def nothing_left(analysis: Analysis) -> str:
@@ -107,7 +113,7 @@ def _part(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
 
 
 def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
-           training_forward: Forward | None) -> Labels:
+           training_forward: Forward | None) -> Tracer:
     """Trace a copy of the model on the meta device, else on the CPU."""
     uses = Counter(
         id(tensor) for tensor in model.state_dict(keep_vars=True).values())
@@ -135,13 +141,32 @@ def _trace(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
         except Exception as error:  # a user's forward can raise anything
             if device == 'cpu':
                 first_line = str(error).partition('\n')[0]
-                raise ValueError(
+                raise ForwardError(
                     f'expected the model to run on an input of shape (N, C, '
                     f'H, W) = {tuple(inputs.shape)}, but got '
                     f'{type(error).__name__}: {first_line}; correct the '
                     "model's forward, or set input_shape to a shape that it "
                     'can take') from error
-    return tracer.labels
+    return tracer
+
+
+def _unread(model: nn.Module,
+            names: Iterable[str]) -> tuple[FrozenChannels, ...]:
+    """List the layers whose kernels no traced forward reads, in one row.
+
+    Such layers may run in the prediction or in the loss alone. They stay as
+    they are, and so do the channels that they turn out to depend on.
+    """
+    kernels = [name for name in names if model.get_parameter(name).dim() > 1]
+    if not kernels:
+        return ()
+    modules = _modules((name, 0) for name in kernels)
+    shown = ', '.join(modules[:_MAX_SHOWN])
+    if len(modules) > _MAX_SHOWN:
+        shown += f' and {len(modules) - _MAX_SHOWN} more'
+    return (FrozenChannels(
+        f'no traced forward runs {shown}: only prediction or loss, or nothing',
+        modules, sum(len(model.get_parameter(name)) for name in kernels)), )
 
 
 def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:

@@ -24,6 +24,10 @@ from .operators import PRODUCTS, Operation, apply
 Forward = Callable[[nn.Module, Tensor], Any]
 
 
+class ForwardError(ValueError):
+    """Failure of a model's own forward pass, without anything pruned."""
+
+
 class Tracer(TorchDispatchMode):
     """Dispatch mode that runs a model with labels beside its activations.
 
@@ -35,12 +39,18 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         labels (Labels): The labels of all forward passes so far.
+        unread (dict[int, str]): Names of the parameters that no operator has
+            read so far, by the tensors' ids.
     """
 
     def __init__(self, model: nn.Module, shared: Iterable[str] = ()) -> None:
         super().__init__()
         self.model = model
         self.labels = Labels(model, shared)
+        self.unread = {
+            id(parameter): name
+            for name, parameter in model.named_parameters()
+        }
         # Labels are kept by id(tensor). Python may give the id of a freed
         # tensor to a new one, so all tensors of a pass are kept alive.
         self._alive: list[Tensor] = []
@@ -89,6 +99,8 @@ class Tracer(TorchDispatchMode):
         self._alive += [*tensors, *outputs]
         labels = self.labels
         labels.count_reads(tensors)
+        for tensor in tensors:
+            self.unread.pop(id(tensor), None)
         operation = Operation(function, args, kwargs or {}, tensors, outputs)
         labels.batch.follow(tensors, outputs)
         # An operator on tensors without labels concerns no channel, but may

@@ -127,13 +127,13 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
         cost(kept_channels(analysis, torch.zeros(analysis.num_gates)).float()))
     written = [layer.outputs for layer in analysis.layers if layer.kernel]
     gated_slots = sum(int((slots >= 0).sum()) for slots in written)
-    # Outputs of the model and layers of the training only are never pruned,
-    # so they are no loss.
+    # Outputs of the model, and layers that inference does not run, are never
+    # pruned, so they are no loss.
     held = [
         dict(reason=frozen.reason, channels=frozen.channels)
         for frozen in analysis.frozen
-        if 'output of the model' not in frozen.reason
-        and 'for training only' not in frozen.reason
+        if 'output of the model' not in frozen.reason and 'for training only'
+        not in frozen.reason and 'no traced forward' not in frozen.reason
     ]
     found = _compare(network, analysis, side)
     # Comparisons with nan are false, so nan is never right.

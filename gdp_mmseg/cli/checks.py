@@ -181,6 +181,6 @@ def nodes(key: str, node: Any) -> Iterator[tuple[str, dict]]:
         yield from nodes(f'{key}.{name}', child)
 
 
-def is_remote(path: str) -> bool:
+def is_remote(path: str | Path) -> bool:
     """Tell whether a path is an address such as ``https://...``."""
-    return '://' in path
+    return '://' in str(path)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import os.path as osp
+from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
@@ -131,7 +132,7 @@ def _paths(dataset: Mapping[str, Any]) -> dict[str, str]:
 
     ``data_root`` comes first because it is wrong most often.
     """
-    root = dataset.get('data_root') or ''
+    root = str(dataset.get('data_root') or '')
     prefix = dataset.get('data_prefix') or {}
     relative = {'ann_file': dataset.get('ann_file')}
     if isinstance(prefix, Mapping):
@@ -145,7 +146,8 @@ def _paths(dataset: Mapping[str, Any]) -> dict[str, str]:
     paths = {'data_root': root} if root else {}
     return paths | {
         name: osp.join(root, path)
-        for name, path in relative.items() if path and isinstance(path, str)
+        for name, path in relative.items()
+        if path and isinstance(path, (str, Path))
     }
 
 

@@ -73,27 +73,24 @@ def show(found: dict[str, Any]) -> None:
           f'{found["macs"] / 1e9:.2f} G multiply-adds at {shape}\n')
     rows = [['written by', 'read by', 'channels', 'FLOPs']]
     rows += [[
-        ', '.join(group['writers']), ', '.join(group['readers']),
+        _short(group['writers']),
+        _short(group['readers']),
         str(group['channels']), f'{group["flops_share"]:.1%}'
     ] for group in found['groups']]
-    print(_narrow(rows, table))
+    print(table(rows))
     print('\nFLOPs: share that removing this group alone would save. The '
           'shares add up\nto more than 100%, because a layer between two '
           'groups counts for both.\n\nChannels without a gate:\n')
     rows = [['written by', 'reason', 'channels']]
-    rows += [[', '.join(row['writers']), row['reason'],
+    rows += [[_short(row['writers']), row['reason'],
               str(row['channels'])] for row in found['frozen']]
-    print(_narrow(rows, table))
+    print(table(rows))
 
 
-def _narrow(rows: list[list[str]], table: Any) -> str:
-    """Return a table with long lists of modules cut short."""
-
-    def cut(cell: str) -> str:
-        first, *rest = cell.split(', ')
-        return f'{first} and {len(rest)} more' if rest else first
-
-    return table([[cut(cell) for cell in row] for row in rows])
+def _short(modules: list[str]) -> str:
+    """Return the first of a list of modules and the number of the others."""
+    first, *rest = modules or ['']
+    return f'{first} and {len(rest)} more' if rest else first
 
 
 @one_line_errors()

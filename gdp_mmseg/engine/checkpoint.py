@@ -230,3 +230,25 @@ def plain(value: Any) -> Any:
             value, Tensor) or type(value) in (bool, int, float, str, bytes):
         return value
     return str(value)
+
+
+def not_plain(value: Any, key: str) -> Iterator[str]:
+    """Yield the keys of the objects that :func:`plain` turns into text.
+
+    Args:
+        value (Any): A value that will be saved.
+        key (str): Its key; those of inner values are added with dots.
+
+    Examples:
+        >>> list(not_plain(dict(a=[1, None], b=[print]), 'metainfo'))
+        ['metainfo.b.0']
+    """
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from not_plain(item, f'{key}.{name}')
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for index, item in enumerate(value):
+            yield from not_plain(item, f'{key}.{index}')
+    elif not isinstance(
+            value, (np.ndarray, np.generic)) and plain(value) is not value:
+        yield key

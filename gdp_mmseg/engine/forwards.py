@@ -97,6 +97,27 @@ def _whole_prediction(network: Any, inputs: Tensor) -> list[Tensor]:
     return prediction_forward(network, inputs)
 
 
+def inputs_of_preprocessor(network: Any, shape: tuple[int, ...]) -> Any:
+    """Return what the data preprocessor of a model makes of two images.
+
+    Args:
+        network (Any): An mm model.
+        shape (tuple[int, ...]): Shape ``(C, H, W)`` of one image.
+
+    Returns:
+        Any: Value that the model's forward gets as its inputs; None if the
+        preprocessor needs data of another kind.
+    """
+    images = torch.zeros(2, *shape)
+    try:
+        data = dict(
+            inputs=list(images.byte()),
+            data_samples=samples_for(network, images))
+        return network.data_preprocessor(data, False)['inputs']
+    except Exception:  # a user's preprocessor can raise anything
+        return None
+
+
 def samples_for(network: Any, inputs: Tensor) -> list[BaseDataElement]:
     """Make a data sample with labels for each image of a batch.
 

@@ -20,6 +20,7 @@ from .compat import accumulated_gradients, check_runner
 from .matching import check_gates, gate_meta
 from .model import find_pruner
 from .monitor import log_summary, show_gates
+from .pruned_config import check_not_exported, check_survives
 from .resume import ResumeHook
 
 # Openness of a gate that counts as half open in the log.
@@ -63,10 +64,15 @@ class GDPHook(ResumeHook):
         """Attach the gates' step to the optimizer.
 
         Raises:
-            ValueError: If the model has no gates, or the runner does not work
-                with gates.
+            ValueError: If the model has no gates, if the runner does not work
+                with gates, or if the config is one of an export or could not
+                be exported after the training.
         """
         check_runner(runner)
+        check_not_exported(runner.cfg)
+        # A runner may also be made of parts, without a config of its model.
+        if 'model' in runner.cfg:
+            check_survives(runner.cfg)
         super().before_train(runner)
         pruner = find_pruner(runner.model)
         pruner.hooked = True

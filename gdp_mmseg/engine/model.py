@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
+import logging
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
+from mmengine.logging import print_log
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
@@ -19,15 +21,18 @@ from torch import nn
 from ..analysis.analyse import analyse
 from ..analysis.state import fits
 from ..analysis.structure import Analysis, Layer, LayerCall
+from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
 from ..gates.layers import gate_
 from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
 from ..registry import MODELS
+from ..surgery.outputs import first_line
 from ..surgery.verify import verify
 from ..surgery.widths import Fitting, apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
-from .forwards import (count_inference_flops, inference_forward, loss_forward,
+from .forwards import (count_inference_flops, inference_forward,
+                       inputs_of_preprocessor, loss_forward,
                        prediction_forward, training_forward)
 from .matching import refuse_others_
 from .start import StartFromExport
@@ -97,9 +102,49 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     analysis = _KNOWN.get()
     if (analysis is None or analysis.input_shape[1:] != shape
             or not fits(analysis, network.state_dict())):
+        _check_without_pretrained(network, config)
         analysis, _ = analyse_model(network, shape, settings.ignore,
                                     settings.only)
     return add_gates_(network, analysis, settings)
+
+
+def _check_without_pretrained(network: nn.Module, config: ModelConfig) -> None:
+    """Check that a model can be built without its pretrained weights.
+
+    An export builds it so, because the weights may be elsewhere by then.
+
+    Raises:
+        ValueError: If it cannot, or has other parameters then.
+    """
+    bare = config.without_pretrained()
+    # Texts, because parts may hold arrays, which have no single truth.
+    if repr(bare.parts) == repr(config.parts):
+        return
+    try:
+        # The random numbers of the training stay what they are.
+        with fixed_seeds():
+            built = build_base_model(bare.base, bare.parts).state_dict()
+        found = {name: value.shape for name, value in built.items()}
+    except Exception as error:  # a user's model can raise anything
+        cause = first_line(error)
+    else:
+        wanted = {
+            name: value.shape
+            for name, value in network.state_dict().items()
+        }
+        other = [
+            name for name in {
+                **wanted,
+                **found
+            } if wanted.get(name) != found.get(name)
+        ]
+        if not other:
+            return
+        cause = f'another one ({other[0]} first)'
+    raise ValueError(
+        'model: expected the same model without its pretrained weights, as an '
+        f'export builds it, but got {cause}; remove pretrained or init_cfg '
+        'from the config, and pass the weights as load_from')
 
 
 def add_gates_(network: nn.Module, analysis: Analysis,
@@ -202,13 +247,34 @@ def analyse_model(network: nn.Module,
     Raises:
         ValueError: If the model cannot be pruned.
     """
-    analysis = analyse(network, shape, inference_forward, training_forward,
-                       ignore, only)
-    analysis, difference = verify(network, analysis, inference_forward,
-                                  training_forward,
-                                  [(prediction_forward, False),
-                                   (loss_forward, True)])
+    try:
+        analysis = analyse(network, shape, inference_forward, training_forward,
+                           ignore, only)
+    except ForwardError as error:
+        inputs = inputs_of_preprocessor(network, shape)
+        if inputs is None or isinstance(inputs, torch.Tensor):
+            raise
+        raise ValueError(_several_inputs(network, inputs)) from error
+    analysis, difference = verify(
+        network, analysis, inference_forward, training_forward,
+        [(prediction_forward, False),
+         (loss_forward, True)], lambda line: print_log(
+             f'GDP: {line}, on made-up samples; an export compares the '
+             'networks on real ones',
+             logger='current',
+             level=logging.WARNING))
     return _with_fixed_cost(network, analysis), difference
+
+
+def _several_inputs(network: Any, inputs: Any) -> str:
+    """Message for a model whose forward takes more than one tensor."""
+    keys = f' with the keys {[*inputs]}' if isinstance(inputs, Mapping) else ''
+    return ('model: expected a forward on one tensor of images (N, C, H, W), '
+            f'but {type(network.data_preprocessor).__name__} makes a '
+            f'{type(inputs).__name__}{keys} of them; let the data preprocessor'
+            ' concatenate them along the channels and let extract_feat split '
+            'them again, and set gdp.input_shape to the (C, H, W) of all '
+            'channels together')
 
 
 def _with_fixed_cost(network: nn.Module, analysis: Analysis) -> Analysis:

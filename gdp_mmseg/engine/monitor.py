@@ -36,7 +36,7 @@ def show_gates(runner: Runner, pruner: Pruner, step: int) -> None:
 
 
 def log_summary(runner: Runner, pruner: Pruner) -> None:
-    """Log the share that was kept of each part, and the removed parts."""
+    """Log what was kept of each part, and whether the target is missed."""
     channels = pruner.channels()
     keep = channels.cpu() > 0
     target = pruner.settings.target
@@ -47,3 +47,6 @@ def log_summary(runner: Runner, pruner: Pruner) -> None:
         f'are left (target {target.ratio:.4f}); channels kept: {kept}; '
         'removed parts: '
         f'{"; ".join(dead_parts(pruner.analysis, keep)) or "none"}')
+    note = pruner.note_on(float(pruner.cost(channels)))
+    if note:
+        runner.logger.warning(f'GDP: {note}')

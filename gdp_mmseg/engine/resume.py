@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
@@ -14,12 +15,13 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..registry import HOOKS
-from .checkpoint import plain, unwrapped
+from .checkpoint import not_plain, plain, unwrapped
 from .matching import check_resume
 from .whole_files import (WHOLE, WholeFileBackend, mend_last_checkpoint,
                           pointed_checkpoint)
 
 RandomState = dict[str, Any]
+_SKIP = 'or skip this check with GDP_CHECKS=0'
 
 
 @HOOKS.register_module()
@@ -85,6 +87,14 @@ class ResumeHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Make checkpoint hooks write local files completely or not at all."""
         WholeFileBackend.forget(Path(runner.work_dir))
+        loader = getattr(runner, 'train_dataloader', None)
+        dataset = getattr(loader, 'dataset', None)
+        meta = getattr(dataset, 'metainfo', None) or {}
+        for key in not_plain(meta, 'metainfo'):
+            runner.logger.warning(
+                f'GDP: expected numbers, strings, lists and dicts at {key} of '
+                'the training set, but got an object, which is saved as its '
+                'text in checkpoints')
         self._earlier = (None if runner.iter else pointed_checkpoint(
             Path(runner.work_dir)))
         for hook in runner.hooks:
@@ -112,12 +122,13 @@ class ResumeHook(Hook):
                           runner: Runner,
                           batch_idx: int,
                           data_batch: Any = None) -> None:
-        """Check the labels of a batch.
+        """Check the labels of a batch, unless GDP_CHECKS=0 is set.
 
         Raises:
             ValueError: If the model has no class for a label.
         """
-        check_labels(runner.model, data_batch)
+        if os.environ.get('GDP_CHECKS') != '0':
+            check_labels(runner.model, data_batch)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -161,8 +172,11 @@ class ResumeHook(Hook):
         meta = checkpoint['meta']
         meta['random_state'] = self._paused or random_state()
         # A data set's own types could not be loaded without running code.
-        if meta.get('dataset_meta'):
-            meta['dataset_meta'] = plain(meta['dataset_meta'])
+        hub = checkpoint.get('message_hub')
+        infos = hub.get('runtime_info') if isinstance(hub, Mapping) else None
+        for place in (meta, infos or {}):
+            if place.get('dataset_meta'):
+                place['dataset_meta'] = plain(place['dataset_meta'])
         widths = ((runner.cfg.get('model') or {}).get('gdp')
                   or {}).get('widths')
         if widths:
@@ -277,7 +291,8 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         batch (Any): Training batch before preprocessing.
 
     Raises:
-        ValueError: If a label has no class, or a pixel has no label.
+        ValueError: If a label has no class, or the labels are no map of the
+            image. The map may be finer or coarser than the image.
     """
     head = getattr(_network(model), 'decode_head', None)
     head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
@@ -290,13 +305,25 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         if labels is None:
             continue
         path = sample.get('seg_map_path', 'an image')
-        if labels.dim() != 3 or labels.shape[-2:] != image.shape[-2:]:
+        if (labels.dim() != 3 or len(labels) != 1
+                or not _same_scene(labels.shape[1:], image.shape[-2:])):
             raise ValueError(
                 'labels: expected one for each pixel of '
                 f'{list(image.shape[-2:])}, but got {list(labels.shape)} in '
                 f'{path}; replace the file by a map of class numbers of the '
-                'size of its image')
+                f'size of its image, {_SKIP}')
         _check_range(labels, classes, getattr(head, 'ignore_index', 255), path)
+
+
+def _same_scene(labels: Sequence[int], image: Sequence[int]) -> bool:
+    """Tell whether two sizes ``(H, W)`` can be of the same scene.
+
+    Both axes differ by the same factor, but for the rounding of a resize.
+    """
+    if any(one == other for one, other in zip(labels, image)):
+        return tuple(labels) == tuple(image)
+    difference = abs(labels[0] * image[1] - labels[1] * image[0])
+    return difference <= max(sum(labels), sum(image)) / 2
 
 
 def _check_range(labels: Tensor, classes: int, ignored: int,
@@ -312,7 +339,7 @@ def _check_range(labels: Tensor, classes: int, ignored: int,
         raise ValueError(
             f'labels: expected classes up to {highest}, or {ignored} for none,'
             f' but got {int(wrong[0])} in {path}; change num_classes of the '
-            'heads, or reduce_zero_label, or the file')
+            f'heads, reduce_zero_label or the file, {_SKIP}')
 
 
 def _network(model: nn.Module) -> nn.Module:

@@ -4,10 +4,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from typing import Any, Mapping
+from typing import Any, Callable, Mapping
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import BaseDataset, Compose
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
@@ -23,6 +25,11 @@ TOLERANCE = 1e-4
 # pixel between two classes that are equally likely, and no more than that.
 METRIC_TOLERANCE = 0.01
 _BATCHES = 2
+# Errors by which a data set says that its files are missing; mmengine and
+# mmseg use the first two. Others, e.g. a TypeError, are errors of its code.
+_NO_DATA = (OSError, AssertionError, RuntimeError, ValueError)
+
+Progress = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +46,7 @@ class Comparison:
 
 
 def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
-            needs_data: bool) -> Comparison:
+            needs_data: bool, progress: Progress) -> Comparison:
     """Compare the outputs and predictions of two networks on a few inputs.
 
     Compared are the logits (``mode='tensor'``) and what ``test_step`` returns:
@@ -51,12 +58,14 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
         exported (nn.Module): Exported network in eval mode.
         needs_data (bool): Whether a missing test set is an error. If it is
             not, the inputs are random in that case.
+        progress (Progress): Called with a line that says so.
 
     Raises:
         RuntimeError: If the outputs are not equal.
     """
     batches = _batches(
-        cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data)
+        cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data,
+        progress)
     if batches is None:
         shape = find_pruner(gated).analysis.input_shape
         images = [torch.randn(shape) for _ in range(_BATCHES)]
@@ -77,8 +86,8 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
     return Comparison(difference, source)
 
 
-def check_trainable(cfg: Config, gated: nn.Module,
-                    exported: nn.Module) -> None:
+def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
+                    progress: Progress) -> None:
     """Check that the exported network can be fine-tuned: run one loss step.
 
     The step runs on the first images of the training set, or on made-up ones
@@ -91,7 +100,8 @@ def check_trainable(cfg: Config, gated: nn.Module,
     """
     settings = cfg.get('train_dataloader')
     # Norms need two images in training.
-    batches = _batches(settings and dict(settings, batch_size=2), False)
+    batches = _batches(
+        settings and dict(settings, batch_size=2), False, progress)
     _, *shape = find_pruner(gated).analysis.input_shape
 
     def step(network: nn.Module) -> None:
@@ -140,23 +150,47 @@ def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
                 'Please report this with the config')
 
 
-def _batches(settings: Any, needs_data: bool) -> list[Any] | None:
+def _batches(settings: Any, needs_data: bool,
+             progress: Progress) -> list[Any] | None:
     """Load the first batches of a loader; None if there is no data.
 
     Args:
         settings (Any): Config of the loader, or None.
         needs_data (bool): Whether missing files are an error.
+        progress (Progress): Called with a line if files are missing.
     """
     if not settings:
         return None
+    # Here, an error of a transform cannot be taken for missing data.
+    _build_pipelines(settings.get('dataset'))
+    missing: tuple[type[Exception], ...] = _NO_DATA
     try:
         loader = Runner.build_dataloader(_in_this_process(settings))
-    # mmengine's and mmseg's errors for files and folders that are missing.
-    except (FileNotFoundError, AssertionError):
+        # From here on, transforms run, whose errors are not those of files.
+        missing = (FileNotFoundError, )
+        return list(itertools.islice(loader, _BATCHES))
+    except missing as error:
         if needs_data:
             raise
+        progress('note: random inputs take the place of a data set that '
+                 f'cannot be read ({first_line(error)})')
         return None
-    return list(itertools.islice(loader, _BATCHES))
+
+
+def _build_pipelines(dataset: Any) -> None:
+    """Build the transforms of a data set, and of those that it wraps."""
+    if isinstance(dataset, (list, tuple)):
+        for one in dataset:
+            _build_pipelines(one)
+    elif isinstance(dataset, Mapping):
+        kind = dataset.get('type')
+        kind = DATASETS.get(kind) if isinstance(kind, str) else kind
+        # Others may build their transforms in a way that is not known here.
+        if (isinstance(kind, type) and issubclass(kind, BaseDataset)
+                and isinstance(dataset.get('pipeline'), (list, tuple))):
+            Compose(copy.deepcopy(dataset['pipeline']))
+        for key in ('dataset', 'datasets'):
+            _build_pipelines(dataset.get(key))
 
 
 def _in_this_process(settings: Any) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from .settings import Settings
 # Largest amount by which rounding may raise the budget: less than one point of
 # the dense cost, so that the target is met within one point.
 _LARGEST_ROUNDING = 0.009
+# Difference from the target above which logs and exports say so: a point.
+_MISSED = 0.01
 
 
 class Pruner(nn.Module):
@@ -114,6 +116,26 @@ class Pruner(nn.Module):
                 f'{least:.2%} of the {target.resource} cannot be pruned, but '
                 f'got {target.ratio}; raise gdp.target, or let more be pruned '
                 'by gdp.ignore, gdp.only and gdp.min_keep_ratio')
+
+    def note_on(self, left: float) -> str | None:
+        """Compose a note on a network that misses the target.
+
+        Args:
+            left (float): Share of the dense cost that is left in it.
+
+        Returns:
+            str, optional: None if it is within one percentage point.
+        """
+        target = self.settings.target
+        if abs(left - target.ratio) <= _MISSED:
+            return None
+        reason = (
+            'the pruning phase is not over, or was too short for this target, '
+            'or the last channels of groups cost more than it allows' if left
+            > target.ratio else 'it was trained to a lower target, or large '
+            'groups closed as a whole')
+        return (f'{left:.4f} of the {target.resource} are left, but gdp.target'
+                f' is {target.ratio}: {reason}')
 
     def budget(self, progress: float) -> float:
         """Share of the dense cost that is allowed at a progress in [0, 1]."""

@@ -102,6 +102,10 @@ class Settings:
     only: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.target, Target):
+            raise ValueError('gdp.target: expected a Target, but got '
+                             f'{self.target!r}; pass Target(ratio), or use '
+                             'Settings.from_config')
         if self.gate not in [*METHODS]:
             raise ValueError(f'gdp.gate: expected one of {[*METHODS]}, but '
                              f'got {self.gate!r}')

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
-from ..analysis.tracer import Forward, copy_model
+from ..analysis.tracer import Forward, ForwardError, copy_model
 from ..gates.gdp import GDPGates, theta_of
 from ..gates.layers import gate_layer_
 from .outputs import first_line, largest_difference, outputs_of
@@ -22,10 +22,6 @@ _INEXACT = 'not exact when pruned: the forward counts on these channels'
 # between larger ones: a small input makes the many forward passes fast.
 _SIDES = (64, 128)
 _STEP = 32
-
-
-class ForwardError(ValueError):
-    """Failure of a model's own forward pass, without anything pruned."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +61,10 @@ class Trial:
             the model itself can run them on these inputs.
         tolerance (float): Largest relative difference of equal outputs.
 
+    Attributes:
+        skipped (dict[str, str]): Names of the other forwards that are not
+            compared, and why.
+
     Raises:
         ForwardError: If the model itself cannot run.
     """
@@ -78,6 +78,7 @@ class Trial:
         self.model, self.inputs = self._random_copy(model,
                                                     analysis.input_shape)
         self._num_required = len(self.forwards)
+        self.skipped: dict[str, str] = {}
         self.forwards += [one for one in others if self._runs(one)]
         self.use(analysis)
 
@@ -156,10 +157,14 @@ class Trial:
         forward, training = one
         try:
             outputs = outputs_of(self.model, forward, self.inputs, training)
-        except Exception:  # it needs inputs or samples of another kind
+        except Exception as error:  # it needs samples of another kind
+            self.skipped[_name_of(forward)] = first_line(error)
             return False
-        return bool(outputs) and all(
-            bool(output.isfinite().all()) for output in outputs)
+        if not outputs or not all(
+                bool(output.isfinite().all()) for output in outputs):
+            self.skipped[_name_of(forward)] = 'no finite numbers'
+            return False
+        return True
 
     def _run_gated(self, index: int) -> list[Tensor]:
         try:
@@ -184,7 +189,8 @@ class Trial:
             if difference <= self.tolerance:
                 continue
             if index >= self._num_required:
-                del self.forwards[index]
+                forward, _ = self.forwards.pop(index)
+                self.skipped[_name_of(forward)] = 'other numbers in each run'
                 self.known.clear()
             else:
                 raise ValueError(
@@ -323,6 +329,13 @@ class Trial:
                 found.append(near)
             module = module.rpartition('.')[0]
         return found
+
+
+def _name_of(forward: Forward) -> str:
+    """Return what a forward runs by its name, e.g. "loss"."""
+    # A callable object may have no name of its own.
+    name = getattr(forward, '__name__', type(forward).__name__)
+    return name.removesuffix('_forward')
 
 
 def _shape_within(shape: tuple[int, ...], side: int) -> tuple[int, ...]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Iterator, Sequence
+from typing import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from ..analysis.analyse import nothing_left
 from ..analysis.structure import Analysis
-from ..analysis.tracer import Forward, fixed_seeds
-from .trial import ForwardError, Trial
+from ..analysis.tracer import Forward, ForwardError, fixed_seeds
+from .trial import Trial
 
 # Tolerance in double precision, where a small error is not lost in rounding.
 TOLERANCE = 1e-8
@@ -31,12 +31,13 @@ _SINGLE_TOLERANCE = 1e-4
 
 
 def verify(
-    model: nn.Module,
-    analysis: Analysis,
-    forward: Forward,
-    training_forward: Forward | None = None,
-    others: Sequence[tuple[Forward, bool]] = ()
-) -> tuple[Analysis, float]:
+        model: nn.Module,
+        analysis: Analysis,
+        forward: Forward,
+        training_forward: Forward | None = None,
+        others: Sequence[tuple[Forward, bool]] = (),
+        note: Callable[[str],
+                       None] = lambda line: None) -> tuple[Analysis, float]:
     """Freeze the groups whose surgery is not exact on a copy of the model.
 
     Args:
@@ -49,6 +50,8 @@ def verify(
         others (Sequence[tuple[Forward, bool]]): Further forwards that must
             stay exact, each with True if it is one of training. Those that
             the model itself cannot run are left out.
+        note (Callable[[str], None]): Called with a line for each forward that
+            was left out.
 
     Returns:
         tuple[Analysis, float]: The analysis, in which some groups may be
@@ -67,6 +70,12 @@ def verify(
                 if training_forward is not None:
                     forwards.append((training_forward, True))
                 trial = Trial(model, analysis, forwards, others, tolerance)
+                if dtype == torch.float64 and trial.skipped:
+                    with _default_dtype(torch.float32):
+                        single = Trial(model, analysis, forwards, others,
+                                       _SINGLE_TOLERANCE)
+                    if len(single.skipped) < len(trial.skipped):
+                        continue
                 found = _verified(trial)
             except _Rounded:
                 continue
@@ -74,6 +83,8 @@ def verify(
                 if dtype == torch.float32:
                     raise
                 continue
+        for name, cause in trial.skipped.items():
+            note(f'{name} was not verified, because it gave: {cause}')
         return found
     raise AssertionError('unreachable')
 

@@ -311,3 +311,21 @@ def test_segmentor_refuses_an_impossible_shape_by_name() -> None:
 def test_groups_do_not_depend_on_the_size_of_the_input() -> None:
     net = segmentor('ResNet-18')
     assert touched(analysed(net, 64)) == touched(analysed(net, 97))
+
+
+class _ReadInLossOnly(nn.Sequential):
+    """Has two layers that no traced forward runs."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1))
+        self.edges = nn.Conv2d(4, 5, 1)
+        self.more = nn.Linear(4, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[1](self[0](x))
+
+
+def test_layers_that_no_traced_forward_runs_are_named() -> None:
+    frozen = analyse(_ReadInLossOnly(), (3, 8, 8), run).frozen[-1]
+    assert frozen.writers == ('edges', 'more') and frozen.channels == 11
+    assert 'no traced forward runs edges, more: ' in frozen.reason

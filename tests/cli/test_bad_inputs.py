@@ -245,8 +245,8 @@ CASES = {
          lambda w: w.train(*w.data(_labelled(77)), config=w.project.dense),
          '77', 'num_classes'),
     'train with labels of another size':
-    Case('train.py', lambda w: w.train(*w.data(_labelled(1, (32, 32)))),
-         '[1, 32, 32]', 'size of its image'),
+    Case('train.py', lambda w: w.train(*w.data(_labelled(1, (32, 64)))),
+         '[1, 32, 64]', 'size of its image'),
     'train with coloured labels':
     Case('train.py', lambda w: w.train(*w.data(_labelled(1, (64, 64, 3)))),
          '[64, 64, 3]', 'class numbers'),

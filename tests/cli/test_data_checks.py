@@ -128,6 +128,18 @@ def test_prefix_may_be_a_string(root: Path,
     assert 'train_dataloader.dataset.data_prefix=' in said and 'gone' in said
 
 
+def test_folders_may_be_path_objects(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = dict(img_path=Path('images'), seg_map_path=Path('masks'))
+    check(segments(root, data_root=root, data_prefix=folders))
+    said = refusal(
+        segments(
+            root,
+            data_root=root,
+            data_prefix=dict(folders, img_path=Path('gone'))), capsys)
+    assert 'data_prefix.img_path' in said and str(root / 'gone') in said
+
+
 @pytest.mark.parametrize('download', [{}, dict(download=True)])
 def test_dataset_that_downloads_itself_needs_no_folder(download: dict[str,
                                                                       Any],

@@ -403,3 +403,44 @@ def test_averaged_checkpoint_exports_at_the_target(project: Project,
         evaluate=False)
     share = report.network('pruned').flops / report.network('dense').flops
     assert share <= TARGET + 0.02
+
+
+def test_training_leaves_the_optimizer_as_it_was(project: Project,
+                                                 tmp_path: Path) -> None:
+    """A second training with the same optimizer steps the gates once."""
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 4
+    cfg.optim_wrapper.clip_grad = dict(max_norm=1.)
+    first, _ = train(copy.deepcopy(cfg))
+    clip, steps = first.optim_wrapper.clip_func, []
+    pruner = find_pruner(first.model)
+    pruner.step_ = lambda *_: steps.append(1) or True
+    second = Runner(
+        model=first.model,
+        work_dir=str(tmp_path / 'second'),
+        train_dataloader=copy.deepcopy(cfg.train_dataloader),
+        train_cfg=dict(cfg.train_cfg),
+        optim_wrapper=first.optim_wrapper,
+        default_hooks=dict(cfg.default_hooks),
+        default_scope='mmseg')
+    second.train()
+    assert len(steps) == 4
+    assert second.optim_wrapper.clip_func is clip
+    assert clip is torch.nn.utils.clip_grad_norm_
+
+
+@pytest.mark.parametrize('key, value, message', [
+    ('note', '{{ fileBasename }}', 'at note .* comes back as another'),
+    ('gdp_exported', True, 'to prune further, train the gated config again'),
+])
+def test_config_is_checked_before_the_training(project: Project,
+                                               tmp_path: Path, key: str,
+                                               value: Any,
+                                               message: str) -> None:
+    """An export could not write it, or it is one of an export."""
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 1
+    cfg[key] = value
+    with pytest.raises(ValueError, match=message):
+        train(cfg)
+    assert not list(tmp_path.glob('*.pth'))

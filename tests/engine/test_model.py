@@ -10,6 +10,7 @@ pytest.importorskip('mmseg')
 
 import torch
 from mmengine.config import Config
+from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
@@ -304,6 +305,75 @@ def test_an_input_that_the_network_cannot_take_is_an_error(
     assert isinstance(build(model).gdp, Pruner)
 
 
+@MODELS.register_module()
+class RgbDepthPreprocessor(BaseDataPreprocessor):
+    """Makes two tensors of each image."""
+
+    def forward(self, data: dict[str, Any], training: bool = False) -> Any:
+        rgb = torch.stack(list(data['inputs'])).float()
+        return dict(data, inputs=dict(rgb=rgb, depth=rgb.mean(1)))
+
+
+@MODELS.register_module()
+class RgbDepthSegmentor(EncoderDecoder):
+    """Takes a dict of two tensors."""
+
+    def extract_feat(self, inputs: Any) -> Any:
+        return self.backbone(inputs['rgb'] + inputs['depth'][:, None])
+
+
+def test_inputs_in_a_dict_are_named_with_the_way_out(gated: Config) -> None:
+    model = dict(
+        gated.model,
+        base='RgbDepthSegmentor',
+        data_preprocessor=dict(type='RgbDepthPreprocessor'),
+        gdp=dict(target=0.4, input_shape=(64, 64)))
+    with pytest.raises(ValueError) as error:
+        build(model)
+    message = str(error.value)
+    assert "makes a dict with the keys ['rgb', 'depth']" in message
+    assert 'concatenate them along the channels' in message
+
+
+@MODELS.register_module()
+class PretrainedSegmentor(EncoderDecoder):
+    """Needs its weights, or has more layers with them, or neither."""
+
+    def __init__(self, pretrained: Any, kind: str, **parts: Any) -> None:
+        super().__init__(**parts)
+        if kind == 'needs' and not pretrained:
+            raise TypeError('expected pretrained weights')
+        if kind == 'more' and pretrained:
+            self.more = torch.nn.Conv2d(1, 1, 1)
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('needs', 'but got TypeError: expected pretrained weights; remove '),
+    ('more', r'but got another one \(more.weight first\); remove '),
+])
+def test_a_model_that_an_export_cannot_build_is_refused_at_once(
+        gated: Config, kind: str, message: str) -> None:
+    model = dict(
+        gated.model, base='PretrainedSegmentor', pretrained='x.pth', kind=kind)
+    with pytest.raises(ValueError, match=message):
+        build(model)
+
+
+def test_the_check_without_pretrained_weights_draws_no_number(
+        gated: Config) -> None:
+    states = []
+    for pretrained in (None, 'x.pth'):
+        torch.manual_seed(0)
+        build(
+            dict(
+                gated.model,
+                base='PretrainedSegmentor',
+                pretrained=pretrained,
+                kind='neither'))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+
 def test_settings_have_the_documented_defaults() -> None:
     settings = Settings.from_config(dict(target=0.3))
     assert settings.target == Target(0.3, 'flops')
@@ -311,6 +381,16 @@ def test_settings_have_the_documented_defaults() -> None:
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
     assert 0 < settings.close_below < 1 and settings.min_keep_ratio == 0
+
+
+def test_settings_made_in_python_are_checked_too() -> None:
+    assert Settings(Target(0.3)).target.ratio == 0.3
+    with pytest.raises(ValueError, match='expected a Target, but got 0.3'):
+        Settings(0.3)  # type: ignore
+    with pytest.raises(ValueError, match='gdp.gate: '):
+        Settings(Target(0.3), gate='none')
+    with pytest.raises(ValueError, match='gdp.phases: '):
+        Settings(Target(0.3), phases=(1., 1., 1.))
 
 
 def test_pruned_model_without_widths_is_an_error(dense: Config) -> None:

@@ -24,6 +24,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch import Tensor, nn
 
+from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.resume import (ResumeHook, check_labels, random_state,
                                      set_random_state)
 
@@ -444,6 +445,9 @@ def _check(labels: Tensor, **head: Any) -> None:
     (_labels(0, 4, 9), dict(num_classes=5, ignore_index=9)),
     (_labels(0, 1), dict(num_classes=1)),
     (_labels(99), dict()),
+    (torch.zeros(1, 8, 8, dtype=torch.long), dict(num_classes=5)),
+    (torch.zeros(1, 2, 2, dtype=torch.long), dict(num_classes=5)),
+    (torch.zeros(1, 21, 22, dtype=torch.long), dict(num_classes=5)),
 ])
 def test_labels_that_can_be_learned_pass(labels: Tensor,
                                          head: dict[str, Any]) -> None:
@@ -456,12 +460,27 @@ def test_labels_that_can_be_learned_pass(labels: Tensor,
     (_labels(-1), 'but got -1'),
     (torch.zeros(1, 4, 5, dtype=torch.long), 'but got [1, 4, 5]'),
     (torch.zeros(4, 4, 3, dtype=torch.long), 'but got [4, 4, 3]'),
+    (torch.zeros(3, 4, 4, dtype=torch.long), 'but got [3, 4, 4]'),
+    (torch.zeros(1, 8, 6, dtype=torch.long), 'but got [1, 8, 6]'),
 ])
 def test_labels_that_cannot_be_learned_are_an_error(labels: Tensor,
                                                     came: str) -> None:
     with pytest.raises(ValueError) as error:
         _check(labels, num_classes=5)
     assert came in str(error.value) and 'masks/7.png' in str(error.value)
+
+
+def test_check_of_the_labels_can_be_switched_off(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    runner: Any = SimpleNamespace(model=nn.Module())
+    runner.model.decode_head = nn.Module()
+    runner.model.decode_head.num_classes = 2
+    batch = dict(
+        inputs=[torch.zeros(3, 4, 4)], data_samples=[_sample(_labels(7))])
+    with pytest.raises(ValueError, match='skip this check with GDP_CHECKS=0'):
+        ResumeHook().before_train_iter(runner, 0, batch)
+    monkeypatch.setenv('GDP_CHECKS', '0')
+    assert ResumeHook().before_train_iter(runner, 0, batch) is None
 
 
 def test_training_without_gates_resumes_exactly_too(project: Project,
@@ -499,3 +518,15 @@ def test_weights_in_the_wrapper_of_processes_are_looked_at_too(
     with pytest.raises(FloatingPointError, match='weight after iteration 8'):
         ResumeHook().before_save_checkpoint(runner,
                                             dict(state_dict=state, meta={}))
+
+
+def test_metainfo_that_is_saved_as_text_is_named(project: Project,
+                                                 tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 1
+    cfg.train_dataloader.dataset.metainfo.maps = dict(root=Path('maps'))
+    train(cfg)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'at metainfo.maps.root of the training set, but got' in log
+    _, meta = read_checkpoint(str(tmp_path / 'iter_1.pth'))
+    assert meta['dataset_meta']['maps'] == dict(root='maps')

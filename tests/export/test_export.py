@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from mmengine.model import PretrainedInit
 from mmengine.registry import MODELS, init_default_scope
+from mmseg.models import EncoderDecoder
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -23,9 +24,10 @@ from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import analyse_config
+from gdp_mmseg.engine.pruned_config import pruned_config
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.compare import check_metrics, check_trainable
-from gdp_mmseg.export.export import export, pruned_config
+from gdp_mmseg.export.export import export, run_test
 from gdp_mmseg.report.measure import count_flops
 from gdp_mmseg.report.tables import Report
 from gdp_mmseg.surgery.constant import Constant
@@ -781,4 +783,22 @@ def test_a_model_that_cannot_be_trained_at_all_is_exported(
     other = copy.deepcopy(model)
     for one in (model, other):
         one.loss = None
-    assert check_trainable(Config(), model, other) is None
+    assert check_trainable(Config(), model, other, print) is None
+
+
+@MODELS.register_module()
+class DrawingSegmentor(EncoderDecoder):
+    """Draws numbers when it predicts."""
+
+    def encode_decode(self, inputs: Tensor, batch_img_metas: Any) -> Tensor:
+        logits = super().encode_decode(inputs, batch_img_metas)
+        return logits + torch.randn_like(logits)
+
+
+def test_metrics_of_a_network_that_draws_numbers_are_the_same_each_time(
+        project: Project, tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    model = build(dict(ModelConfig.of(cfg).ungated,
+                       type='DrawingSegmentor')).eval()
+    first, second = (run_test(cfg, model) for _ in range(2))
+    assert first == second

@@ -166,3 +166,15 @@ def test_a_number_is_a_target_of_flops() -> None:
     assert number.settings == named.settings
     assert [*number.state_dict()
             ] == [f'gates.{key}' for key in GDPGates(10).state_dict()]
+
+
+@pytest.mark.parametrize('left, noted', [(0.5, False), (0.509, False),
+                                         (0.491, False), (0.52, True),
+                                         (0.48, True)])
+def test_a_missed_target_is_noted(left: float, noted: bool) -> None:
+    net = nn.Sequential(*block(3, 16), last(16))
+    pruner = Pruner(
+        analyse(net, (3, 8, 8), run), Settings.from_config(dict(target=0.5)))
+    note = pruner.note_on(left)
+    assert bool(note) == noted
+    assert not note or f'{left:.4f} of the FLOPs' in note

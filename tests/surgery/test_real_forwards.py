@@ -175,6 +175,53 @@ def test_forward_in_float32_that_counts_on_channels_is_found() -> None:
     assert 'counts on' in reason(analysis, 'stem.0')
 
 
+# -- forwards that are verified where the model runs them --------------------
+
+
+def plainly(net: Any, x: Tensor) -> Tensor:
+    return net.head(net.body(net.stem(x)))
+
+
+def needs_samples(net: Any, x: Tensor) -> Tensor:
+    raise KeyError('no samples')
+
+
+def nan_loss(net: Any, x: Tensor) -> Tensor:
+    return run(net, x).sum() * float('nan')
+
+
+def count_in_float32(net: Any, x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        raise TypeError('expected Float but found Double')
+    return count_on_stem(net, x)
+
+
+@pytest.mark.parametrize('other, cause', [
+    (needs_samples, "KeyError: 'no samples'"),
+    (nan_loss, 'no finite numbers'),
+])
+def test_forward_that_is_not_verified_is_noted(other: Run, cause: str) -> None:
+    notes: list[str] = []
+    net = three(plainly)
+    analysis = analyse(net, SHAPE, run)
+    left, _ = verify(net, analysis, run, None, [(other, False)], notes.append)
+    assert left.num_gates == analysis.num_gates
+    assert notes == [
+        f'{other.__name__} was not verified, because it gave: {cause}'
+    ]
+
+
+def test_forward_that_fails_in_double_precision_is_verified_in_single(
+) -> None:
+    notes: list[str] = []
+    net = three(plainly)
+    analysis = analyse(net, SHAPE, run)
+    left, _ = verify(net, analysis, run, None, [(count_in_float32, False)],
+                     notes.append)
+    assert writers(analysis) == {'stem.0', 'body.0'} and not notes
+    assert writers(left) == {'body.0'}
+
+
 # -- random numbers and state -----------------------------------------------
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from mmengine.config import Config
 from torch import nn
 
-from gdp_mmseg.export.pruned_config import (plain_value, pruned_config,
+from gdp_mmseg.engine.pruned_config import (check_not_exported, check_survives,
+                                            plain_value, pruned_config,
                                             write_config)
 
 Size = collections.namedtuple('Size', 'height width')
@@ -52,6 +53,45 @@ def written(tmp_path: Path, value: Any) -> Any:
 def test_values_come_back_as_they_were(value: Any, expected: Any,
                                        tmp_path: Path) -> None:
     assert written(tmp_path, value) == expected
+
+
+def test_keys_that_are_numbers_stay_numbers(tmp_path: Path) -> None:
+    assert dict(written(tmp_path, {0: 'a', 255: 'b'})) == {0: 'a', 255: 'b'}
+
+
+@pytest.mark.parametrize('value', [
+    dict(c=[1, (2., )], a=dict(z=float('nan'), b=Path('x'))),
+    {
+        1: np.zeros(2),
+        'a b': True
+    },
+])
+def test_config_that_survives_an_export_passes(value: Any) -> None:
+    check_survives(Config(dict(model=MODEL, value=value)))
+
+
+@pytest.mark.parametrize('value, message', [
+    (lambda: 0, 'at value.x, but got function'),
+    (dict(y=object()), 'at value.x.y, but got object'),
+    ('{{ fileBasename }}', 'a value at value .* comes back as another'),
+    ('{{ _base_.y }}', 'read again, as an export does, but got'),
+])
+def test_config_that_does_not_survive_an_export_is_refused(
+        value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_survives(Config(dict(model=MODEL, value=dict(x=value))))
+
+
+def test_gates_in_the_config_of_an_export_are_refused(tmp_path: Path) -> None:
+    """Also if nothing but a key tells that it is one."""
+    cfg = Config(dict(model=MODEL))
+    assert check_not_exported(cfg) is None
+    write_config(tmp_path / 'pruned.py', pruned_config(cfg, 'x', {}))
+    (tmp_path / 'again.py').write_text(
+        "_base_ = './pruned.py'\nmodel = dict(type='gdp_mmseg.GDPModel', "
+        'gdp=dict(_delete_=True, target=0.5))\n')
+    with pytest.raises(ValueError, match='to prune further, train the gated'):
+        check_not_exported(Config.fromfile(tmp_path / 'again.py'))
 
 
 def test_the_order_of_keys_is_kept(tmp_path: Path) -> None:

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import keyword
 import math
+import tempfile
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 import numpy as np
 from mmengine.config import Config
 
-from ..engine.compat import moves_gates
-from ..engine.config import PRUNED, SCOPE, ModelConfig
 from ..surgery.widths import Widths
+from .compat import moves_gates
+from .config import PRUNED, SCOPE, ModelConfig
 
+# Key by which an exported config is known, whatever is changed in it.
+_EXPORTED = 'gdp_exported'
 # Keys that belong to the gated training alone.
 _OF_THE_TRAINING = ('work_dir', 'load_from', 'resume')
 
@@ -58,7 +61,24 @@ def pruned_config(cfg: Config, name: str, widths: Widths) -> dict[str, Any]:
         content['custom_hooks'] = [
             hook for hook in content['custom_hooks'] if not moves_gates(hook)
         ]
+    content[_EXPORTED] = True
     return {key: plain_value(value, key) for key, value in content.items()}
+
+
+def check_not_exported(cfg: Config) -> None:
+    """Check that a gated training does not build on an exported config.
+
+    Its gates would be on the dense network again, with random weights.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if cfg.get(_EXPORTED):
+        raise ValueError(
+            'config: expected a gated training of the dense network, but got '
+            f'gates in the config of an export ({_EXPORTED}=True); to prune '
+            'further, train the gated config again with load_from=its last '
+            'checkpoint and a lower gdp.target')
 
 
 def write_config(path: Path, content: Mapping[str, Any]) -> None:
@@ -66,6 +86,40 @@ def write_config(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(
         ''.join(f'{key} = {_code(value)}\n' for key, value in content.items()),
         encoding='utf8')
+
+
+def check_survives(cfg: Config) -> None:
+    """Check that an export can write a config and read the same back.
+
+    Args:
+        cfg (Config): Config of a gated training.
+
+    Raises:
+        ValueError: If a value cannot be written, or comes back as another.
+    """
+    content = pruned_config(cfg, 'config', {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / 'config_pruned.py'
+        write_config(path, content)
+        try:
+            back = Config.fromfile(path).to_dict()
+        except Exception as error:  # a value may be anything
+            raise ValueError(
+                'config: expected values that can be written to a file and '
+                f'read again, as an export does, but got {error}; change the '
+                'config') from error
+    for key, value in content.items():
+        found = back.get(key)
+        if key == 'model':
+            # Its key ``gdp`` holds the path of the folder.
+            value, found = dict(value, gdp=None), dict(found, gdp=None)
+        # Texts are compared, because they tell the order of keys, and nan is
+        # unequal to itself.
+        if repr(value) != repr(found):
+            raise ValueError(
+                f'config: expected a value at {key} that can be written to a '
+                'file and read again, as an export does, but got one that '
+                'comes back as another; change the config')
 
 
 def plain_value(value: Any, key: str) -> Any:
@@ -81,7 +135,7 @@ def plain_value(value: Any, key: str) -> Any:
     """
     if isinstance(value, Mapping):
         return {
-            str(name): plain_value(item, f'{key}.{name}')
+            _plain_key(name): plain_value(item, f'{key}.{name}')
             for name, item in value.items()
         }
     if isinstance(value, (list, tuple)):
@@ -104,6 +158,11 @@ def plain_value(value: Any, key: str) -> Any:
         f'got {type(value).__name__}, which cannot be written to the exported '
         'config; change the config, for example to the name of a registered '
         'class')
+
+
+def _plain_key(name: Any) -> Any:
+    """Keep numbers as keys, e.g. those of a map of labels."""
+    return name if type(name) in (bool, int, float) else str(name)
 
 
 def _code(value: Any, indent: int = 0) -> str:
@@ -144,5 +203,6 @@ def _brackets(value: Any) -> tuple[str, str]:
 
 def _named(value: Mapping[str, Any]) -> bool:
     """Tell whether all keys can be names of arguments."""
-    return all(name.isidentifier() and not keyword.iskeyword(name)
-               for name in value)
+    return all(
+        isinstance(name, str) and name.isidentifier()
+        and not keyword.iskeyword(name) for name in value)
