@@ -8,7 +8,7 @@ _base_ = [
     './_base_/default_runtime.py',
 ]
 crop_size = (96, 96)
-max_iters = 450
+max_iters = 500
 
 norm_cfg = dict(type='BN', requires_grad=True)
 model = dict(
