@@ -125,10 +125,15 @@ def check_resume(network: nn.Module, state: Mapping[str, Any]) -> None:
     came = THETA in unwrapped(state)
     if gated != came:
         kinds = ('a dense', 'a gated')
+        # A dense network does not take gated weights: closed channels would
+        # be open.
+        advice = (
+            'to start from its weights, pass it as load_from, without '
+            '--resume and to another work_dir' if gated else
+            'pass the config that it was trained with, or another work_dir')
         raise ValueError(
             f'--resume: expected a checkpoint of {kinds[gated]} training, but '
-            f'got one of {kinds[came]} training; to start from its weights, '
-            'pass it as load_from, without --resume and to another work_dir')
+            f'got one of {kinds[came]} training; {advice}')
 
 
 def refuse_others_(network: nn.Module, fitting: Fitting) -> None:

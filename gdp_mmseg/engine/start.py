@@ -1,7 +1,7 @@
 """Start of a fine-tuning from the weights of an export."""
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Mapping, Sequence
 
 import torch
 from mmengine.logging import print_log
@@ -53,8 +53,9 @@ class StartFromExport:
         fresh = [name for name in own if name not in fitting]
         # The model's own state dict keeps the versions of its modules.
         own.update(fitting)
-        network.load_state_dict(own)
-        _check_loaded(network, fitting, self.path)
+        # Modules may drop buffers that they compute themselves.
+        dropped = network.load_state_dict(own, strict=False).missing_keys
+        _check_loaded(network, fitting, dropped, self.path)
         if fresh:
             print_log(
                 'GDP: these layers begin anew, because the exported weights '
@@ -62,17 +63,25 @@ class StartFromExport:
                 logger='current')
 
 
-def _check_loaded(network: nn.Module, state: dict[str, torch.Tensor],
-                  path: str) -> None:
+def _check_loaded(network: nn.Module, state: Mapping[str, torch.Tensor],
+                  dropped: Sequence[str], path: str) -> None:
     """Check that a model holds the weights that it was given.
+
+    Args:
+        network (nn.Module): The model.
+        state (Mapping[str, Tensor]): The weights.
+        dropped (Sequence[str]): Names that the model's own loading code left
+            out. Buffers among them may differ.
+        path (str): File of the weights, for the error.
 
     Raises:
         ValueError: If the model's own loading code changed a weight.
     """
     loaded = network.state_dict()
+    computed = set(dropped) - {name for name, _ in network.named_parameters()}
     changed = [
         name for name, value in state.items()
-        if not torch.equal(loaded[name].cpu(), value)
+        if name not in computed and not torch.equal(loaded[name].cpu(), value)
     ]
     if changed:
         raise ValueError(

@@ -14,7 +14,10 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from torch import nn
 
+from gdp_mmseg.engine.start import StartFromExport
+
 from helpers.project import Exported, build
+from helpers.toys import ComputedTable
 
 
 @MODELS.register_module()
@@ -46,6 +49,23 @@ def test_every_weight_is_the_exported_one(exported: Exported,
     expected = weights(exported)
     assert list(state) == list(expected)
     assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+class _Drops(ComputedTable):
+    """Computes a buffer, and begins with other weights."""
+
+    def init_weights(self) -> None:
+        nn.init.constant_(self.kernel, 0.5)
+
+
+def test_buffers_that_a_model_computes_need_not_be_loaded(
+        tmp_path: Path) -> None:
+    state = dict(kernel=torch.arange(2.), table=torch.zeros(3))
+    torch.save(dict(state_dict=state, meta={}), tmp_path / 'x.pth')
+    model = _Drops()
+    StartFromExport(model, str(tmp_path / 'x.pth'))()
+    assert model.kernel.tolist() == [0, 1]
+    assert model.table.tolist() == [1, 1, 1]
 
 
 def test_layers_of_other_classes_begin_anew(exported: Exported) -> None:

@@ -13,6 +13,7 @@ from mmengine.config import Config
 
 from gdp_mmseg.analysis.state import from_state
 from gdp_mmseg.engine import model as models
+from gdp_mmseg.engine.matching import check_resume
 from gdp_mmseg.export import networks
 from gdp_mmseg.export.export import export
 
@@ -112,3 +113,19 @@ def test_a_resume_does_not_analyse_again(
     outcome = run_tool('train.py', *arguments, '--resume', cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     assert (tmp_path / 'work/iter_4.pth').is_file()
+
+
+@pytest.mark.parametrize('gated, state, message', [
+    (True, {
+        'weight': 1
+    }, 'a gated training, but got one of a dense .* as load_from'),
+    (False, {
+        'gdp.gates.theta': 1
+    }, 'a dense training, but got one of a gated .* the config that it was'),
+])
+def test_resume_across_gates_is_refused_with_a_way_that_works(
+        trained: Trained, gated: bool, state: dict[str, Any],
+        message: str) -> None:
+    network = trained.runner.model if gated else torch.nn.Identity()
+    with pytest.raises(ValueError, match=message):
+        check_resume(network, state)

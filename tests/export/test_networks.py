@@ -12,18 +12,7 @@ from torch import nn
 
 from gdp_mmseg.export.networks import load_strictly
 
-
-class ComputedTable(nn.Module):
-    """Drops a buffer from what it loads, as mmpretrain's SwinV2 does."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kernel = nn.Parameter(torch.zeros(2))
-        self.register_buffer('table', torch.ones(3))
-        self._register_load_state_dict_pre_hook(self._drop)
-
-    def _drop(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        state.pop(f'{prefix}table', None)
+from helpers.toys import ComputedTable
 
 
 def test_keys_that_a_module_drops_are_not_missing() -> None:

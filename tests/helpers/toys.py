@@ -860,3 +860,16 @@ def all_outputs(net: Any, inputs: Tensor) -> list[Tensor]:
         net(inputs, mode='tensor'),
         net.auxiliary_head(net.extract_feat(inputs))
     ]
+
+
+class ComputedTable(nn.Module):
+    """Drops a buffer from what it loads, as mmpretrain's SwinV2 does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = nn.Parameter(torch.zeros(2))
+        self.register_buffer('table', torch.ones(3))
+        self._register_load_state_dict_pre_hook(self._drop)
+
+    def _drop(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        state.pop(f'{prefix}table', None)
