@@ -163,6 +163,10 @@ class ResumeHook(Hook):
         # A data set's own types could not be loaded without running code.
         if meta.get('dataset_meta'):
             meta['dataset_meta'] = plain(meta['dataset_meta'])
+        # mmengine keeps the same metainfo among its runtime information.
+        info = checkpoint.get('message_hub', {}).get('runtime_info', {})
+        if info.get('dataset_meta'):
+            info['dataset_meta'] = plain(info['dataset_meta'])
         widths = ((runner.cfg.get('model') or {}).get('gdp')
                   or {}).get('widths')
         if widths:
