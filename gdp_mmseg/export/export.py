@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..analysis.structure import Analysis
+from ..analysis.tracer import clone_model
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
@@ -125,8 +126,8 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
     shape = analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
-        [copy.deepcopy(model).to(device) for model in networks.values()],
-        shape, inference_forward)
+        [clone_model(model, device) for model in networks.values()], shape,
+        inference_forward)
     channels = pruner.channels()
     keep = channels.cpu() > 0
     rows = [
