@@ -18,7 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..analysis.structure import Analysis
-from ..analysis.tracer import clone_model
+from ..analysis.tracer import clone_model, fixed_seeds
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
@@ -199,7 +199,9 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
     Returns:
         dict[str, Any]: Metrics as the evaluator returns them.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # A forward may draw random numbers; two networks that are compared have to
+    # draw the same ones. A runner without a seed would choose one at random.
+    with tempfile.TemporaryDirectory() as folder, fixed_seeds():
         runner = Runner(
             model=model,
             work_dir=folder,
@@ -207,6 +209,7 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
             test_evaluator=copy.deepcopy(cfg.test_evaluator),
             test_cfg=copy.deepcopy(cfg.test_cfg),
             default_scope=cfg.get('default_scope', 'mmseg'),
+            randomness=dict(seed=0),
             log_processor=cfg.get('log_processor'),
             env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='gloo'))),
             log_level='WARNING',
