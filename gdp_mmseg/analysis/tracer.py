@@ -171,6 +171,22 @@ def copy_model(
     return copy.deepcopy(model, memo)
 
 
+def clone_model(model: nn.Module,
+                device: torch.device | str | None = None) -> nn.Module:
+    """Deep-copy a model with all its tensors, to a device or where they are.
+
+    ``deepcopy`` refuses models with a tensor that has a gradient's history.
+
+    Args:
+        model (nn.Module): The model, which stays unchanged.
+        device (torch.device | str, optional): Device of the copy. Defaults to
+            that of each tensor.
+    """
+    return copy_model(
+        model,
+        lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
+
+
 def set_mode_(model: nn.Module, training: bool) -> None:
     """Set the mode of a model in place; modules without parts stay in eval.
 

@@ -13,7 +13,7 @@ from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..analysis.tracer import fixed_seeds
+from ..analysis.tracer import clone_model, fixed_seeds
 from ..engine.forwards import inference_forward, loss_forward, tensors_of
 from ..engine.model import find_pruner
 from ..surgery.outputs import first_line, largest_difference, outputs_of
@@ -105,7 +105,7 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
     _, *shape = find_pruner(gated).analysis.input_shape
 
     def step(network: nn.Module) -> None:
-        model: Any = copy.deepcopy(network).train()
+        model: Any = clone_model(network).train()
         with fixed_seeds():
             if batches:
                 data = model.data_preprocessor(copy.deepcopy(batches[0]), True)

@@ -18,6 +18,7 @@ from mmengine.runner import Runner
 from torch import nn
 
 from ..analysis.structure import Analysis
+from ..analysis.tracer import clone_model, fixed_seeds
 from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
@@ -122,8 +123,8 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
     shape = analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
-        [copy.deepcopy(model).to(device) for model in networks.values()],
-        shape, inference_forward)
+        [clone_model(model, device) for model in networks.values()], shape,
+        inference_forward)
     channels = pruner.channels()
     keep = channels.cpu() > 0
     rows = [
@@ -197,7 +198,9 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
     Returns:
         dict[str, Any]: Metrics as the evaluator returns them.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    # A forward may draw random numbers; two networks that are compared have to
+    # draw the same ones. A runner without a seed would choose one at random.
+    with tempfile.TemporaryDirectory() as folder, fixed_seeds():
         runner = Runner(
             model=model,
             work_dir=folder,
@@ -205,6 +208,7 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
             test_evaluator=copy.deepcopy(cfg.test_evaluator),
             test_cfg=copy.deepcopy(cfg.test_cfg),
             default_scope=cfg.get('default_scope', 'mmseg'),
+            randomness=dict(seed=0),
             log_processor=cfg.get('log_processor'),
             env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='gloo'))),
             # Networks that draw numbers when they predict draw the same ones.

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import collections
-import copy
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from ..analysis.state import fits, from_state
 from ..analysis.structure import Analysis
+from ..analysis.tracer import clone_model
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import ModelConfig
 from ..engine.matching import THETA, check_gate_meta, check_gates
@@ -56,7 +56,7 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
         for key, value in state.items() if not key.startswith('gdp.')
     })
     analysis = _analysis(dense, config, from_state(meta['gdp']['analysis']))
-    gated = add_gates_(copy.deepcopy(dense), analysis, config.settings)
+    gated = add_gates_(clone_model(dense), analysis, config.settings)
     check_gates(find_pruner(gated), state, meta)
     load_strictly(gated, state)
     return dense.eval(), gated.eval()

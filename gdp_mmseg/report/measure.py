@@ -1,7 +1,6 @@
 """FLOPs, parameters and latency of a network."""
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from typing import Any, Callable, Sequence
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -31,7 +32,7 @@ def count_flops(model: nn.Module, input_shape: tuple[int, ...],
         int: One fused multiply-add counts as one.
     """
     for device in ('meta', 'cpu'):
-        shadow = copy.deepcopy(model).to(device).eval()
+        shadow = clone_model(model, device).eval()
         try:
             # The counter misses the fused attention kernels of a CPU.
             with torch.no_grad(), sdpa_kernel(

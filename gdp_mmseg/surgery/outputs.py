@@ -19,9 +19,10 @@ def outputs_of(model: nn.Module,
                shared: object = None) -> list[Tensor]:
     """Run a copy of a model with fixed seeds and return all output tensors.
 
-    The copy has buffers and attributes of its own, so that a forward which
-    writes into them starts from the same state in each run. Parameters are
-    shared with the model.
+    The copy has buffers, attributes and parameters without gradients of its
+    own, so that a forward which writes into them, for example into an averaged
+    copy of the weights, starts from the same state in each run. The other
+    parameters are shared with the model.
 
     Args:
         model (nn.Module): The model, which stays unchanged.
@@ -32,10 +33,11 @@ def outputs_of(model: nn.Module,
         shared (object, optional): Object that the copy shares with the model.
     """
 
-    def with_own_buffers(tensor: Tensor) -> Tensor:
-        return tensor if isinstance(tensor, nn.Parameter) else tensor.clone()
+    def with_own_state(tensor: Tensor) -> Tensor:
+        trained = isinstance(tensor, nn.Parameter) and tensor.requires_grad
+        return tensor if trained else tensor.clone()
 
-    running = copy_model(model, with_own_buffers, (shared, ))
+    running = copy_model(model, with_own_state, (shared, ))
     with fixed_seeds():
         set_mode_(running, training)
         outputs = tree_leaves(forward(running, inputs))

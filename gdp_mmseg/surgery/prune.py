@@ -11,7 +11,6 @@ is replaced: a batch norm by the identity, a layer by :class:`Constant`.
 """
 from __future__ import annotations
 
-import copy
 from typing import Any, Mapping
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from ..analysis.liveness import kept_channels, kept_slots
 from ..analysis.structure import Analysis
-from ..analysis.tracer import copy_model
+from ..analysis.tracer import clone_model, copy_model
 from ..gates.layers import along, slot_values
 from .widths import Widths, apply_widths_, whole_width, widths_of
 
@@ -47,7 +46,12 @@ def prune(model: nn.Module, analysis: Analysis,
     pruned, widths = cut(model, analysis, openness)
     # The cut shares unchanged tensors with the model; to train one of the two
     # must not change the other.
-    return copy.deepcopy(pruned), widths
+    pruned = clone_model(pruned)
+    if not model.training:
+        # Modules that compute a tensor from their parameters in train() still
+        # hold the one of the dense model.
+        pruned.eval()
+    return pruned, widths
 
 
 def cut(model: nn.Module, analysis: Analysis,

@@ -20,6 +20,10 @@ _GAINS = (1., 0.5, 0.25, 0.1)
 # Offset between the starts of two kernels in the same memory. It is a prime,
 # so that no row of one kernel is a row of another.
 _SHIFT = 1009
+# Positions over which the mean of a channel is taken, at least.
+_LEAST_POSITIONS = 8
+# Layers whose channels lie on the last axis of their output.
+_LAST_AXIS = (nn.Linear, nn.LayerNorm)
 
 
 def copy_with_random_weights(model: nn.Module,
@@ -91,3 +95,52 @@ def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
             if module.running_var is not None:
                 module.running_var.uniform_(0.5, 1.5)
     return model
+
+
+@torch.no_grad()
+def centre_biases_(model: nn.Module, run: Callable[[], Any]) -> None:
+    """Move the biases of a model with random weights in place, by one run.
+
+    Features vary less behind each layer, while random biases stay as large.
+    A narrow layer then often gives nothing but zeros behind its activation,
+    and outputs are equal whatever is wrong in front of it. Here the mean of
+    each channel is moved to within half a standard deviation of zero.
+
+    Args:
+        model (nn.Module): Model with random weights of its own.
+        run (Callable[[], Any]): Function that runs the model or copies of it.
+    """
+
+    def centre(layer: Any) -> Callable[..., Any]:
+
+        def after(module: Any, inputs: Any, output: Any) -> Any:
+            axis = -1 if isinstance(layer, _LAST_AXIS) else 1
+            if not isinstance(output, Tensor) or output.dim() < 2 or (
+                    output.shape[axis] != len(layer.bias)):
+                return output
+            values = output.transpose(0, axis).flatten(1)
+            # Few positions tell nothing about the spread of a channel.
+            if values.shape[1] < _LEAST_POSITIONS:
+                return output
+            mean, spread = values.mean(1), values.std(1)
+            shift = mean - mean.clamp(-spread / 2, spread / 2)
+            layer.bias.data.sub_(shift.to(layer.bias))
+            if module.bias is not layer.bias:
+                module.bias.data.copy_(layer.bias)
+            shape = [1] * output.dim()
+            shape[axis] = -1
+            return output - shift.reshape(shape)
+
+        return after
+
+    handles = [
+        module.register_forward_hook(centre(module))
+        for module in model.modules()
+        if isinstance(bias := getattr(module, 'bias', None), nn.Parameter)
+        and bias.dim() == 1
+    ]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()

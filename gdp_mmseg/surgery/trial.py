@@ -15,7 +15,7 @@ from ..gates.gdp import GDPGates, theta_of
 from ..gates.layers import gate_layer_
 from .outputs import first_line, largest_difference, outputs_of
 from .prune import cut
-from .random_weights import copy_with_random_weights
+from .random_weights import centre_biases_, copy_with_random_weights
 
 _INEXACT = 'not exact when pruned: the forward counts on these channels'
 # Sides of the input that are tried before the analysed one, and the step
@@ -226,9 +226,13 @@ class Trial:
 
     def _measure(self, closed: Sequence[int], half: bool) -> Outcome:
         openness = self._openness(closed, half)
-        pruned, _ = cut(self.model, self.analysis, openness)
         with torch.no_grad():
             self.gates.theta.copy_(theta_of(openness, self.gates.epsilon))
+        if half:
+            # The gated copy shares its biases with the model that is cut.
+            centre_biases_(self.gated,
+                           lambda: self._run_gated(self._num_required - 1))
+        pruned, _ = cut(self.model, self.analysis, openness)
         self.failed_at = ''
         for name, module in pruned.named_modules():
             module.register_forward_pre_hook(self._remember(name))
