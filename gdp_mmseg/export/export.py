@@ -211,8 +211,6 @@ def run_test(cfg: Config, model: nn.Module) -> dict[str, Any]:
             randomness=dict(seed=0),
             log_processor=cfg.get('log_processor'),
             env_cfg=cfg.get('env_cfg', dict(dist_cfg=dict(backend='gloo'))),
-            # Networks that draw numbers when they predict draw the same ones.
-            randomness=dict(seed=0),
             log_level='WARNING',
             experiment_name=Path(folder).name)
         return runner.test()
