@@ -29,7 +29,7 @@ from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.pruner.pruner import Pruner
 
 from helpers.project import (PHASES, TARGET, WITHOUT_SYNC, Project, Recorder,
-                             train)
+                             build_runner, train)
 
 # Of these, 9 are in the pruning phase.
 ITERATIONS = 12
@@ -158,7 +158,7 @@ def _train(cfg: Config) -> tuple[Any, Recorder]:
     """:func:`project.train`, by the runner that the config asks for."""
     if 'runner_type' not in cfg:
         return train(cfg)
-    runner, recorder = RUNNERS.build(cfg), Recorder()
+    runner, recorder = build_runner(cfg, RUNNERS.build), Recorder()
     runner.register_hook(recorder)
     runner.train()
     return runner, recorder

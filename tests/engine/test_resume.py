@@ -29,7 +29,7 @@ from gdp_mmseg.engine.resume import (ResumeHook, check_labels, random_state,
                                      set_random_state)
 
 from helpers.project import (ITERATIONS, PHASES, Project, Recorder, Trained,
-                             run_tool, train)
+                             build_runner, run_tool, train)
 
 SETTLED = round(ITERATIONS * (PHASES[0] + PHASES[1]))
 # In the warm-up, in the pruning phase, at its end, while settling.
@@ -114,7 +114,7 @@ class Losses(Hook):
 
 def _train(cfg: Config) -> dict[int, float]:
     """Train; return the losses."""
-    runner, losses = Runner.from_cfg(cfg), Losses()
+    runner, losses = build_runner(cfg), Losses()
     runner.register_hook(losses)
     runner.train()
     return losses.values
@@ -233,7 +233,7 @@ def test_loss_that_is_not_finite_ends_at_the_last_good_checkpoint(
     cfg = project.load(tmp_path)
     cfg.default_hooks.checkpoint.update(interval=4, max_keep_ckpts=1)
     cfg.default_hooks.gdp.patience = patience
-    runner, recorder = Runner.from_cfg(cfg), Recorder()
+    runner, recorder = build_runner(cfg), Recorder()
     runner.register_hook(Poison(10))
     runner.register_hook(recorder)
     with pytest.raises(FloatingPointError) as error:

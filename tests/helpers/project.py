@@ -27,7 +27,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
-from gdp_mmseg.engine.model import find_pruner
+from gdp_mmseg.analysis.structure import Analysis
+from gdp_mmseg.engine.model import find_pruner, known_analysis
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.report.tables import Report
 
@@ -353,9 +354,28 @@ def build(model: Mapping[str, Any]) -> nn.Module:
     return MODELS.build(model)
 
 
+# Analyses of this process, by the model's config: most tests train the same.
+_ANALYSES: dict[str, Analysis] = {}
+
+
+def build_runner(
+        cfg: Config,
+        build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
+    """Build the runner of a config; analyse each model once a process."""
+    key = str(cfg.model)
+    with known_analysis(_ANALYSES.get(key)):
+        runner = build(cfg)
+    model: Any = getattr(runner, 'model', None)
+    # A FlexibleRunner builds its model when the training begins.
+    pruner = getattr(getattr(model, 'module', model), 'gdp', None)
+    if pruner is not None:
+        _ANALYSES[key] = pruner.analysis
+    return runner
+
+
 def train(cfg: Config) -> tuple[Runner, Recorder]:
     """Train what a config says, with a recorder."""
-    runner, recorder = Runner.from_cfg(cfg), Recorder()
+    runner, recorder = build_runner(cfg), Recorder()
     runner.register_hook(recorder)
     runner.train()
     return runner, recorder
