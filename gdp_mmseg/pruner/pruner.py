@@ -115,7 +115,8 @@ class Pruner(nn.Module):
                 f'gdp.target: expected more than {least:.4f}, because '
                 f'{least:.2%} of the {target.resource} cannot be pruned, but '
                 f'got {target.ratio}; raise gdp.target, or let more be pruned '
-                'by gdp.ignore, gdp.only and gdp.min_keep_ratio')
+                'by gdp.ignore, gdp.only and gdp.min_keep_ratio; '
+                'tools/groups.py lists the layers without a gate and why')
 
     def note_on(self, left: float) -> str | None:
         """Compose a note on a network that misses the target.
