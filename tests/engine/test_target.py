@@ -124,7 +124,7 @@ def test_missed_target_is_noted_by_its_own_cost(
     lines = report_of(
         changed_gates(by_params), tmp_path / 'out', 'params', project)[2]
     note, = (line for line in lines if line.startswith('note'))
-    assert 'of the parameters are left, but the target is 0.6' in note
+    assert 'of the parameters are left, but gdp.target is 0.6' in note
 
 
 @pytest.fixture()

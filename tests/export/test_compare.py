@@ -11,12 +11,11 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
+from mmengine.registry import init_default_scope
 
 from gdp_mmseg.export.compare import _batches
 
 
-@DATASETS.register_module()
 class MountedDataset(BaseDataset):
     """Two samples, if its share is mounted."""
 
@@ -26,7 +25,6 @@ class MountedDataset(BaseDataset):
         return [dict(number=0), dict(number=1)]
 
 
-@TRANSFORMS.register_module()
 class FailingTransform(BaseTransform):
     """A transform that fails when it is built, when it runs, or not at all.
     """
@@ -56,8 +54,8 @@ def config(step: dict[str, Any], **dataset: Any) -> Config:
                     type='RepeatDataset',
                     times=1,
                     dataset=dict(
-                        type='MountedDataset',
-                        pipeline=[dict(step, type='FailingTransform')],
+                        type=MountedDataset,
+                        pipeline=[dict(step, type=FailingTransform)],
                         **dataset)))))
 
 
