@@ -118,7 +118,8 @@ def markdown(report: dict[str, Any]) -> str:
     return '\n'.join([
         *lines, '', f'{report["machine"]}, torch {report["torch"]}. Report: '
         '`reports/odd_projects.json`, by `python benchmarks/odd_projects.py '
-        f'--number {len(rows)} --seed {rows[0]["seed"]} --report '
+        f'--number {rows[-1]["seed"] - rows[0]["seed"] + 1} '
+        f'--seed {rows[0]["seed"]} --report '
         'docs/reports/odd_projects.json`.'
     ])
 
