@@ -261,6 +261,9 @@ class Trial:
             # or another group's number, must not find it by chance.
             golden = index * 0.618 % 1
             stay = len(gates) // 4 + int(golden * (len(gates) // 2 + 1)) | 1
+            if len(gates) > 3:
+                # One channel alone would be broadcast to a wrong shape.
+                stay = max(stay, 3)
             number = len(gates) - stay * half
             order = torch.randperm(len(gates), generator=generator)
             openness[gates] = 0.3 + 0.6 * torch.rand(

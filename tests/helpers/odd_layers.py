@@ -19,7 +19,7 @@ def norm(kind: str, channels: int) -> nn.Module:
     if kind == 'none':
         return nn.Identity()
     if kind == 'GN':
-        return nn.GroupNorm(2, channels)
+        return nn.GroupNorm(2 - channels % 2, channels)
     return (nn.SyncBatchNorm if kind == 'SyncBN' else nn.BatchNorm2d)(channels)
 
 
@@ -356,7 +356,7 @@ class StateInInference(nn.Module):
         x = self.body(x)
         with torch.no_grad():
             self.scale.mul_(0.9).add_(0.1 * x.abs().mean().clamp(0.1, 10))
-        return x / self.scale
+        return x / self.scale.clone()
 
 
 class RandomBlock(nn.Module):

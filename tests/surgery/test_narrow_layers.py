@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,3 +44,22 @@ def test_narrow_layers_do_not_hide_an_error_in_front_of_them(
     analysis, _ = verify(net, analyse(net, SHAPE, run), run)
     writers = {name for group in analysis.groups for name in group.writers}
     assert 'stem.0' not in writers
+
+
+def run_with_average(net: Any, x: Tensor) -> Tensor:
+    """Run a network, and move an average of its first kernel."""
+    net.average.data.lerp_(net.stem[0].weight.data, 0.5)
+    return net(x)
+
+
+@pytest.mark.parametrize('width', [4, 5, 6, 7])
+def test_no_group_passes_because_one_channel_is_broadcast(width: int) -> None:
+    net = Net(
+        lambda net, x: net.head(net.body(net.stem(x))),
+        stem=block(3, width),
+        body=block(width, 8),
+        head=last(8),
+        average=nn.Parameter(torch.zeros(width, 3, 3, 3), False))
+    analysis, _ = verify(
+        net, analyse(net, SHAPE, run), run, others=[(run_with_average, True)])
+    assert [group.writers for group in analysis.groups] == [('body.0', )]
