@@ -9,12 +9,15 @@ rows go to docs/reports/backbones.json. Both are shown in docs/models.md.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib
 import json
+import multiprocessing
+import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Callable, Iterable, Iterator, Mapping
 
 from mmengine.config import Config
 from rich.progress import track
@@ -31,6 +34,8 @@ from stock_backbones import check_backbone, stock
 # Limits of one process. No model that finished came near them.
 LIMIT_SECONDS = 300
 LIMIT_GIB = 10
+LIBRARIES = ('gdp_mmseg.engine.model', 'mmseg.models', 'mmpretrain.models',
+             'timm', 'torchvision.models')
 CLASSIFIERS = ('convnext', 'convnext_v2', 'densenet', 'efficientnet',
                'mobilenet_v2', 'mobilenet_v3', 'regnet', 'resnet', 'resnext',
                'res2net', 'seresnet', 'shufflenet_v1', 'shufflenet_v2', 'vgg')
@@ -48,8 +53,6 @@ def parse_args() -> argparse.Namespace:
         'those named instead of configs, e.g. timm/resnet18')
     parser.add_argument(
         '--json', type=Path, help='file that gets the rows as JSON')
-    parser.add_argument(
-        '--row', action='store_true', help=argparse.SUPPRESS)  # one process
     return parser.parse_args()
 
 
@@ -96,49 +99,69 @@ def _parts(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name, kind if isinstance(kind, str) else str(kind)
 
 
-def check_apart(name: str, family: str, *flags: str) -> dict[str, Any]:
+def import_libraries() -> None:
+    """Import what the processes need, as far as it is installed."""
+    for library in LIBRARIES:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(library)
+
+
+Check = Callable[[str], dict[str, Any]]
+
+
+def check_apart(check_one: Check, name: str, family: str) -> dict[str, Any]:
     """Check one model in a process of its own, within limits.
 
     A model that exhausts time or memory is a refused row, not the end of the
-    sweep.
+    sweep. The process is a fork, so that libraries are imported only once.
+    No thread may run beside it, not even one that draws a progress bar.
 
     Args:
+        check_one (Check): Function from the name of a model to its row.
         name (str): Path of a config or name of a backbone.
         family (str): Family of the row of a process that failed.
-        *flags (str): Further flags of the command line of the process.
     """
-
-    def limit() -> None:
-        size = LIMIT_GIB * 2**30
-        resource.setrlimit(resource.RLIMIT_DATA, (size, size))
-
+    fork = multiprocessing.get_context('fork')
+    receiver, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=_send_row, args=(sender, check_one, name))
+    process.start()
+    sender.close()
+    reason = f'no result within {LIMIT_SECONDS} s'
     try:
-        done = subprocess.run(
-            [sys.executable, '-W', 'ignore', __file__, '--row', *flags, name],
-            capture_output=True,
-            text=True,
-            preexec_fn=limit,
-            timeout=LIMIT_SECONDS)
-        row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-        return row
-    except subprocess.TimeoutExpired:
-        reason = f'no result within {LIMIT_SECONDS} s'
-    except (ValueError, IndexError):
-        lines = done.stderr.strip().splitlines() or ['']
-        reason = f'the process ended with {done.returncode}: {lines[-1]}'
+        if receiver.poll(LIMIT_SECONDS):
+            row: dict[str, Any] = receiver.recv()
+            return row
+    except EOFError:
+        process.join()
+        reason = f'the process ended with {process.exitcode}'
+    finally:
+        process.kill()
+        process.join()
     return dict(
         config=name_of(Path(name)),
         family=family,
         status='refused',
-        reason=reason[:200])
+        reason=reason)
+
+
+def _send_row(sender: Any, check_one: Check, name: str) -> None:
+    """Check one model within the limit of memory and send its row."""
+    size = LIMIT_GIB * 2**30
+    resource.setrlimit(resource.RLIMIT_DATA, (size, size))
+    # Models print and warn while they are built.
+    silent = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(silent, stream)
+    sender.send(check_one(name))
 
 
 def check_configs(configs: Iterable[Path],
                   report: Path | None) -> list[dict[str, Any]]:
     """Check the models of configs and write the rows into a report."""
+    import_libraries()
     rows = []
-    for path in track(list(configs), 'models'):
-        rows.append(check_apart(str(path), path.parent.name))
+    for path in track(list(configs), 'models', auto_refresh=False):
+        rows.append(check_apart(check, str(path), path.parent.name))
         show(rows[-1])
     if report:
         write_json(report, rows)
@@ -158,6 +181,7 @@ def check_backbones(names: list[str], report: Path) -> list[dict[str, Any]]:
     Returns:
         list[dict[str, Any]]: All rows of the report.
     """
+    import_libraries()
     order = stock()
     unknown = sorted(set(names) - set(order))
     if unknown:
@@ -172,9 +196,9 @@ def check_backbones(names: list[str], report: Path) -> list[dict[str, Any]]:
         return [rows[name] for name in order if name in rows]
 
     wanted = names or [name for name in order if name not in rows]
-    for name in track(wanted, 'backbones'):
+    for name in track(wanted, 'backbones', auto_refresh=False):
         family = name.partition('/')[2]
-        rows[name] = check_apart(name, family, '--backbones')
+        rows[name] = check_apart(check_backbone, name, family)
         show(rows[name])
         write_json(report, in_order())
     return in_order()
@@ -184,10 +208,6 @@ def check_backbones(names: list[str], report: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Check what the command line names, or all; write reports and page."""
     args = parse_args()
-    if args.row:
-        check_one = check_backbone if args.backbones else check
-        print(json.dumps(check_one(args.configs[0])))
-        return
     if args.backbones:
         rows = check_backbones(args.configs, args.json or BACKBONES)
         whole = not args.json

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +146,20 @@ def test_unexpected_error_is_faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row['reason'] == 'RuntimeError: broken'
 
 
+def test_process_that_dies_is_refused() -> None:
+    row = check_models.check_apart(lambda name: os._exit(3), 'a.py', 'a')
+    assert row['status'] == 'refused'
+    assert row['reason'] == 'the process ended with 3'
+
+
+def test_process_beyond_its_time_is_refused(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_models, 'LIMIT_SECONDS', 0.1)
+    row = check_models.check_apart(lambda name: time.sleep(60), 'a.py', 'a')
+    assert row['status'] == 'refused'
+    assert row['reason'] == 'no result within 0.1 s'
+
+
 # -- stock backbones --------------------------------------------------------
 
 
@@ -171,7 +187,8 @@ def test_sweep_goes_on_where_it_ended(monkeypatch: pytest.MonkeyPatch,
     names = stock()
     checked = []
 
-    def check_apart(name: str, family: str, *flags: str) -> dict[str, Any]:
+    def check_apart(check_one: check_models.Check, name: str,
+                    family: str) -> dict[str, Any]:
         checked.append(name)
         return dict(config=name, family=family, status='refused', reason='-')
 
