@@ -200,9 +200,8 @@ def _last_output(backbone: nn.Module) -> tuple[Tensor, int]:
         shape = getattr(last, 'shape', None)
         kind = type(last).__name__ if shape is None else tuple(shape)
         found.insert(0, f'{kind} at {side} x {side}')
-    raise ValueError('expected a feature map (N, C, H, W) or a vector (N, C) '
-                     'per image as the last output of the backbone, but got '
-                     f'{found[0]}')
+    raise ValueError('expected a feature map or a vector as the last output '
+                     f'of the backbone, but got {found[0]}')
 
 
 class _PlainCall(nn.Module):
