@@ -6,6 +6,7 @@ weights; nothing is downloaded.
 """
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 from typing import Any
 
@@ -106,12 +107,16 @@ def check_backbone(name: str) -> dict[str, Any]:
     """
     library, _, model = name.partition('/')
     row = check_candidate(name, model, lambda: _candidate(library, model))
-    try:
-        version = importlib.metadata.version(library)
-    except importlib.metadata.PackageNotFoundError:
-        # The maintained fork of an mm package has a name of its own.
-        version = importlib.metadata.version(f'onedl-{library}')
-    return dict(row, library=f'{library} {version}')
+    return dict(row, library=_with_version(library))
+
+
+def _with_version(library: str) -> str:
+    """Return the name of a library with its version, if it is installed."""
+    # The maintained fork of an mm package has a name of its own.
+    for package in (library, f'onedl-{library}'):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return f'{library} {importlib.metadata.version(package)}'
+    return library
 
 
 def _candidate(library: str, model: str) -> Candidate:
