@@ -423,8 +423,11 @@ def _join(labels: Labels, operation: Operation) -> bool:
             None else known)
     dim = operation.argument(1, 'dim', 0) % output.dim()
     if operation.name == 'stack':
-        parts = [part.unsqueeze(dim) for part in parts]
-    elif any(varies(part, dim) for part in parts):
+        # All parts need the same shape, so they keep the same channels.
+        for part in parts[1:]:
+            labels.tie(parts[0], part)
+        return labels.set(output, parts[0].unsqueeze(dim).expand(output.shape))
+    if any(varies(part, dim) for part in parts):
         # A vector of channels per part can be joined; parts that vary along
         # a second axis cannot.
         vectors = [

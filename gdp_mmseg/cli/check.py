@@ -2,41 +2,37 @@
 
 The gated and the pruned network must compute the same function. Their outputs
 are compared with random weights of order one, in single and in double
-precision, and with the weights that the model is built with.
+precision, and with the weights that the model is built with. With random
+weights double precision decides, as in :mod:`gdp_mmseg.surgery.verify`.
 """
 from __future__ import annotations
 
 import argparse
 import contextlib
-import re
+import dataclasses
 import resource
 import time
-from collections import Counter
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Sequence
 
 from .checks import check_config_file
 from .errors import one_line_errors
+from .rows import show
 
 CHANNELS, SIDE = 3, 128
-# Largest relative difference of outputs in single precision. A network may
-# amplify rounding beyond it: then this multiple of what one rounding of the
-# inputs changes.
+# Largest relative difference of outputs with the weights that a model is built
+# with, in single precision. A network may amplify rounding beyond it: then
+# this multiple of what one rounding of the inputs changes.
 TOLERANCE = 1e-5
 ROUNDINGS = 4
+# A forward that computes in single precision whatever its input fails in
+# double precision, or differs there by no more than this. Single precision
+# decides then, as in the verification.
+SINGLE = 1e-5
+SINGLE_TOLERANCE = 1e-4
 # Least relative change of the outputs by half-open gates. Below it, equal
 # outputs of the gated and the pruned network would say nothing.
 MIN_EFFECT = 1e-3
-# Text of a row's status in tables.
-STATUS = dict(
-    works='works',
-    part='works, part frozen',
-    refused='refused',
-    unbuilt='cannot be built here',
-    wrong='WRONG')
-COLUMNS = ('status', 'prunable channels', 'prunable FLOPs',
-           'random weights, fp32', 'random weights, fp64', 'as built, fp32',
-           'analysis (s)', 'peak (GiB)', 'frozen channels, or error')
 
 
 def parse_args() -> argparse.Namespace:
@@ -49,22 +45,54 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A model to check.
+
+    Args:
+        network (Any): An mm model in evaluation mode, without gates.
+        sides (Sequence[int]): Sides of the input in pixels, to be tried in
+            this order until the analysis accepts one.
+        ignore (Sequence[str]): Names of modules that must not change.
+        only (Sequence[str], optional): Names of the modules that may lose
+            channels. Defaults to all.
+    """
+    network: Any
+    sides: Sequence[int]
+    ignore: Sequence[str] = ()
+    only: Sequence[str] | None = None
+
+
 def check(path: str) -> dict[str, Any]:
-    """Analyse the model of a config, prune half at random, compare.
+    """Check the model of a config (see :func:`check_candidate`)."""
+    from mmengine.config import Config
+    return check_candidate(
+        name_of(Path(path)),
+        Path(path).parent.name, lambda: _build(Config.fromfile(path)))
+
+
+def check_candidate(name: str, family: str,
+                    build: Callable[[], Candidate]) -> dict[str, Any]:
+    """Analyse a model, prune half of it at random, compare the outputs.
+
+    Args:
+        name (str): Name of the model in the table.
+        family (str): Name of the family, under which rows are summarised.
+        build (Callable[[], Candidate]): Function that builds the model.
 
     Returns:
-        dict[str, Any]: ``status``, a key of ``STATUS``; ``reason`` of a
+        dict[str, Any]: ``status``, a key of ``rows.STATUS``; ``reason`` of a
         failure; shares of channels and multiply-adds that can be pruned;
-        frozen channels with reasons; relative differences of the outputs;
+        frozen channels with reasons; relative differences of the outputs
+        (that of double precision is None if the model cannot run in it);
         seconds of the analysis and peak memory in GiB.
     """
     import torch
-    from mmengine.config import Config
     torch.set_num_threads(1)
     torch.manual_seed(0)
     row: dict[str, Any] = dict(
-        config=name_of(Path(path)),
-        family=Path(path).parent.name,
+        config=name,
+        family=family,
         status='unbuilt',
         reason='',
         prunable_channels=None,
@@ -77,20 +105,33 @@ def check(path: str) -> dict[str, Any]:
         seconds=None,
         peak_gib=None)
     try:
-        network, sides, settings = _build(Config.fromfile(path))
+        candidate = build()
     except BaseException as error:  # a config or its packages raise anything
         return dict(row, reason=_first_line(error))
-    for side in sides:
+    for side in candidate.sides:
         try:
-            row.update(_prune_half(network, side, settings), side=side)
+            row.update(_prune_half(candidate, side), side=side)
             break
-        except ValueError as error:
-            row.update(status='refused', reason=_first_line(error), side=side)
+        except Exception as error:
+            row.update(
+                status='refused' if _is_refusal(error) else 'wrong',
+                reason=_first_line(error),
+                side=side)
     return row
 
 
-def _build(cfg: Any) -> tuple[Any, list[int], Any]:
-    """Build a config's model; return it, input sides to try, settings."""
+def _is_refusal(error: Exception) -> bool:
+    """Return True if an error says clearly why a model is not pruned.
+
+    Memory that the limit of the process refuses is no fault either.
+    """
+    return (isinstance(error, ValueError) and 'but got' in str(error)
+            or isinstance(error, MemoryError)
+            or "can't allocate memory" in str(error))
+
+
+def _build(cfg: Any) -> Candidate:
+    """Build the model of a config."""
     from mmengine.model import revert_sync_batchnorm
     from mmengine.registry import MODELS, init_default_scope
 
@@ -106,20 +147,22 @@ def _build(cfg: Any) -> tuple[Any, list[int], Any]:
         if isinstance(part, dict) and 'img_size' in part:
             part['img_size'] = (SIDE, SIDE)
     network = revert_sync_batchnorm(MODELS.build(config.ungated)).eval()
-    return network, [SIDE, max(size)], config.settings
+    settings = config.settings
+    return Candidate(network, [SIDE, max(size)], settings.ignore,
+                     settings.only)
 
 
-def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
+def _prune_half(candidate: Candidate, side: int) -> dict[str, Any]:
     """Return the part of a row that the analysis and the comparison fill."""
     import torch
 
     from ..analysis.liveness import kept_channels
     from ..cost.counts import FlopCost
     from ..engine.model import analyse_model
-    from ..surgery.verify import TOLERANCE as EXACT
+    network = candidate.network
     start = time.process_time()
     analysis, _ = analyse_model(network, (CHANNELS, side, side),
-                                settings.ignore, settings.only)
+                                candidate.ignore, candidate.only)
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cost = FlopCost(analysis)
@@ -136,12 +179,7 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
         not in frozen.reason and 'no traced forward' not in frozen.reason
     ]
     found = _compare(network, analysis, side)
-    # Comparisons with nan are false, so nan is never right.
-    right = (
-        found['rel_diff'] <= TOLERANCE and found['rel_diff_fp64'] <= EXACT
-        and found['rel_diff_built'] <= max(
-            TOLERANCE, ROUNDINGS * found.get('rounding', 0.))
-        and found['effect'] > MIN_EFFECT)
+    right = _is_right(found)
     status = ('part' if held else 'works') if right else 'wrong'
     return dict(
         status=status,
@@ -155,50 +193,86 @@ def _prune_half(network: Any, side: int, settings: Any) -> dict[str, Any]:
         **found)
 
 
-def _compare(network: Any, analysis: Any, side: int) -> dict[str, float]:
+def _is_right(found: dict[str, Any]) -> bool:
+    """Return True if the differences of outputs are within the bounds.
+
+    Args:
+        found (dict[str, Any]): The result of :func:`_compare`.
+    """
+    from ..surgery.verify import TOLERANCE as EXACT
+
+    # Comparisons with nan are false, so nan is never right.
+    double = found['rel_diff_fp64']
+    if double is None or EXACT < double <= SINGLE:
+        exact = found['rel_diff'] <= SINGLE_TOLERANCE
+    else:
+        exact = double <= EXACT
+    bound = max(TOLERANCE, ROUNDINGS * found.get('rounding', 0.))
+    return bool(exact and found['rel_diff_built'] <= bound
+                and found['effect'] > MIN_EFFECT)
+
+
+def _compare(network: Any, analysis: Any, side: int) -> dict[str, Any]:
     """Compare gated and pruned outputs at several weights.
 
     Returns:
-        dict[str, float]: Relative differences of gated and pruned outputs;
-        ``effect``, the relative change of the outputs by the gates; and, if
-        the difference with the built weights exceeds ``TOLERANCE``,
+        dict[str, Any]: Relative differences of gated and pruned outputs, that
+        of double precision None if the model cannot run in it; ``effect``,
+        the relative change of the outputs by the gates; and, if the
+        difference with the built weights exceeds ``TOLERANCE``,
         ``rounding``: the change of the gated outputs by one rounding of the
         inputs.
     """
     import torch
 
-    from ..engine.forwards import inference_forward
     from ..gates.gdp import GDPGates
     from ..surgery.outputs import largest_difference
-    from ..surgery.random_weights import copy_with_random_weights
     generator = torch.Generator().manual_seed(7)
     gates = GDPGates(analysis.num_gates)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)
     with torch.no_grad():
         gates.theta.uniform_(0.3, 1., generator=generator)
-        gates.theta[torch.rand(analysis.num_gates, generator=generator) <
-                    0.5] = 0
-
+        closed = torch.rand(analysis.num_gates, generator=generator) < 0.5
+        # A closed group, e.g. one gate for all channels of a group norm, could
+        # leave constant outputs, which are equal whatever else was removed.
+        for group in analysis.groups:
+            closed[group.gates[0]] = False
+        gates.theta[closed] = 0
     wanted, difference = _differ(network, analysis, gates, images)
-    found = dict(rel_diff_built=difference)
+    found: dict[str, Any] = dict(rel_diff_built=difference)
     if not difference <= TOLERANCE:  # true for nan, too
         rounded = images * (
             1 + torch.finfo(images.dtype).eps *
             (torch.rand(images.shape, generator=generator) - 0.5))
         found['rounding'] = largest_difference(
             _outputs(_gated(network, analysis, gates), rounded), wanted)
-    for key, dtype in (('rel_diff', torch.float32), ('rel_diff_fp64',
-                                                     torch.float64)):
-        gates.to(dtype)
-        with _default_dtype(dtype):
-            cast = images.to(dtype)
-            random_copy = copy_with_random_weights(
-                network, lambda net: inference_forward(net, cast))
-            wanted, found[key] = _differ(random_copy, analysis, gates, cast)
-            if dtype == torch.float32:
-                found['effect'] = largest_difference(
-                    _outputs(random_copy, cast), wanted)
+    found['rel_diff'], found['effect'] = _with_random_weights(
+        network, analysis, gates, images)
+    gates.double()
+    try:
+        with _default_dtype(torch.float64):
+            found['rel_diff_fp64'], _ = _with_random_weights(
+                network, analysis, gates, images.double())
+    except Exception:  # a forward that names float32 can raise anything
+        found['rel_diff_fp64'] = None
     return found
+
+
+def _with_random_weights(network: Any, analysis: Any, gates: Any,
+                         images: Any) -> tuple[float, float]:
+    """Compare outputs of copies with random weights, in the default dtype.
+
+    Returns:
+        tuple[float, float]: Relative difference of gated and pruned outputs,
+        and relative change of the outputs by the gates.
+    """
+    from ..surgery.outputs import largest_difference
+    from ..surgery.random_weights import copy_with_random_weights
+    random_copy = copy_with_random_weights(network,
+                                           lambda net: _outputs(net, images))
+    wanted, difference = _differ(random_copy, analysis, gates, images)
+    return difference, largest_difference(
+        _outputs(random_copy, images), wanted)
 
 
 @contextlib.contextmanager
@@ -257,55 +331,12 @@ def name_of(path: Path) -> str:
     return str(path)
 
 
-def cells_of(row: dict[str, Any]) -> list[str]:
-    """Return the text of a row in each of ``COLUMNS``."""
-    numbers = [''] * 7
-    if row.get('rel_diff') is not None:
-        numbers = [
-            f'{row["prunable_channels"]:.0%}', f'{row["prunable_macs"]:.0%}',
-            f'{row["rel_diff"]:.0e}', f'{row["rel_diff_fp64"]:.0e}',
-            _built(row), f'{row["seconds"]:.1f}', f'{row["peak_gib"]:.1f}'
-        ]
-    return [
-        STATUS[row['status']], *numbers, row['reason']
-        or _operators(row['frozen'])
-    ]
-
-
-def _built(row: dict[str, Any]) -> str:
-    """Return the difference with the built weights, and its bound."""
-    text = f'{row["rel_diff_built"]:.0e}'
-    if row['rel_diff_built'] > TOLERANCE:
-        text += f' (rounding: {row["rounding"]:.0e})'
-    return text
-
-
-def _operators(frozen: list[dict[str, Any]]) -> str:
-    """Return the frozen channels by operator, the largest number first."""
-    counts: Counter[str] = Counter()
-    for row in frozen:
-        reason = re.sub(r'^\S+ is used without', 'kernel used without',
-                        row['reason'])
-        # The module or an error's message follows, different in each row.
-        counts[re.split(r' in | \(', reason)[0]] += row['channels']
-    return ', '.join(f'{reason} ({count})'
-                     for reason, count in counts.most_common())
-
-
 def _first_line(error: BaseException) -> str:
     """Return the innermost cause of an error in one short line."""
     while error.__cause__ is not None and isinstance(error, KeyError):
         error = error.__cause__
     text = ' '.join(str(error).split()).partition(', the current sys.path')[0]
     return f'{type(error).__name__}: {text}'[:200]
-
-
-def show(row: dict[str, Any]) -> None:
-    """Print a row on one line, without its empty cells."""
-    print(
-        f'{row["config"]}:',
-        '; '.join(f'{column}: {cell}'
-                  for column, cell in zip(COLUMNS, cells_of(row)) if cell))
 
 
 @one_line_errors()

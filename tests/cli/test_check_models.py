@@ -1,15 +1,25 @@
-"""What tools/check_models.py says of a config of one's own."""
+"""Rows of tools/check_models.py for one's own configs and stock backbones."""
 from __future__ import annotations
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip('mmseg')
+from torch import Tensor, nn
+
+from gdp_mmseg.cli.check import Candidate, _is_right, check_candidate
+from gdp_mmseg.cli.rows import COLUMNS, cells_of
+
+import check_models
 from helpers import TOOLS
 from helpers.project import NAME, Project, run_program, run_tool
+from models_page import markdown, summary
+from stock_backbones import check_backbone, stock
 
 HEAD = "model = dict(decode_head=dict(type='{}'))"
 
@@ -62,3 +72,160 @@ def test_missing_config_is_one_line(tmp_path: Path) -> None:
     outcome = run_tool('check_models.py', 'absent.py', cwd=tmp_path)
     assert outcome.status == 2
     assert 'expected a config file, but got absent.py' in outcome.stderr
+
+
+# -- verdicts ---------------------------------------------------------------
+
+
+def found(single: float, double: float | None, **others: float) -> Any:
+    """Result of a comparison whose other numbers are good."""
+    return dict(
+        dict(
+            rel_diff=single,
+            rel_diff_fp64=double,
+            rel_diff_built=0.,
+            effect=1.), **others)
+
+
+@pytest.mark.parametrize('single, double', [
+    (1e-7, 1e-15),
+    (3e-5, 1e-15),
+    (3e-5, None),
+    (3e-5, 1e-6),
+])
+def test_single_precision_decides_only_without_double(
+        single: float, double: float | None) -> None:
+    assert _is_right(found(single, double))
+
+
+@pytest.mark.parametrize('comparison', [
+    found(1e-7, 1e-4),
+    found(3e-4, 1e-6),
+    found(3e-4, None),
+    found(1e-7, float('nan')),
+    found(float('nan'), None),
+    found(1e-7, 1e-15, effect=1e-4),
+    found(1e-7, 1e-15, rel_diff_built=5e-5, rounding=1e-5),
+    found(1e-7, 1e-15, rel_diff_built=float('nan'), rounding=1.),
+])
+def test_difference_beyond_its_bound_is_faulty(
+        comparison: dict[str, Any]) -> None:
+    assert not _is_right(comparison)
+
+
+class Single(nn.Module):
+    """Model with a forward that computes in single precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 16, 3)
+        self.last = nn.Conv2d(16, 2, 1)
+
+    def forward(self,
+                inputs: Tensor,
+                data_samples: Any = None,
+                mode: str = 'tensor') -> Tensor:
+        return self.last(self.first(inputs).relu().float())
+
+
+def test_model_in_single_precision_is_compared_there() -> None:
+    row = check_candidate('single', '', lambda: Candidate(Single(), [16]))
+    assert row['status'] == 'works' and row['rel_diff_fp64'] is None
+    assert cells_of(row)[COLUMNS.index('random weights, fp64')] == (
+        'does not run')
+
+
+def test_unexpected_error_is_faulty(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def broken(*args: Any) -> None:
+        raise RuntimeError('broken')
+
+    monkeypatch.setattr('gdp_mmseg.engine.model.analyse_model', broken)
+    row = check_candidate('broken', '', lambda: Candidate(Single(), [16]))
+    assert row['status'] == 'wrong'
+    assert row['reason'] == 'RuntimeError: broken'
+
+
+def test_process_that_dies_is_refused() -> None:
+    row = check_models.check_apart(lambda name: os._exit(3), 'a.py', 'a')
+    assert row['status'] == 'refused'
+    assert row['reason'] == 'the process ended with 3'
+
+
+def test_process_beyond_its_time_is_refused(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check_models, 'LIMIT_SECONDS', 0.1)
+    row = check_models.check_apart(lambda name: time.sleep(60), 'a.py', 'a')
+    assert row['status'] == 'refused'
+    assert row['reason'] == 'no result within 0.1 s'
+
+
+# -- stock backbones --------------------------------------------------------
+
+
+def test_backbone_under_a_segmentation_head() -> None:
+    pytest.importorskip('mmpretrain')
+    row = check_backbone('mmpretrain/ResNet')
+    assert row['status'] == 'works' and row['side'] == 64
+    assert row['library'].startswith('mmpretrain ')
+
+
+def test_classifier_of_torchvision() -> None:
+    row = check_backbone('torchvision/mnasnet0_5')
+    assert row['status'] == 'works' and row['prunable_macs'] > 0.9
+
+
+def test_backbone_of_timm() -> None:
+    pytest.importorskip('timm')
+    row = check_backbone('timm/resnet18')
+    assert row['status'] == 'works' and row['prunable_macs'] > 0.9
+
+
+def test_sweep_goes_on_where_it_ended(monkeypatch: pytest.MonkeyPatch,
+                                      tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    names = stock()
+    checked = []
+
+    def check_apart(check_one: check_models.Check, name: str,
+                    family: str) -> dict[str, Any]:
+        checked.append(name)
+        return dict(config=name, family=family, status='refused', reason='-')
+
+    monkeypatch.setattr(check_models, 'check_apart', check_apart)
+    report = tmp_path / 'backbones.json'
+    check_models.check_backbones([names[3]], report)
+    rows = check_models.check_backbones([], report)
+    assert checked == [names[3], *names[:3], *names[4:]]
+    written = json.loads(report.read_text())
+    assert [row['config']
+            for row in written] == names == [row['config'] for row in rows]
+
+
+def test_unknown_backbone_is_an_error(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    with pytest.raises(ValueError, match='but got timm/none'):
+        check_models.check_backbones(['timm/none'], tmp_path / 'rows.json')
+
+
+def test_page_has_a_section_for_each_library() -> None:
+    rows = [
+        dict(
+            config=name,
+            family=name.partition('/')[2],
+            status='refused',
+            reason='too large',
+            library='some 1.0') for name in ('timm/a', 'torchvision/b')
+    ]
+    page = markdown([], rows)
+    assert page.count('### some 1.0') == 2
+    assert '0 of 1 backbones are pruned exactly. Refused: a.' in page
+
+
+def test_summary_names_models_with_little_to_prune() -> None:
+    rows = [
+        dict(config=f'x/{name}', family=name, status='part', prunable_macs=sh)
+        for name, sh in (('some', 0.5), ('little', 0.004))
+    ]
+    assert summary(rows, 'backbones').endswith(
+        'Exact, but with less than 1% of the FLOPs to prune: little.')

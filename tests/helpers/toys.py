@@ -270,6 +270,15 @@ class StandardisedConv(nn.Conv2d):
         return self._conv_forward(input, kernel, self.bias)
 
 
+def _selective(net: Any, x: Tensor) -> Tensor:
+    """Two paths, weighted by a softmax over the paths (SKNet)."""
+    paths = torch.stack([net.one(x), net.two(x)], 1)
+    pooled = paths.sum(1).mean((2, 3), keepdim=True)
+    share = net.select(net.squeeze(pooled).relu())
+    share = share.reshape(len(x), 2, -1, 1, 1).softmax(1)
+    return net.last((paths * share).sum(1))
+
+
 def _normed_attention(net: Any, x: Tensor) -> Tensor:
     x = net.stem(x).flatten(2).transpose(1, 2)
     query, key = net.norm(net.query(x)), net.norm(net.key(x))
@@ -284,6 +293,16 @@ def _learnt_queries(net: Any, x: Tensor) -> Tensor:
 
 
 TOYS: dict[str, Toy] = {
+    'selective':
+    Toy(
+        lambda: Net(
+            _selective,
+            one=block(3, 8),
+            two=block(3, 8),
+            squeeze=conv(8, 4),
+            select=conv(4, 16),
+            last=last(8)),
+        ((8, 'one.0 two.0 squeeze select last'), (4, 'squeeze select'))),
     'computed kernel':
     Toy(
         lambda: Net(
