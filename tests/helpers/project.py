@@ -30,6 +30,7 @@ from yapf.yapflib import yapf_api
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.engine.model import find_pruner, known_analysis
 from gdp_mmseg.export.networks import load_exported
+from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
@@ -368,7 +369,7 @@ def build_runner(
     model: Any = getattr(runner, 'model', None)
     # A FlexibleRunner builds its model when the training begins.
     pruner = getattr(getattr(model, 'module', model), 'gdp', None)
-    if pruner is not None:
+    if isinstance(pruner, Pruner):
         _ANALYSES[key] = pruner.analysis
     return runner
 
