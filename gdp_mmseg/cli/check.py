@@ -8,12 +8,11 @@ weights double precision decides, as in :mod:`gdp_mmseg.surgery.verify`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import resource
 import time
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Sequence
 
 from .checks import check_config_file
 from .errors import one_line_errors
@@ -227,6 +226,7 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, Any]:
 
     from ..gates.gdp import GDPGates
     from ..surgery.outputs import largest_difference
+    from ..surgery.verify import default_dtype
     generator = torch.Generator().manual_seed(7)
     gates = GDPGates(analysis.num_gates)
     images = torch.randn(1, CHANNELS, side, side, generator=generator)
@@ -250,7 +250,7 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, Any]:
         network, analysis, gates, images)
     gates.double()
     try:
-        with _default_dtype(torch.float64):
+        with default_dtype(torch.float64):
             found['rel_diff_fp64'], _ = _with_random_weights(
                 network, analysis, gates, images.double())
     except Exception:  # a forward that names float32 can raise anything
@@ -275,18 +275,6 @@ def _with_random_weights(network: Any, analysis: Any, gates: Any,
         _outputs(random_copy, images), wanted)
 
 
-@contextlib.contextmanager
-def _default_dtype(dtype: Any) -> Iterator[None]:
-    """Set torch's default type of numbers for a while."""
-    import torch
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _differ(network: Any, analysis: Any, gates: Any,
             images: Any) -> tuple[list[Any], float]:
     """Return the gated outputs, and how far the pruned ones are from them."""
@@ -300,26 +288,17 @@ def _differ(network: Any, analysis: Any, gates: Any,
 def _gated(network: Any, analysis: Any, gates: Any) -> Any:
     """Return a copy of a network with gates on it."""
     from ..analysis.tracer import copy_model
-    from ..gates.layers import gate_layer_
+    from ..gates.layers import gate_
     network = copy_model(network)
-    for layer in analysis.gated_layers():
-        gate_layer_(network.get_submodule(layer.name), gates, layer.inputs)
+    gate_(network, analysis, gates)
     return network
 
 
 def _outputs(network: Any, images: Any) -> list[Any]:
     """Return all tensors that a network gives for images ``(N, C, H, W)``."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
     from ..engine.forwards import inference_forward
-    torch.manual_seed(1)  # a forward may draw random numbers
-    with torch.no_grad():
-        outputs = inference_forward(network, images)
-    return [
-        leaf for leaf in tree_leaves(outputs)
-        if isinstance(leaf, torch.Tensor)
-    ]
+    from ..surgery.outputs import outputs_of
+    return outputs_of(network, inference_forward, images)
 
 
 def name_of(path: Path) -> str:

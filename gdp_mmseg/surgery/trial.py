@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..analysis.structure import Analysis
 from ..analysis.tracer import Forward, ForwardError, copy_model
 from ..gates.gdp import GDPGates, theta_of
-from ..gates.layers import gate_layer_
+from ..gates.layers import gate_
 from .outputs import first_line, largest_difference, outputs_of
 from .prune import cut
 from .random_weights import centre_biases_, copy_with_random_weights
@@ -89,9 +89,7 @@ class Trial:
         self.gated = copy_model(self.model)
         self.known: dict[tuple[tuple[int, ...], bool], Outcome] = {}
         self.failed_at = ''  # the module that ran last
-        for layer in analysis.gated_layers():
-            gate_layer_(
-                self.gated.get_submodule(layer.name), self.gates, layer.inputs)
+        gate_(self.gated, analysis, self.gates)
 
     # -- runs --------------------------------------------------------------
 

@@ -64,14 +64,14 @@ def verify(
     """
     for dtype, tolerance in ((torch.float64, TOLERANCE), (torch.float32,
                                                           _SINGLE_TOLERANCE)):
-        with fixed_seeds(), _default_dtype(dtype):
+        with fixed_seeds(), default_dtype(dtype):
             try:
                 forwards = [(forward, False)]
                 if training_forward is not None:
                     forwards.append((training_forward, True))
                 trial = Trial(model, analysis, forwards, others, tolerance)
                 if dtype == torch.float64 and trial.skipped:
-                    with _default_dtype(torch.float32):
+                    with default_dtype(torch.float32):
                         single = Trial(model, analysis, forwards, others,
                                        _SINGLE_TOLERANCE)
                     if len(single.skipped) < len(trial.skipped):
@@ -149,7 +149,7 @@ def _refuse_rounding(trial: Trial) -> None:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Set the dtype of new tensors, including those that a forward creates.
     """
     before = torch.get_default_dtype()

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import GDPGates
-from gdp_mmseg.gates.layers import gate_layer_
+from gdp_mmseg.gates.layers import gate_
 
 SHAPE = (3, 8, 8)
 
@@ -134,8 +134,7 @@ def randomise_(net: nn.Module) -> nn.Module:
 def gated(net: nn.Module, analysis: Analysis, gates: GDPGates) -> nn.Module:
     """A copy of a network with gates in it."""
     net = copy.deepcopy(net)
-    for layer in analysis.gated_layers():
-        gate_layer_(net.get_submodule(layer.name), gates, layer.inputs)
+    gate_(net, analysis, gates)
     return net
 
 
