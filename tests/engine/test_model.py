@@ -20,7 +20,8 @@ from gdp_mmseg.engine.model import (analyse_config, build_base_model,
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings, Target
 
-from helpers.project import Project, build, nothing_to_prune, unet
+from helpers.project import (Project, build, nothing_to_prune, unet,
+                             with_two_heads)
 from helpers.toys import BACKBONES, deeplab
 
 
@@ -37,23 +38,6 @@ def dense(project: Project) -> Config:
 @pytest.fixture()
 def gated(project: Project) -> Config:
     return Config.fromfile(project.gated)
-
-
-def _cascade(model: dict[str, Any]) -> dict[str, Any]:
-    """Two decode heads in a row: FCN, then OCR."""
-    common = dict(
-        in_channels=128,
-        in_index=3,
-        channels=16,
-        num_classes=5,
-        norm_cfg=dict(type='BN'),
-        align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss'))
-    heads = [
-        dict(type='FCNHead', num_convs=1, concat_input=False, **common),
-        dict(type='OCRHead', ocr_channels=16, **common)
-    ]
-    return dict(model, num_stages=2, decode_head=heads)
 
 
 def test_model_is_of_the_users_class_with_the_users_keys(
@@ -127,7 +111,7 @@ def test_gates_pass_a_gradient_to_theta_only_through_the_kernels(
 
 
 def test_a_list_of_heads_chooses_the_cascade_of_itself(gated: Config) -> None:
-    model = build(_cascade(gated.model))
+    model = build(with_two_heads(gated.model))
     assert type(model) is CascadeEncoderDecoder
     assert isinstance(model.gdp, Pruner)
     outputs = model.eval()(torch.randn(1, 3, 64, 64), mode='tensor')
@@ -147,7 +131,8 @@ def test_base_names_the_users_class(gated: Config, base: str,
 
 
 def test_base_can_name_the_cascade(gated: Config) -> None:
-    model = build(dict(_cascade(gated.model), base='CascadeEncoderDecoder'))
+    model = build(
+        dict(with_two_heads(gated.model), base='CascadeEncoderDecoder'))
     assert type(model) is CascadeEncoderDecoder
 
 

@@ -67,7 +67,7 @@ def test_keys_that_are_numbers_stay_numbers(tmp_path: Path) -> None:
     },
 ])
 def test_config_that_survives_an_export_passes(value: Any) -> None:
-    check_survives(Config(dict(model=MODEL, value=value)))
+    assert check_survives(Config(dict(model=MODEL, value=value))) is None
 
 
 @pytest.mark.parametrize('value, message', [

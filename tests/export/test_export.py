@@ -34,7 +34,7 @@ from gdp_mmseg.surgery.constant import Constant
 from gdp_mmseg.version import __version__
 
 from helpers.project import (NAME, TARGET, Exported, Project, Trained, build,
-                             run_tool, train, tree, unet)
+                             run_tool, train, tree, unet, with_two_heads)
 
 Change = Callable[[Callable[[dict[str, Any]], None]], Path]
 PLAIN = (bool, int, float, str, type(None))
@@ -255,6 +255,25 @@ def test_files_compute_what_the_gated_network_computes(
     assert worst <= 1e-4
 
 
+def _export_closed(trained: Trained, changed: Change, tmp_path: Path,
+                   gates: Tensor | slice) -> Exported:
+    """Export a checkpoint with ``theta = 0`` for some of its gates."""
+
+    def close(content: dict[str, Any]) -> None:
+        content['state_dict']['gdp.gates.theta'][gates] = 0
+
+    outcome = run_tool(
+        'export.py',
+        trained.config,
+        changed(close),
+        '--out-dir',
+        tmp_path / 'pair',
+        '--no-eval',
+        cwd=tmp_path)
+    assert outcome.status == 0, outcome.stderr
+    return Exported(tmp_path / 'pair')
+
+
 @pytest.mark.parametrize('writers', [
     ('backbone.layer2.1.conv1', ),
     ('backbone.layer4.0.conv1', 'backbone.layer4.1.conv1'),
@@ -272,25 +291,12 @@ def test_dead_blocks_leave_and_nothing_changes(
     analysis = trained.runner.model.gdp.analysis
     gates = [one for name in writers for one in _group_gates(analysis, name)]
     assert gates
-
-    def kill(content: dict[str, Any]) -> None:
-        content['state_dict']['gdp.gates.theta'][torch.cat(gates)] = 0
-
-    outcome = run_tool(
-        'export.py',
-        trained.config,
-        changed(kill),
-        '--out-dir',
-        tmp_path / 'pair',
-        '--no-eval',
-        cwd=tmp_path)
-    assert outcome.status == 0, outcome.stderr
-    exported = Exported(tmp_path / 'pair')
+    dead = torch.cat(gates)
+    exported = _export_closed(trained, changed, tmp_path, dead)
     report, model = exported.report, _load(exported)
     assert report.max_rel_diff <= 1e-4
     assert _macs(model,
                  tuple(report.input_shape)) == report.network('pruned').flops
-    dead = torch.cat(gates)
     for row, group in zip(report.groups, analysis.groups):
         if bool(torch.isin(group.gates, dead).all()):
             assert row.kept <= (0 if group.can_be_empty else 1)
@@ -298,20 +304,7 @@ def test_dead_blocks_leave_and_nothing_changes(
 
 def test_all_gates_closed_is_still_a_network(trained: Trained, changed: Change,
                                              tmp_path: Path) -> None:
-
-    def kill(content: dict[str, Any]) -> None:
-        content['state_dict']['gdp.gates.theta'].zero_()
-
-    outcome = run_tool(
-        'export.py',
-        trained.config,
-        changed(kill),
-        '--out-dir',
-        tmp_path / 'pair',
-        '--no-eval',
-        cwd=tmp_path)
-    assert outcome.status == 0, outcome.stderr
-    exported = Exported(tmp_path / 'pair')
+    exported = _export_closed(trained, changed, tmp_path, slice(None))
     assert exported.report.max_rel_diff <= 1e-4
     assert _load(exported)(
         torch.randn(1, 3, 64, 64), mode='tensor').isfinite().all()
@@ -662,19 +655,7 @@ def test_own_base_class_survives_export(project: Project,
                                         tmp_path: Path) -> None:
     """Two heads in a row, whose class nobody named."""
     cfg = project.load(tmp_path)
-    head = dict(
-        in_channels=128,
-        in_index=3,
-        channels=16,
-        num_classes=5,
-        norm_cfg=dict(type='BN'),
-        align_corners=False,
-        loss_decode=dict(type='CrossEntropyLoss'))
-    cfg.model.num_stages = 2
-    cfg.model.decode_head = [
-        dict(type='FCNHead', num_convs=1, concat_input=False, **head),
-        dict(type='OCRHead', ocr_channels=16, **head)
-    ]
+    cfg.model = with_two_heads(cfg.model)
     runner, _ = train(cfg)
     report = export(
         cfg,

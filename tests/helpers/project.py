@@ -327,6 +327,23 @@ def nothing_to_prune(model: Mapping[str, Any]) -> dict[str, Any]:
     return _plain_fcn(model, dict(type='NothingToPrune'), 3, 0)
 
 
+def with_two_heads(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of a model with two decode heads: FCN, then OCR."""
+    common = dict(
+        in_channels=128,
+        in_index=3,
+        channels=16,
+        num_classes=5,
+        norm_cfg=dict(type='BN'),
+        align_corners=False,
+        loss_decode=dict(type='CrossEntropyLoss'))
+    heads = [
+        dict(type='FCNHead', num_convs=1, concat_input=False, **common),
+        dict(type='OCRHead', ocr_channels=16, **common)
+    ]
+    return dict(model, num_stages=2, decode_head=heads)
+
+
 def unet(model: Mapping[str, Any]) -> dict[str, Any]:
     """A model config whose inputs must be a multiple of 16."""
     backbone = dict(type='UNet', base_channels=4, norm_cfg=dict(type='BN'))
