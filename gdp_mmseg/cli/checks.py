@@ -3,16 +3,13 @@ from __future__ import annotations
 
 import os.path as osp
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import Any, Iterator
 
 import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
 from .errors import fail
-
-if TYPE_CHECKING:
-    from ..analysis.structure import Analysis
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
@@ -109,17 +106,18 @@ def verify_start(cfg: Config) -> None:
         verify_checkpoint(start, cfg)
 
 
-def analysis_to_resume(cfg: Config) -> Analysis | None:
-    """Read the analysis of the checkpoint that a training resumes from.
+def gates_to_resume(cfg: Config) -> dict[str, Any] | None:
+    """Read the gates of the checkpoint that a training resumes from.
 
     Args:
         cfg (Config): Config of a training, after :func:`resolve_resume_`.
 
     Returns:
-        Analysis, optional: None if the training does not resume, or its
-        checkpoint is damaged, which the resume itself handles.
+        dict[str, Any], optional: See
+        :func:`gdp_mmseg.engine.matching.gate_meta`. None if the training does
+        not resume, or its checkpoint is damaged or has no gates, which the
+        resume itself handles.
     """
-    from ..analysis.state import from_state
     from ..engine.checkpoint import read_checkpoint
     from ..engine.whole_files import pointed_checkpoint
     pointed = pointed_checkpoint(Path(cfg.work_dir)) if cfg.resume else None
@@ -127,7 +125,7 @@ def analysis_to_resume(cfg: Config) -> Analysis | None:
         return None
     try:
         gates = read_checkpoint(pointed[0])[1].get('gdp') or {}
-        return from_state(gates['analysis']) if 'analysis' in gates else None
+        return gates if 'analysis' in gates else None
     except ValueError:
         return None
 

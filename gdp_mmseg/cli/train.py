@@ -13,8 +13,8 @@ from mmengine.runner import Runner
 from mmseg.registry import RUNNERS
 
 from ..engine.compat import check_config
-from ..engine.model import known_analysis
-from .checks import (add_resume_hook_, analysis_to_resume, join_processes_,
+from ..engine.model import known_gates
+from .checks import (add_resume_hook_, gates_to_resume, join_processes_,
                      load_config, resolve_resume_, verify_start)
 from .data_checks import check_paths
 from .errors import fail, one_line_errors
@@ -105,7 +105,7 @@ def main() -> None:
     join_processes_(cfg, args.launcher)
 
     # build the runner from config
-    with known_analysis(analysis_to_resume(cfg)):
+    with known_gates(gates_to_resume(cfg)):
         if 'runner_type' not in cfg:
             # build the default runner
             runner = Runner.from_cfg(cfg)

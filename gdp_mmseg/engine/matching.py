@@ -7,8 +7,10 @@ from typing import Any, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..analysis.state import first_difference, from_state, to_state
+from ..analysis.state import first_difference, fits, from_state, to_state
+from ..analysis.structure import Analysis
 from ..pruner.pruner import Pruner
+from ..pruner.settings import Settings
 from ..surgery.widths import Fitting
 from .checkpoint import other_versions, unwrapped
 
@@ -27,12 +29,42 @@ def gate_meta(pruner: Pruner) -> dict[str, Any]:
         dict[str, Any]: The gate method, the modules that the settings keep
         out of the pruning, and the whole analysis.
     """
-    settings = pruner.settings
     return dict(
-        gate=settings.gate,
-        ignore=[*settings.ignore],
-        only=None if settings.only is None else [*settings.only],
+        _kept_out(pruner.settings),
+        gate=pruner.settings.gate,
         analysis=to_state(pruner.analysis))
+
+
+def _kept_out(settings: Settings) -> dict[str, Any]:
+    """Settings that decide which modules are pruned, in plain types."""
+    return dict(
+        ignore=[*settings.ignore],
+        only=None if settings.only is None else [*settings.only])
+
+
+def stored_analysis(gates: Mapping[str, Any] | None, settings: Settings,
+                    shape: tuple[int, ...],
+                    tensors: Mapping[str, Tensor]) -> Analysis | None:
+    """Take the analysis of a checkpoint if it is the one of a model.
+
+    Args:
+        gates (Mapping[str, Any], optional): What :func:`gate_meta` returned,
+            or None.
+        settings (Settings): Settings of the model.
+        shape (tuple[int, ...]): Shape ``(C, H, W)`` at which its FLOPs are
+            counted.
+        tensors (Mapping[str, Tensor]): State dict of the dense model.
+
+    Returns:
+        Analysis, optional: None if the model must be analysed, because
+        another model, size or choice of modules was.
+    """
+    kept_out = _kept_out(settings)
+    if gates is None or any(gates[key] != kept_out[key] for key in kept_out):
+        return None
+    analysis = from_state(gates['analysis'])
+    same = analysis.input_shape[1:] == shape and fits(analysis, tensors)
+    return analysis if same else None
 
 
 def check_gates(pruner: Pruner, state: Mapping[str, Any],
@@ -74,7 +106,7 @@ def check_gates(pruner: Pruner, state: Mapping[str, Any],
         raise ValueError(
             f'checkpoint: expected {pruner.analysis.num_gates} gates, as in '
             f'its own analysis, but got {len(state[THETA])}; it was changed '
-            'after the training, so use another checkpoint')
+            'after the training; change load_from to another checkpoint')
     return int((state[CLOSED] > 0).sum())
 
 
@@ -96,12 +128,11 @@ def check_gate_meta(meta: Mapping[str, Any]) -> None:
 def _other_analysis(pruner: Pruner, gates: Mapping[str, Any],
                     meta: Mapping[str, Any], module: str) -> str:
     """Message for a checkpoint with gates on other channels."""
-    ours = gate_meta(pruner)
-    for key in ('ignore', 'only'):
-        if gates[key] != ours[key]:
+    for key, ours in _kept_out(pruner.settings).items():
+        if gates[key] != ours:
             return (f'checkpoint: expected one that was trained with gdp.{key}'
-                    f'={ours[key]}, as in the config, but got one with gdp.'
-                    f'{key}={gates[key]}; change gdp.{key} or the checkpoint')
+                    f'={ours}, as in the config, but got one with gdp.{key}='
+                    f'{gates[key]}; change gdp.{key} or the checkpoint')
     other = other_versions(meta)
     return ('checkpoint: expected the gates of this model, but got gates on '
             f'other channels ({module} first); change load_from, the model, '

@@ -19,7 +19,6 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from ..analysis.analyse import analyse
-from ..analysis.state import fits
 from ..analysis.structure import Analysis, Layer, LayerCall
 from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
@@ -34,24 +33,27 @@ from .config import GATED, PRUNED, ModelConfig, default_base
 from .forwards import (count_inference_flops, inference_forward,
                        inputs_of_preprocessor, loss_forward,
                        prediction_forward, training_forward)
-from .matching import refuse_others_
+from .matching import refuse_others_, stored_analysis
 from .start import StartFromExport
 
-_KNOWN: contextvars.ContextVar[Analysis | None] = contextvars.ContextVar(
-    'known_analysis', default=None)
+_KNOWN: contextvars.ContextVar[Mapping[str, Any]
+                               | None] = contextvars.ContextVar(
+                                   'known_gates', default=None)
 
 
 @contextlib.contextmanager
-def known_analysis(analysis: Analysis | None) -> Iterator[None]:
-    """Let gated models that are built inside use this analysis if it fits.
+def known_gates(gates: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let gated models that are built inside use a stored analysis.
 
     A resumed training takes the analysis from its checkpoint and neither
     traces nor verifies the model again.
 
     Args:
-        analysis (Analysis, optional): Analysis from a checkpoint, or None.
+        gates (Mapping[str, Any], optional): Gates of a checkpoint, as
+            :func:`gdp_mmseg.engine.matching.gate_meta` describes them. They
+            are used for models that they belong to.
     """
-    token = _KNOWN.set(analysis)
+    token = _KNOWN.set(gates)
     try:
         yield
     finally:
@@ -99,9 +101,9 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     config = ModelConfig('gated', base or default_base(model), gdp, model)
     settings, shape = config.settings, config.input_shape()
     network = build_base_model(base, model)
-    analysis = _KNOWN.get()
-    if (analysis is None or analysis.input_shape[1:] != shape
-            or not fits(analysis, network.state_dict())):
+    analysis = stored_analysis(_KNOWN.get(), settings, shape,
+                               network.state_dict())
+    if analysis is None:
         _check_without_pretrained(network, config)
         analysis, _ = analyse_model(network, shape, settings.ignore,
                                     settings.only)

@@ -10,12 +10,11 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from ..analysis.state import fits, from_state
-from ..analysis.structure import Analysis
 from ..analysis.tracer import clone_model
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import ModelConfig
-from ..engine.matching import THETA, check_gate_meta, check_gates
+from ..engine.matching import (THETA, check_gate_meta, check_gates,
+                               stored_analysis)
 from ..engine.model import add_gates_, analyse_model, find_pruner
 
 
@@ -55,21 +54,16 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
         key: value
         for key, value in state.items() if not key.startswith('gdp.')
     })
-    analysis = _analysis(dense, config, from_state(meta['gdp']['analysis']))
-    gated = add_gates_(clone_model(dense), analysis, config.settings)
+    settings, shape = config.settings, config.input_shape()
+    analysis = stored_analysis(meta['gdp'], settings, shape,
+                               dense.state_dict())
+    if analysis is None:
+        analysis, _ = analyse_model(dense, shape, settings.ignore,
+                                    settings.only)
+    gated = add_gates_(clone_model(dense), analysis, settings)
     check_gates(find_pruner(gated), state, meta)
     load_strictly(gated, state)
     return dense.eval(), gated.eval()
-
-
-def _analysis(dense: nn.Module, config: ModelConfig,
-              stored: Analysis) -> Analysis:
-    """Take the stored analysis where it fits, else analyse the network."""
-    shape = config.input_shape()
-    if fits(stored, dense.state_dict()) and stored.input_shape[1:] == shape:
-        return stored
-    settings = config.settings
-    return analyse_model(dense, shape, settings.ignore, settings.only)[0]
 
 
 def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:

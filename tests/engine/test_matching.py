@@ -66,6 +66,16 @@ def test_another_ignore_is_named_with_both_values(project: Project,
     assert 'gdp.ignore=[]' in message and 'theta' not in message
 
 
+def test_an_export_with_another_ignore_is_refused(project: Project,
+                                                  tmp_path: Path,
+                                                  trained: Trained) -> None:
+    """The stored analysis is of the modules that the training pruned."""
+    cfg = project.load(tmp_path, **{'model.gdp.ignore': ['decode_head']})
+    message = refused(cfg, trained.checkpoint, tmp_path)
+    assert "gdp.ignore=['decode_head']" in message
+    assert 'gdp.ignore=[]' in message
+
+
 def test_another_gate_method_is_refused(project: Project, changed: Change,
                                         tmp_path: Path) -> None:
     path = changed(lambda content: content['meta']['gdp'].update(gate='scp'))
@@ -113,6 +123,28 @@ def test_a_resume_does_not_analyse_again(
     outcome = run_tool('train.py', *arguments, '--resume', cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     assert (tmp_path / 'work/iter_4.pth').is_file()
+
+
+def test_a_resume_with_another_ignore_is_refused(project: Project,
+                                                 tmp_path: Path) -> None:
+    arguments = [
+        project.gated, '--work-dir', tmp_path / 'work', '--cfg-options',
+        'default_hooks.checkpoint.interval=2', 'train_cfg.max_iters=2'
+    ]
+    assert run_tool('train.py', *arguments, cwd=tmp_path).status == 0
+    before = (tmp_path / 'work/iter_2.pth').read_bytes()
+    arguments[-1] = 'train_cfg.max_iters=4'
+    outcome = run_tool(
+        'train.py',
+        *arguments,
+        'model.gdp.ignore=[decode_head]',
+        '--resume',
+        cwd=tmp_path)
+    assert outcome.status != 0
+    assert "gdp.ignore=['decode_head']" in outcome.stderr
+    assert 'gdp.ignore=[]' in outcome.stderr
+    assert (tmp_path / 'work/iter_2.pth').read_bytes() == before
+    assert not (tmp_path / 'work/iter_4.pth').exists()
 
 
 @pytest.mark.parametrize('gated, state, message', [

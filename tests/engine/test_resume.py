@@ -399,21 +399,18 @@ def _other_meaning(content: dict[str, Any]) -> None:
     content['meta']['versions']['torch'] = '1.13.1'
 
 
-@pytest.mark.parametrize('change, named, change_to', [
-    (_other_number, 'gates, as in its own analysis, but got',
-     'use another checkpoint'),
-    (_other_meaning, 'torch 1.13.1 (here ', 'load_from'),
+@pytest.mark.parametrize('change, named', [
+    (_other_number, 'gates, as in its own analysis, but got'),
+    (_other_meaning, 'torch 1.13.1 (here '),
 ])
 def test_gates_of_another_analysis_are_an_error(project: Project, changed: Any,
                                                 tmp_path: Path, change: Any,
-                                                named: str,
-                                                change_to: str) -> None:
+                                                named: str) -> None:
     start = changed(change)
     cfg = project.load(tmp_path / 'out', load_from=str(start))
     with pytest.raises(ValueError) as error:
         Runner.from_cfg(cfg).train()
-    assert named in str(error.value)
-    assert change_to in str(error.value)
+    assert named in str(error.value) and 'load_from' in str(error.value)
 
 
 def _sample(labels: Tensor) -> Any:

@@ -27,8 +27,8 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
-from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.engine.model import find_pruner, known_analysis
+from gdp_mmseg.engine.matching import gate_meta
+from gdp_mmseg.engine.model import find_pruner, known_gates
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.tables import Report
@@ -373,7 +373,7 @@ def build(model: Mapping[str, Any]) -> nn.Module:
 
 
 # Analyses of this process, by the model's config: most tests train the same.
-_ANALYSES: dict[str, Analysis] = {}
+_ANALYSES: dict[str, dict[str, Any]] = {}
 
 
 def build_runner(
@@ -381,13 +381,13 @@ def build_runner(
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
     """Build the runner of a config; analyse each model once a process."""
     key = str(cfg.model)
-    with known_analysis(_ANALYSES.get(key)):
+    with known_gates(_ANALYSES.get(key)):
         runner = build(cfg)
     model: Any = getattr(runner, 'model', None)
     # A FlexibleRunner builds its model when the training begins.
     pruner = getattr(getattr(model, 'module', model), 'gdp', None)
     if isinstance(pruner, Pruner):
-        _ANALYSES[key] = pruner.analysis
+        _ANALYSES[key] = gate_meta(pruner)
     return runner
 
 
