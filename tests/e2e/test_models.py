@@ -11,12 +11,14 @@ import torch
 pytest.importorskip('mmseg')
 pytest.importorskip('mmpretrain')
 import mmseg
+from mmengine.analysis import FlopAnalyzer, get_model_complexity_info
 from mmengine.config import Config
+from torch import nn
 
 from gdp_mmseg.engine.checkpoint import read_checkpoint
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
-from gdp_mmseg.export.networks import build_networks
+from gdp_mmseg.export.networks import build_networks, load_exported
 from gdp_mmseg.surgery.outputs import largest_difference
 
 from helpers import HELPERS
@@ -28,6 +30,12 @@ SIDE = 128
 TARGET = 0.6
 # Of outputs in single precision.
 TOLERANCE = 1e-5
+# What mmengine counts beside convolutions, linear layers and products: a
+# number of operations for each value, a few percent of a network at most.
+PER_VALUE = {
+    'batch_norm', 'layer_norm', 'adaptive_avg_pool2d', 'upsample_bilinear2d',
+    'upsample_nearest2d'
+}
 
 _UPER: dict[str, Any] = dict(channels=32)
 # Config of the installed mmseg, and what makes it small.
@@ -130,6 +138,20 @@ def model_config(name: str) -> dict[str, Any]:
     return model
 
 
+def flops_by_mmengine(network: nn.Module) -> int:
+    """Multiply-adds by mmengine's counter, without those for each value."""
+    shape = (3, SIDE, SIDE)
+    # The table of modules fails on HRNet, whose lists of layers hold None.
+    whole = get_model_complexity_info(
+        network, shape, show_table=False, show_arch=False)
+    analyzer = FlopAnalyzer(network, (torch.randn(1, *shape), ))
+    operators = analyzer.unsupported_ops_warnings(False).by_operator()
+    per_value = sum(operators[name] for name in PER_VALUE)
+    assert whole['flops'] == sum(operators.values())
+    assert per_value <= 0.05 * whole['flops']
+    return int(whole['flops'] - per_value)
+
+
 @pytest.mark.parametrize('name', MODELS)
 def test_model_goes_the_whole_way(name: str, project: Project,
                                   tmp_path: Path) -> None:
@@ -160,7 +182,10 @@ def test_model_goes_the_whole_way(name: str, project: Project,
     torch.manual_seed(0)
     inputs = torch.randn(2, 3, SIDE, SIDE)
     torch.save(inputs, tmp_path / 'inputs.pt')
-    _, gated = build_networks(gated_cfg, *read_checkpoint(str(checkpoint)))
+    dense, gated = build_networks(gated_cfg, *read_checkpoint(str(checkpoint)))
+    pruned = load_exported(tmp_path / 'pair', key)
+    assert flops_by_mmengine(dense) == report.network('dense').flops
+    assert flops_by_mmengine(pruned) == report.network('pruned').flops
     with torch.no_grad():
         wanted = gated(inputs, mode='tensor')
     said = run_program(
