@@ -183,8 +183,9 @@ class Settings:
                 gain is known.
         """
         travel, share = self.gate_travel, self.phases[1]
+        # A quotient that is a whole number may be rounded up.
         least, enough = (
-            math.ceil(number * travel / share)
+            math.ceil(number * travel / share - 1e-6)
             for number in (1, _STEPS_TO_CLOSE))
         found = f'{steps * share:.3g} {unit} ({share:.0%} of {steps})'
         if steps < least:
