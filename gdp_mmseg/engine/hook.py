@@ -14,7 +14,7 @@ from ..cost.latency import SECONDS
 from ..gates.base import GateMethod
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
-from ..report.record import RECORD, GateRow, append_row, drop_rows_after
+from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
 from .compat import accumulated_gradients, check_runner
 from .matching import check_gates, gate_meta
@@ -65,8 +65,9 @@ class GDPHook(ResumeHook):
 
         Raises:
             ValueError: If the model has no gates, if the runner does not work
-                with gates, or if the config is one of an export or could not
-                be exported after the training.
+                with gates, if the config is one of an export or could not be
+                exported after the training, or if a training would resume
+                with the record of another one.
         """
         check_runner(runner)
         check_not_exported(runner.cfg)
@@ -81,8 +82,9 @@ class GDPHook(ResumeHook):
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
-            # Lines of another run in this folder are not part of this one.
-            drop_rows_after(Path(runner.work_dir) / RECORD, runner.iter)
+            begin_record(
+                Path(runner.work_dir) / RECORD, pruner.analysis.groups,
+                runner.iter)
         self._release_()
         handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
             _gate_step(runner, pruner))
@@ -110,7 +112,7 @@ class GDPHook(ResumeHook):
         ``gdp_multiplier``, ``gdp_undecided`` and, if the target is about
         another resource, ``gdp_cost`` are logged with the losses.
         ``gates.jsonl`` in the work folder gets the mean openness of each
-        group.
+        group; its first line names the groups.
         """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         pruner = find_pruner(runner.model)

@@ -27,9 +27,8 @@ from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
 from ..report.record import RECORD
-from ..report.summary import dead_parts, kept_by_part
-from ..report.tables import (GroupRow, NetworkRow, Report, markdown,
-                             scalar_metrics)
+from ..report.summary import dead_parts, kept_by_group, kept_by_part
+from ..report.tables import NetworkRow, Report, markdown, scalar_metrics
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
 from ..version import __version__
@@ -143,11 +142,7 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
         networks=rows,
         parts=kept_by_part(analysis.groups, keep),
         dead=dead_parts(analysis, keep),
-        groups=[
-            GroupRow(
-                list(group.writers), list(group.readers), len(group.gates),
-                int(keep[group.gates].sum())) for group in analysis.groups
-        ],
+        groups=kept_by_group(analysis.groups, keep),
         max_rel_diff=comparison.max_rel_diff,
         compared_on=comparison.compared_on,
         torch=torch.__version__,
