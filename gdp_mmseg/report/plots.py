@@ -118,9 +118,10 @@ def plot_gates(openness: Any,
     axes.set(xlabel='iteration', ylabel='group, from input to output')
     bar = axes.figure.colorbar(image, ax=axes, label='mean openness')
     if len(parts):
-        axes.set_ylabel('groups, by the part that writes them', fontsize=_FONT)
+        axes.set_ylabel('groups, by part', fontsize=_FONT)
         axes.tick_params(labelsize=_FONT)
         bar.ax.tick_params(labelsize=_FONT)
+        bar.set_label('mean openness', fontsize=_FONT)
         runs = _runs(parts)
         inches = axes.figure.get_figheight() * axes.get_position().height
         axes.set_yticks(
