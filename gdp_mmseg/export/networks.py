@@ -66,8 +66,40 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
     return dense.eval(), gated.eval()
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_dense(dense: nn.Module, path: str) -> nn.Module:
+    """Load the checkpoint of a dense training into a copy of its model.
+
+    Args:
+        dense (nn.Module): The config's model without gates.
+        path (str): Checkpoint, the value of ``--dense``.
+
+    Returns:
+        nn.Module: The copy, in eval mode.
+
+    Raises:
+        ValueError: If the checkpoint has gates, or is of another model.
+    """
+    state, meta = read_checkpoint(path)
+    if THETA in state or 'widths' in meta:
+        came = 'with gates' if THETA in state else 'of an export'
+        raise ValueError(
+            '--dense: expected the checkpoint of a training without gates, '
+            f'but got one {came}, {path}; pass the one of the dense training, '
+            'or leave --dense out')
+    network = clone_model(dense)
+    load_strictly(network, state, f'--dense {path}')
+    return network.eval()
+
+
+def load_strictly(model: nn.Module,
+                  state: Mapping[str, Tensor],
+                  source: str = 'checkpoint') -> None:
     """Load a state dict that must fit, with one line for an error.
+
+    Args:
+        model (nn.Module): The model, whose weights are replaced.
+        state (Mapping[str, Tensor]): Weights for all of it.
+        source (str): Name of their source in the error.
 
     Raises:
         ValueError: If a tensor is missing, has another shape or no place.
@@ -88,7 +120,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         extra = list(result.unexpected_keys)
     if missing or extra:
         raise ValueError(
-            'checkpoint: expected the weights of the config\'s model, but '
+            f'{source}: expected the weights of the config\'s model, but '
             f'{len(missing)} are missing or of another shape and {len(extra)} '
             f'have no place ({(missing + extra)[0]} first); pass the '
             'checkpoint and the config of the same training')
