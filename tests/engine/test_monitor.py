@@ -25,7 +25,8 @@ from gdp_mmseg.report.record import (GateRow, append_row, begin_record,
                                      read_rows)
 from gdp_mmseg.report.summary import dead_parts, kept_by_part, kept_share
 
-from helpers.project import Exported, Project, Trained, train
+from helpers.project import (PHASES, TARGET, Exported, Project, Trained,
+                             train)
 from helpers.stages import is_drawn, network
 
 
@@ -44,7 +45,7 @@ def test_local_backend_gets_pictures_at_the_end(project: Project,
 
 def test_tensorboard_gets_pictures_at_the_interval(project: Project,
                                                    tmp_path: Path) -> None:
-    pytest.importorskip('tensorboard')
+    pytest.importorskip('tensorboard', reason='TensorBoard is not installed')
     from tensorboard.backend.event_processing import event_accumulator
     cfg = project.load(tmp_path)
     cfg.train_cfg.max_iters = 3
@@ -59,8 +60,14 @@ def test_tensorboard_gets_pictures_at_the_interval(project: Project,
     events.Reload()
     for name in ('gdp_openness', 'gdp_widths'):
         assert [image.step for image in events.Images(name)] == [2, 3]
-    for name in ('gdp_budget', 'gdp_held_cost'):
-        assert len(events.Scalars(name)) == 3
+    for name in ('flops', 'flops_by_openness', 'budget', 'held_cost',
+                 'multiplier', 'undecided'):
+        found = events.Scalars(f'gdp_{name}')
+        assert [one.step for one in found] == [1, 2, 3]
+    assert events.Scalars('gdp_flops')[0].value == 1
+    # The last iteration begins after two of three.
+    assert events.Scalars('gdp_budget')[-1].value == pytest.approx(
+        Schedule(PHASES).budget_at(2 / 3, TARGET))
 
 
 def test_only_the_main_process_draws(trained: Trained,
