@@ -22,9 +22,7 @@ def parse_args() -> argparse.Namespace:
         help='new or empty folder for the pruned config and checkpoint, '
         'report.json, report.md and gates.png')
     parser.add_argument(
-        '--no-eval',
-        action='store_true',
-        help='do not evaluate the networks')
+        '--no-eval', action='store_true', help='do not evaluate the networks')
     parser.add_argument(
         '--dense',
         metavar='CHECKPOINT',

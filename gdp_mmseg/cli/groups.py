@@ -85,9 +85,10 @@ def show(found: dict[str, Any]) -> None:
     rows += [['no gate on either side', '', '', f'{fixed:.1%}'],
              ['total', '', str(channels), f'{whole:.1%}']]
     print(table(rows))
-    print('\nFLOPs: share of all FLOPs; a layer between two groups counts half '
-          'for each, and\na layer with gates on one side counts for that group '
-          'alone.\n\nChannels without a gate:\n')
+    print(
+        '\nFLOPs: share of all FLOPs; a layer between two groups counts half '
+        'for each, and\na layer with gates on one side counts for that group '
+        'alone.\n\nChannels without a gate:\n')
     rows = [['written by', 'reason', 'channels']]
     rows += [[_short(row['writers']), row['reason'],
               str(row['channels'])] for row in found['frozen']]

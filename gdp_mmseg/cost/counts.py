@@ -149,8 +149,7 @@ class Cost(nn.Module):
     @torch.no_grad()
     def fixed_share(self) -> float:
         """Share of the dense cost that stays if all gates close."""
-        return float(self(torch.zeros_like(self.group_of,
-                                           dtype=torch.double)))
+        return float(self(torch.zeros_like(self.group_of, dtype=torch.double)))
 
 
 class CountCost(Cost):

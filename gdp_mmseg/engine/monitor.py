@@ -64,8 +64,8 @@ def _meanings(pruner: Pruner) -> dict[str, str]:
         flops_by_openness='the same, each channel counted by its openness',
         budget=f'share of the {resource} that is allowed; falls from 1 to '
         f'{pruner.settings.target.ratio}',
-        held_cost='cost held to the budget: between its shares by openness and '
-        'by channels',
+        held_cost='cost held to the budget: between its shares by openness '
+        'and by channels',
         multiplier='price of the cost: a gate closes if its gain in loss is '
         'worth less',
         undecided=f'share of the gates with an openness between {low} and '
@@ -112,8 +112,8 @@ def log_phase(runner: Runner, pruner: Pruner, phase: str) -> None:
     """
     target = pruner.settings.target
     first, last = iterations_of(pruner.schedule, phase, runner.max_iters)
-    resumed = (f', resumed at {runner.iter + 1}'
-               if runner.iter + 1 > first else '')
+    resumed = (f', resumed at {runner.iter + 1}' if runner.iter +
+               1 > first else '')
     meaning = dict(
         warmup='The gates do not move.',
         pruning=f'The budget falls from 1 to {target.ratio} of the '
@@ -196,11 +196,10 @@ def log_export(runner: Runner, checkpoint: str | None) -> None:
                                            for index in itertools.count(2)))
     out_dir = next(work_dir / name for name in names
                    if not (work_dir / name).exists())
-    words: list[Any] = [
-        ['gdp-mmseg', 'export', _config_of(runner)],
-        ['CHECKPOINT' if checkpoint is None else osp.abspath(checkpoint)],
-        ['--out-dir', str(out_dir)]
-    ]
+    words: list[Any] = [[
+        'gdp-mmseg', 'export', _config_of(runner)
+    ], ['CHECKPOINT' if checkpoint is None else osp.abspath(checkpoint)],
+                        ['--out-dir', str(out_dir)]]
     # Paths are long: a shell joins the lines.
     command = ' \\\n    '.join(map(shlex.join, words))
     runner.logger.info('GDP: the next command, which exports the pruned '

@@ -35,8 +35,7 @@ from ..version import __version__
 from .compare import (Comparison, Progress, check_metrics, check_trainable,
                       compare)
 from .folder import check_out_dir, new_folder, writing
-from .networks import (build_networks, enter_scope, load_dense,
-                       load_exported)
+from .networks import build_networks, enter_scope, load_dense, load_exported
 
 _PICTURE = 'gates.png'
 # A network and the config whose test loop evaluates it.

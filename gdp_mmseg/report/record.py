@@ -127,13 +127,14 @@ def _groups_of(first: str) -> list[dict[str, Any]]:
             for group in json.loads(first)['groups']
         ]
     except (KeyError, TypeError, ValueError):
-        raise ValueError(f'a first line that names no groups ({first[:40]!r}); '
-                         'another version of gdp_mmseg wrote it, or it is '
-                         'damaged') from None
+        raise ValueError(
+            f'a first line that names no groups ({first[:40]!r}); '
+            'another version of gdp_mmseg wrote it, or it is '
+            'damaged') from None
 
 
-def _check_groups(came: list[dict[str, Any]],
-                  wanted: list[dict[str, Any]]) -> None:
+def _check_groups(came: list[dict[str, Any]], wanted: list[dict[str,
+                                                                Any]]) -> None:
     """Check that a record has the groups of a network.
 
     Raises:
@@ -141,9 +142,8 @@ def _check_groups(came: list[dict[str, Any]],
     """
     for index, (one, other) in enumerate(zip(came, wanted)):
         if one != other:
-            raise ValueError(
-                f'another training\'s, whose group {index} is '
-                f'{_title(one)} and not {_title(other)}')
+            raise ValueError(f'another training\'s, whose group {index} is '
+                             f'{_title(one)} and not {_title(other)}')
     if len(came) != len(wanted):
         raise ValueError(f'another training\'s, with {len(came)} groups and '
                          f'not {len(wanted)}')

@@ -167,8 +167,9 @@ def _numbered(modules: Iterable[Path]) -> list[list[Path]]:
 
 
 def _ranges(
-    siblings: Sequence[Path], children: Mapping[Path, list[Path]]
-) -> Iterator[tuple[str, Sequence[Path]]]:
+    siblings: Sequence[Path],
+    children: Mapping[Path,
+                      list[Path]]) -> Iterator[tuple[str, Sequence[Path]]]:
     """Yield numbered modules as parts, or ranges of them if they are many."""
     step = math.ceil(len(siblings) / _MOST)
     for start in range(0, len(siblings), step):

@@ -230,11 +230,7 @@ def markdown(report: Report) -> str:
 
 def _kept(name: str, row: Part | GroupRow) -> list[str]:
     """Cells of a part or group: its channels, and those that were kept."""
-    return [
-        name,
-        str(row.channels),
-        str(row.kept), f'{kept_share(row):.0%}'
-    ]
+    return [name, str(row.channels), str(row.kept), f'{kept_share(row):.0%}']
 
 
 def _writers(row: GroupRow) -> str:

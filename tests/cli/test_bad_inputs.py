@@ -312,8 +312,9 @@ CASES = {
     Case(
         'export.py', lambda w: w.export(
             '--dense',
-            w.changed(w.dense, lambda content: content['state_dict'].pop(
-                'decode_head.conv_seg.bias'))), '1 are missing',
+            w.changed(
+                w.dense, lambda content: content['state_dict'].pop(
+                    'decode_head.conv_seg.bias'))), '1 are missing',
         'the same training'),
     'export without the checkpoint of --dense':
     Case('export.py', lambda w: w.export('--dense', w.folder / 'nowhere.pth'),

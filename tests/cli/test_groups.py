@@ -42,9 +42,8 @@ def test_modules_are_cut_short_and_reasons_are_not(
     # Rows of the table: groups, what has no gate, and the total.
     cells = [[cell.strip() for cell in line.split('|')[1:-1]]
              for line in text.splitlines() if line.startswith('| ')]
-    assert [row[-2:] for row in cells[1:5]
-            ] == [['4', '75.0%'], ['5', '12.5%'], ['', '12.5%'],
-                  ['9', '100.0%']]
+    assert [row[-2:] for row in cells[1:5]] == [['4', '75.0%'], ['5', '12.5%'],
+                                                ['', '12.5%'], ['9', '100.0%']]
 
 
 def test_shares_of_a_model_add_up(project: Project) -> None:
@@ -60,5 +59,5 @@ def test_shares_of_a_model_add_up(project: Project) -> None:
                     'ignoring',
                     "model = dict(gdp=dict(ignore=['backbone.layer4.*']))"))))
     assert 0.1 < found['fixed_flops_share'] < 1
-    assert sum(group['flops_share'] for group in
-               found['groups']) + found['fixed_flops_share'] == pytest.approx(1)
+    assert sum(group['flops_share'] for group in found['groups']
+               ) + found['fixed_flops_share'] == pytest.approx(1)

@@ -214,13 +214,13 @@ def test_depthwise_layer_and_residual_stream_belong_to_their_group() -> None:
 def test_layer_without_a_gate_is_the_fixed_share() -> None:
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1))
-    analysis = analyse(
-        net, (3, 8, 8), lambda net, x: net(x), ignore=('0', ))
+    analysis = analyse(net, (3, 8, 8), lambda net, x: net(x), ignore=('0', ))
     cost = FlopCost(analysis)
     dense = 3 * 4 + 4 * 5 + 5 * 2
     assert cost.fixed_share() == pytest.approx(3 * 4 / dense)
-    assert cost.group_shares().tolist() == pytest.approx(
-        [(4 * 5 + 5 * 2) / dense])
+    assert cost.group_shares().tolist() == pytest.approx([
+        (4 * 5 + 5 * 2) / dense
+    ])
 
 
 @pytest.mark.parametrize('name', TOYS)

@@ -25,8 +25,7 @@ from gdp_mmseg.report.record import (GateRow, append_row, begin_record,
                                      read_rows)
 from gdp_mmseg.report.summary import dead_parts, kept_by_part, kept_share
 
-from helpers.project import (PHASES, TARGET, Exported, Project, Trained,
-                             train)
+from helpers.project import PHASES, TARGET, Exported, Project, Trained, train
 from helpers.stages import is_drawn, network
 
 
@@ -96,7 +95,8 @@ def test_record_says_what_was_asked_and_got(trained: Trained) -> None:
 def messages(work_dir: Path) -> list[str]:
     """Messages of this package in the newest log of a training."""
     log = max(work_dir.glob('*/*.log')).read_text()
-    found = re.split(r'^\d{4}/\d\d/\d\d .* - mmengine - [A-Z]+ - ', log, 0, re.M)
+    found = re.split(r'^\d{4}/\d\d/\d\d .* - mmengine - [A-Z]+ - ', log, 0,
+                     re.M)
     return [one for one in found if one.startswith('GDP: ')]
 
 
@@ -124,9 +124,9 @@ def test_many_reasons_are_a_short_list(project: Project,
     pruner.analysis = dataclasses.replace(
         pruner.analysis,
         frozen=tuple(
-            FrozenChannels(f'kind_{index} in backbone.layers.{module}',
-                           (f'backbone.layers.{module}', ), 2**index)
-            for index in range(8) for module in range(3)))
+            FrozenChannels(f'kind_{index} in backbone.layers.{module}', (
+                f'backbone.layers.{module}', ), 2**index) for index in range(8)
+            for module in range(3)))
     said: list[str] = []
     runner: Any = SimpleNamespace(
         cfg=Config(), logger=SimpleNamespace(info=said.append))
@@ -188,8 +188,8 @@ def test_iterations_of_phases_are_those_of_the_schedule(
 
 
 def test_log_ends_with_what_is_kept_and_what_died(trained: Trained) -> None:
-    text = next(one for one in messages(trained.work_dir)
-                if 'channels kept: ' in one)
+    text = next(
+        one for one in messages(trained.work_dir) if 'channels kept: ' in one)
     assert max(map(len, text.splitlines())) <= 100
     pruner = trained.runner.model.gdp
     keep = pruner.channels() > 0
@@ -199,8 +199,8 @@ def test_log_ends_with_what_is_kept_and_what_died(trained: Trained) -> None:
         assert part in text
 
 
-def test_log_ends_with_a_command_that_can_be_copied(
-        trained: Trained, tmp_path: Path) -> None:
+def test_log_ends_with_a_command_that_can_be_copied(trained: Trained,
+                                                    tmp_path: Path) -> None:
     text = messages(trained.work_dir)[-1]
     _, _, command = text.partition('\n\n')
     assert shlex.split(command.replace('\\\n', '')) == [
@@ -272,8 +272,8 @@ def test_path_until_the_checkpoint_is_drawn(tmp_path: Path) -> None:
     path = tmp_path / 'gates.jsonl'
     begin_record(path, analysis.groups, 0)
     for number in (10, 20, 30):
-        append_row(
-            path, GateRow(number, 1., 1., 1., [0.5] * len(analysis.groups)))
+        append_row(path,
+                   GateRow(number, 1., 1., 1., [0.5] * len(analysis.groups)))
     assert draw_record(path, analysis.groups, until=5) is None
     figure = draw_record(path, analysis.groups, until=20)
     assert figure is not None

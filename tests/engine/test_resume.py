@@ -192,8 +192,9 @@ def test_resume_goes_on_as_if_nothing_had_happened(straight: Straight,
                                             'gates.jsonl').read_bytes()
 
 
-def test_record_of_another_network_is_refused_and_kept(
-        straight: Straight, project: Project, tmp_path: Path) -> None:
+def test_record_of_another_network_is_refused_and_kept(straight: Straight,
+                                                       project: Project,
+                                                       tmp_path: Path) -> None:
     whole, _ = straight('IterBasedTrainLoop')
     shutil.copy(whole / 'iter_14.pth', tmp_path)
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_14.pth'))

@@ -352,8 +352,8 @@ def test_dense_checkpoint_fills_its_row(project: Project, trained: Trained,
     assert metrics == pytest.approx(run_test(cfg, dense.eval()))
     # Its weights are not those of the gated training.
     assert metrics != report.network('gated').metrics
-    row, = re.findall(r'^\| dense .*$', (tmp_path / 'pair/report.md').read_text(),
-                      re.M)
+    row, = re.findall(r'^\| dense .*$',
+                      (tmp_path / 'pair/report.md').read_text(), re.M)
     assert f' {metrics["mIoU"]:.2f} ' in row
 
 

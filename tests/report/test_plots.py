@@ -16,9 +16,8 @@ def half_kept(stages: list[str]) -> tuple[list[Group], Tensor]:
     """Groups of two channels in each of some stages, and half of them."""
     groups = [
         Group(
-            torch.tensor([2 * index, 2 * index + 1]), (f'{stage}.conv_' +
-                                                       'x' * index, ), (),
-            True)
+            torch.tensor([2 * index, 2 * index + 1]),
+            (f'{stage}.conv_' + 'x' * index, ), (), True)
         for index, stage in enumerate(stages)
     ]
     return groups, torch.arange(2 * len(stages)) % 2 > 0

@@ -26,8 +26,10 @@ def stages(pattern: str, numbers: Sequence[int]) -> list[str]:
     ]
 
 
-HEAD = ['decode_head.aspp_modules.0.conv', 'decode_head.aspp_modules.1.conv',
-        'decode_head.bottleneck.conv']
+HEAD = [
+    'decode_head.aspp_modules.0.conv', 'decode_head.aspp_modules.1.conv',
+    'decode_head.bottleneck.conv'
+]
 
 
 @pytest.mark.parametrize('pattern, stem', [
@@ -57,31 +59,35 @@ def test_each_stage_of_a_wrapped_backbone_is_a_part(pattern: str,
     assert len({*names}) <= 12
 
 
-@pytest.mark.parametrize('writers, parts', [
-    (['3'], ['3']),
-    (['0', '3', '6'], ['0', '3', '6']),
-    (['head.convs.0.conv'], ['head.convs']),
-    # Classifier alone, wrapped or not.
-    (stages('layer{}', [1, 2]), ['layer1', 'layer2']),
-    (stages('network.layer{}', [1, 2]), ['network.layer1', 'network.layer2']),
-    # Two encoders.
-    (stages('backbone.a.layer{}', [1, 2]) + stages('backbone.b.layer{}',
-                                                   [1, 2]) + HEAD,
-     [
-         'backbone.a.layer1', 'backbone.a.layer2', 'backbone.b.layer1',
-         'backbone.b.layer2', 'decode_head.aspp_modules',
-         'decode_head.bottleneck'
-     ]),
-    # Heads of a cascade.
-    (stages('backbone.layer{}', [1, 2]) + ['decode_head.0.conv.0',
-                                           'decode_head.1.conv.0'], [
-         'backbone.layer1', 'backbone.layer2', 'decode_head.0',
-         'decode_head.1'
-     ]),
-    # Numbers in a few names only.
-    (['net.conv1', 'net.conv2', *stages('net.body.stage{}', range(5))],
-     ['net.conv1', 'net.conv2', *(f'net.body.stage{one}' for one in range(5))]),
-])
+@pytest.mark.parametrize(
+    'writers, parts',
+    [
+        (['3'], ['3']),
+        (['0', '3', '6'], ['0', '3', '6']),
+        (['head.convs.0.conv'], ['head.convs']),
+        # Classifier alone, wrapped or not.
+        (stages('layer{}', [1, 2]), ['layer1', 'layer2']),
+        (stages('network.layer{}',
+                [1, 2]), ['network.layer1', 'network.layer2']),
+        # Two encoders.
+        (stages('backbone.a.layer{}', [1, 2]) +
+         stages('backbone.b.layer{}', [1, 2]) + HEAD, [
+             'backbone.a.layer1', 'backbone.a.layer2', 'backbone.b.layer1',
+             'backbone.b.layer2', 'decode_head.aspp_modules',
+             'decode_head.bottleneck'
+         ]),
+        # Heads of a cascade.
+        (stages('backbone.layer{}', [1, 2]) +
+         ['decode_head.0.conv.0', 'decode_head.1.conv.0'], [
+             'backbone.layer1', 'backbone.layer2', 'decode_head.0',
+             'decode_head.1'
+         ]),
+        # Numbers in a few names only.
+        (['net.conv1', 'net.conv2', *stages('net.body.stage{}', range(5))], [
+            'net.conv1', 'net.conv2', *(f'net.body.stage{one}'
+                                        for one in range(5))
+        ]),
+    ])
 def test_parts_are_stages_and_parts_of_heads(writers: list[str],
                                              parts: list[str]) -> None:
     assert list(dict.fromkeys(parts_of(named(*writers)))) == parts
