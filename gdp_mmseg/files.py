@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -31,3 +32,23 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except OSError:
         partial.unlink(missing_ok=True)
         raise
+
+
+def raise_if_damaged(path: str | Path) -> None:
+    """Check each part of a zip archive against its CRC-32.
+
+    Raises:
+        OSError: If the file cannot be read.
+        BadZipFile: If it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except OSError:
+        raise
+    # Damaged bytes fail in as many ways as an archive has fields.
+    except Exception as error:
+        raise zipfile.BadZipFile(f'a damaged archive: {error}') from error
+    if damaged is not None:
+        raise zipfile.BadZipFile(f'the bytes of {damaged} are not those that '
+                                 'were written')

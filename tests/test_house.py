@@ -15,7 +15,8 @@ PACKAGE = ROOT / 'gdp_mmseg'
 # Folders, and modules beside them, in the order in which data passes them:
 # none imports what stands below it here.
 ORDER = ('version', 'registry', 'files', 'analysis', 'gates', 'cost',
-         'surgery', 'pruner', 'report', 'engine', 'export', 'cli', '__init__')
+         'surgery', 'pruner', 'report', 'gated', 'engine', 'export', 'cli',
+         '__init__')
 # What each of them imports of the others: no more and no less.
 ARROWS: dict[str, set[str]] = {
     'version': set(),
@@ -24,9 +25,10 @@ ARROWS: dict[str, set[str]] = {
     'analysis': set(),
     'gates': {'analysis'},
     'cost': {'analysis'},
-    'surgery': {'analysis', 'gates'},
+    'surgery': {'version', 'files', 'analysis', 'gates'},
     'pruner': {'analysis', 'gates', 'cost'},
     'report': {'files', 'analysis', 'gates'},
+    'gated': {'analysis', 'gates', 'cost', 'surgery', 'pruner', 'report'},
     'engine': {
         'version', 'registry', 'files', 'analysis', 'gates', 'cost', 'surgery',
         'pruner', 'report'
@@ -36,7 +38,8 @@ ARROWS: dict[str, set[str]] = {
         'files', 'analysis', 'gates', 'cost', 'surgery', 'report', 'engine',
         'export'
     },
-    '__init__': {'version'},
+    '__init__':
+    {'version', 'analysis', 'surgery', 'gated', 'engine', 'export'},
 }
 # Libraries that each may import. What serves plain PyTorch models needs no
 # mm package.
@@ -50,6 +53,7 @@ LIBRARIES: dict[str, set[str]] = {
     'surgery': {'torch'},
     'pruner': {'torch'},
     'report': {'torch', 'matplotlib', 'numpy'},
+    'gated': {'torch'},
     'engine': {'torch', 'numpy', 'mmengine', 'mmseg', 'mmpretrain'},
     'export': {'torch', 'numpy', 'mmengine'},
     'cli': {'torch', 'mmengine', 'mmseg', 'PIL'},

@@ -49,6 +49,7 @@ def test_drop_in_lines_train_as_printed(project: Project,
         tmp_path / 'out',
         '--cfg-options',
         'train_cfg.max_iters=2',
+        'model.gdp.gate_travel=1',
         cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     state = torch.load(

@@ -7,9 +7,7 @@ are read here are checked first.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.metadata
-import io
 import pickle
 import re
 import zipfile
@@ -22,7 +20,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor
 
-from ..files import write_whole
+from ..files import raise_if_damaged, write_whole
+from ..surgery.saved import checksum, saved_bytes
 from ..version import __version__
 
 # Codes of NumPy's kinds of numbers: signed, unsigned, real, bool, text.
@@ -120,44 +119,6 @@ def _numpys(function: Any) -> Iterator[Callable[..., Any]]:
         yield named
 
 
-def raise_if_damaged(path: str | Path) -> None:
-    """Check each part of a zip archive against its CRC-32.
-
-    Raises:
-        OSError: If the file cannot be read.
-        BadZipFile: If it is damaged.
-    """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except OSError:
-        raise
-    # Damaged bytes fail in as many ways as an archive has fields.
-    except Exception as error:
-        raise zipfile.BadZipFile(f'a damaged archive: {error}') from error
-    if damaged is not None:
-        raise zipfile.BadZipFile(f'the bytes of {damaged} are not those that '
-                                 'were written')
-
-
-def checksum(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a state dict: names, dtypes, shapes and bytes, in order.
-
-    Examples:
-        >>> one = dict(weight=torch.zeros(2))
-        >>> checksum(one) == checksum(dict(weight=torch.zeros(2)))
-        True
-        >>> checksum(one) == checksum(dict(weight=torch.tensor([0., 1e-9])))
-        False
-    """
-    digest = hashlib.sha256()
-    for name, value in state.items():
-        digest.update(f'{name} {value.dtype} {list(value.shape)};'.encode())
-        plain = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(plain.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def versions() -> dict[str, str]:
     """Versions of the packages that a result depends on."""
     found = dict(gdp_mmseg=__version__)
@@ -199,17 +160,10 @@ def save_exported(path: Path, state: Mapping[str, Tensor],
     Raises:
         OSError: If it cannot be written.
     """
-    content = io.BytesIO()
-    torch.save(
-        dict(
-            meta=dict(
-                gdp_mmseg=__version__,
-                versions=versions(),
-                sha256=checksum(state),
-                widths=widths,
-                dataset_meta=plain(meta.get('dataset_meta') or {})),
-            state_dict=state), content)
-    write_whole(path, content.getvalue())
+    described = dict(
+        versions=versions(),
+        dataset_meta=plain(meta.get('dataset_meta') or {}))
+    write_whole(path, saved_bytes(state, widths, described))
 
 
 def plain(value: Any) -> Any:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, Mapping
 
 import torch
@@ -9,7 +10,8 @@ from mmengine.config import Config
 from mmengine.model import MMDistributedDataParallel, is_model_wrapper
 from torch import nn
 
-from .config import kind_of, name_of
+from ..pruner.settings import Settings
+from .config import ModelConfig, kind_of, name_of
 
 # These split the parameters over the processes, or the model into parts that
 # are averaged separately. Each process must hold, and average, all gates.
@@ -24,7 +26,8 @@ def check_config(cfg: Config) -> None:
         cfg (Config): Config of a training, gated or not.
 
     Raises:
-        ValueError: If it is gated and would split the gates, or move none.
+        ValueError: If it is gated and would split the gates, move none, or is
+            too short for them.
     """
     if kind_of(cfg.model) != 'gated':
         return
@@ -36,6 +39,27 @@ def check_config(cfg: Config) -> None:
         name = name_of((cfg.get(key) or {}).get('type'))
         if name in SPLITTING:
             raise ValueError(_whole_model(name, key))
+    # The length of a training by epochs depends on its data.
+    iterations = (cfg.get('train_cfg') or {}).get('max_iters')
+    if iterations:
+        wrapper = cfg.get('optim_wrapper') or {}
+        check_length(
+            ModelConfig.of(cfg).settings, iterations,
+            wrapper.get('accumulative_counts', 1))
+
+
+def check_length(settings: Settings, iterations: int,
+                 accumulated: int) -> str | None:
+    """Check the length of a training (see :meth:`Settings.check_length`).
+
+    Args:
+        settings (Settings): Settings of the gates.
+        iterations (int): Length of the training.
+        accumulated (int): Number of iterations for each step.
+    """
+    unit = ('iterations' if accumulated == 1 else
+            f'steps of the optimizer, of {accumulated} iterations each')
+    return settings.check_length(math.ceil(iterations / accumulated), unit)
 
 
 def hooks_of(cfg: Config) -> list[Any]:

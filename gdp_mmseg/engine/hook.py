@@ -11,12 +11,11 @@ from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
-from ..gates.base import GateMethod
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
 from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
-from .compat import accumulated_gradients, check_runner
+from .compat import accumulated_gradients, check_length, check_runner
 from .matching import check_gates, gate_meta
 from .model import find_pruner
 from .monitor import (log_export, log_phase, log_start, log_summary, scalars,
@@ -65,9 +64,10 @@ class GDPHook(ResumeHook):
 
         Raises:
             ValueError: If the model has no gates, if the runner does not work
-                with gates, if the config is one of an export or could not be
-                exported after the training, or if a training would resume
-                with the record of another one.
+                with gates, if the pruning phase is too short, if the config
+                is one of an export or could not be exported after the
+                training, or if a training would resume with the record of
+                another one.
         """
         check_runner(runner)
         check_not_exported(runner.cfg)
@@ -77,6 +77,10 @@ class GDPHook(ResumeHook):
         super().before_train(runner)
         pruner = find_pruner(runner.model)
         pruner.hooked = True
+        note = check_length(pruner.settings, runner.max_iters,
+                            accumulated_gradients(runner.optim_wrapper))
+        if note:
+            runner.logger.warning(f'GDP: {note}')
         for one in (pruner, *averages(runner)):
             one.begin_(runner.iter / runner.max_iters)
         if pruner.unmeasured:
@@ -207,9 +211,7 @@ def _gate_step(runner: Runner, pruner: Pruner) -> Callable[..., None]:
                 f'GDP: the gates do not move in iteration {runner.iter + 1}, '
                 'because their gradient is not finite; so far in '
                 f'{skipped + 1} iterations')
-        _agree_(pruner.gates)
-        # No optimizer moves or decays a parameter without a gradient.
-        pruner.gates.theta.grad = None
+        pruner.gates.agree_()
 
     return step
 
@@ -249,16 +251,6 @@ def _exclude_from_clipping_(optim_wrapper: Any,
     return undo
 
 
-def _agree_(gates: GateMethod) -> None:
-    """Copy the first process's gates to all processes, in place.
-
-    Sums on GPUs differ in the last bit between processes. A gate at the limit
-    would close in one process and stay open in another.
-    """
-    for tensor in (gates.theta.data, gates.closed, gates.multiplier):
-        broadcast(tensor)
-
-
 def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:
     """Undo the loss scale that mixed precision leaves to a fused optimizer.
 
@@ -266,10 +258,11 @@ def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:
     it reads these attributes itself.
 
     Returns:
-        bool: False at an overflow.
+        bool: False at an overflow, where the gradient is removed.
     """
     overflow = getattr(optimizer, 'found_inf', None)
     if overflow is not None and bool(overflow):
+        theta.grad = None
         return False
     scale = getattr(optimizer, 'grad_scale', None)
     if scale is not None and theta.grad is not None:

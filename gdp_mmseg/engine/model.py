@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
+import warnings
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -60,8 +61,27 @@ def known_gates(gates: Mapping[str, Any] | None) -> Iterator[None]:
         _KNOWN.reset(token)
 
 
-def find_pruner(model: nn.Module) -> Pruner:
-    """Return the :class:`Pruner` of a gated model, wrapped or not.
+class HookedPruner(Pruner):
+    """Pruner of an mm model, whose gates a hook of the training moves.
+
+    Attributes:
+        hooked (bool): Whether there is such a hook. Without it, a warning is
+            given when the model is set to training mode.
+    """
+    hooked = False
+
+    def train(self, mode: bool = True) -> HookedPruner:
+        """Set the mode, in place; warn if nothing moves the gates."""
+        if mode and not self.hooked:
+            warnings.warn('GDPModel: nothing moves the gates, so no channel '
+                          'will be pruned; to prune, set default_hooks=dict('
+                          "gdp=dict(type='gdp_mmseg.GDPHook'))")
+        super().train(mode)
+        return self
+
+
+def find_pruner(model: nn.Module) -> HookedPruner:
+    """Return the pruner of a gated model, wrapped or not.
 
     Raises:
         ValueError: If the model has no gates.
@@ -70,7 +90,7 @@ def find_pruner(model: nn.Module) -> Pruner:
     while is_model_wrapper(network) or isinstance(network, BaseTTAModel):
         network = network.module
     pruner = getattr(network, 'gdp', None)
-    if not isinstance(pruner, Pruner):
+    if not isinstance(pruner, HookedPruner):
         raise ValueError('expected a model with gates, but got '
                          f'{type(network).__name__}; set model=dict(type='
                          "'gdp_mmseg.GDPModel', gdp=dict(target=0.4))")
@@ -92,8 +112,8 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
         **model: The rest of the user's model config, unchanged.
 
     Returns:
-        nn.Module: Model of the class ``base`` with a :class:`Pruner` at
-        ``gdp``.
+        nn.Module: Model of the class ``base`` with a :class:`HookedPruner`
+        at ``gdp``.
 
     Raises:
         ValueError: If a setting is wrong or the model cannot be pruned.
@@ -161,7 +181,7 @@ def add_gates_(network: nn.Module, analysis: Analysis,
     Raises:
         ValueError: If the target is below the share that cannot be pruned.
     """
-    pruner = Pruner(analysis, settings)
+    pruner = HookedPruner(analysis, settings)
     network.gdp = pruner
     gate_(network, analysis, pruner.gates)
     refuse_others_(network, dict(_gated_axes(analysis), gdp=None))

@@ -7,8 +7,7 @@ from typing import Callable, ClassVar
 
 from mmengine.fileio import LocalBackend, register_backend
 
-from ..files import write_whole
-from .checkpoint import raise_if_damaged
+from ..files import raise_if_damaged, write_whole
 
 WHOLE = 'gdp_mmseg.whole'
 

@@ -1,7 +1,6 @@
 """Networks of an export, built from a config and a checkpoint."""
 from __future__ import annotations
 
-import collections
 from pathlib import Path
 from typing import Any, Mapping
 
@@ -16,6 +15,7 @@ from ..engine.config import ModelConfig
 from ..engine.matching import (THETA, check_gate_meta, check_gates,
                                stored_analysis)
 from ..engine.model import add_gates_, analyse_model, find_pruner
+from ..surgery.saved import load_strictly
 
 
 def build_networks(cfg: Config, state: Mapping[str, Tensor],
@@ -89,41 +89,6 @@ def load_dense(dense: nn.Module, path: str) -> nn.Module:
     network = clone_model(dense)
     load_strictly(network, state, f'--dense {path}')
     return network.eval()
-
-
-def load_strictly(model: nn.Module,
-                  state: Mapping[str, Tensor],
-                  source: str = 'checkpoint') -> None:
-    """Load a state dict that must fit, with one line for an error.
-
-    Args:
-        model (nn.Module): The model, whose weights are replaced.
-        state (Mapping[str, Tensor]): Weights for all of it.
-        source (str): Name of their source in the error.
-
-    Raises:
-        ValueError: If a tensor is missing, has another shape or no place.
-    """
-    wanted: Any = model.state_dict()
-    shapes = [
-        key for key in wanted
-        if key in state and state[key].shape != wanted[key].shape
-    ]
-    missing, extra = shapes, list[str]()
-    if not shapes:
-        # Modules look up their version there; a plain dict has none.
-        loaded = collections.OrderedDict(state)
-        loaded._metadata = wanted._metadata  # type: ignore
-        # Some modules drop or add keys when they load; only they know which.
-        result = model.load_state_dict(loaded, strict=False)
-        missing = [key for key in result.missing_keys if key not in state]
-        extra = list(result.unexpected_keys)
-    if missing or extra:
-        raise ValueError(
-            f'{source}: expected the weights of the config\'s model, but '
-            f'{len(missing)} are missing or of another shape and {len(extra)} '
-            f'have no place ({(missing + extra)[0]} first); pass the '
-            'checkpoint and the config of the same training')
 
 
 def load_exported(folder: Path, name: str) -> nn.Module:

@@ -13,6 +13,7 @@ import abc
 from typing import Callable, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 
@@ -54,7 +55,8 @@ class GateMethod(nn.Module, abc.ABC):
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
-        self._num_slot_axes = 0
+        # No buffers: an average of models would average these indices.
+        self._slots: list[Tensor] = []
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))
@@ -62,7 +64,7 @@ class GateMethod(nn.Module, abc.ABC):
     # -- the forward pass --------------------------------------------------
 
     def add_slots(self, slots: Tensor) -> int:
-        """Register the gates of a channel axis; they move with the module.
+        """Register the gates of a channel axis.
 
         Args:
             slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
@@ -70,15 +72,14 @@ class GateMethod(nn.Module, abc.ABC):
         Returns:
             int: Index for :meth:`slot_factors`.
         """
-        index = self._num_slot_axes
-        # Derived from the analysis, so not part of the state dict.
-        self.register_buffer(f'slots{index}', slots, persistent=False)
-        self._num_slot_axes += 1
-        return index
+        self._slots.append(slots)
+        return len(self._slots) - 1
 
     def slot_factors(self, index: int) -> Tensor:
         """Factors ``(C,)`` of a channel axis, differentiable in theta."""
-        slots = self.get_buffer(f'slots{index}')
+        slots = self._slots[index]
+        if slots.device != self.theta.device:
+            slots = self._slots[index] = slots.to(self.theta.device)
         known = slots.clamp(min=0)
         return self.factors(known).masked_fill(self.closed[known] > 0,
                                                0).masked_fill(slots < 0, 1)
@@ -205,6 +206,16 @@ class GateMethod(nn.Module, abc.ABC):
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
                 worth of each gate by how little is left of its group.
         """
+
+    def agree_(self) -> None:
+        """Copy the first process's gates to all processes, in place.
+
+        Sums on GPUs differ in the last bit between processes. A gate at the
+        limit would close in one process and stay open in another.
+        """
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (self.theta.data, self.closed, self.multiplier):
+                dist.broadcast(tensor, 0)
 
     def settle_(self) -> None:
         """Fix the gates for the settling phase, in place.

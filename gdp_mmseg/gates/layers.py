@@ -26,6 +26,20 @@ def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
         gate_layer_(model.get_submodule(layer.name), gates, layer.inputs)
 
 
+def ungate_(model: nn.Module, analysis: Analysis) -> None:
+    """Take the gates off all layers that :func:`gate_` put them on, in place.
+
+    Args:
+        model (nn.Module): A model with gates.
+        analysis (Analysis): The analysis that its gates are from.
+    """
+    for layer in analysis.gated_layers():
+        attributes = vars(model.get_submodule(layer.name))
+        for name in ('forward', '_conv_forward'):
+            if isinstance(attributes.get(name), _GatedForward):
+                del attributes[name]
+
+
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:
     """Put gates on the input channels of a layer's kernel, in place.
 

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +38,6 @@ class Pruner(nn.Module):
         flops (FlopCost): Share of the dense FLOPs.
         cost (Cost): Share of the resource that the target names; it may be
             the same object as ``flops``.
-        hooked (bool): Whether a training's ``GDPHook`` moves the gates.
 
     Raises:
         ValueError: If the target is below the share that cannot be pruned.
@@ -58,7 +56,6 @@ class Pruner(nn.Module):
         self.gates = gates or settings.build_gates(analysis.num_gates)
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
-        self.hooked = False
         if settings.target.type == 'params':
             self.cost = ParameterCost(analysis)
         elif settings.target.type == 'latency':
@@ -72,14 +69,6 @@ class Pruner(nn.Module):
             persistent=False)
         if not self.unmeasured:
             self.check_target()
-
-    def train(self, mode: bool = True) -> Pruner:
-        """Set the mode, in place; warn if nothing moves the gates."""
-        if mode and not self.hooked:
-            warnings.warn('GDPModel: nothing moves the gates, so no channel '
-                          'will be pruned; to prune, set default_hooks=dict('
-                          "gdp=dict(type='gdp_mmseg.GDPHook'))")
-        return super().train(mode)
 
     # -- cost and target ---------------------------------------------------
 
@@ -163,6 +152,9 @@ class Pruner(nn.Module):
     def step_(self, progress: float, steps: int) -> bool:
         """Move all gates by one step, in place, by the gradient of theta.
 
+        The gradient is removed, so that no optimizer moves or decays theta,
+        and the next backward pass starts anew.
+
         Args:
             progress (float): Share of the training that is over, in [0, 1].
             steps (int): Number of such steps in the whole training.
@@ -177,6 +169,12 @@ class Pruner(nn.Module):
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
+        moved = self._step_(progress, steps)
+        self.gates.theta.grad = None
+        return moved
+
+    def _step_(self, progress: float, steps: int) -> bool:
+        """Move all gates by one step (see :meth:`step_`), in place."""
         phase = self.schedule.phase_at(progress)
         if phase == 'settling':
             return True

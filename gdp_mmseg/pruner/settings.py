@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Mapping
 
 from ..gates import METHODS, GateMethod
@@ -10,6 +11,9 @@ from .schedule import Schedule
 
 # Resources that a target can be about, and their names in messages.
 COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
+# A pruning phase in which a gate can close in fewer steps is short: its gain
+# is a mean over some tens of steps.
+_STEPS_TO_CLOSE = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +166,38 @@ class Settings:
         }
         plain['target'] = Target.from_config(config['target'])
         return cls(**plain)
+
+    def check_length(self, steps: int, unit: str = 'steps') -> str | None:
+        """Check that the pruning phase is long enough for the gates.
+
+        Args:
+            steps (int): Number of steps of the optimizer in the training.
+            unit (str): Name of a step in the message. Defaults to 'steps'.
+
+        Returns:
+            str, optional: A note on a phase that is short for good results;
+            None for one that is not.
+
+        Raises:
+            ValueError: If a gate could close in a single step, before its
+                gain is known.
+        """
+        travel, share = self.gate_travel, self.phases[1]
+        least, enough = (
+            math.ceil(number * travel / share)
+            for number in (1, _STEPS_TO_CLOSE))
+        found = f'{steps * share:.3g} {unit} ({share:.0%} of {steps})'
+        if steps < least:
+            raise ValueError(
+                f'gdp.phases: expected a pruning phase of at least {travel:g} '
+                f'{unit} (gdp.gate_travel), because in fewer a single one of '
+                f'them could close every gate, but got {found}; train for at '
+                f'least {least} {unit}, better {enough}')
+        if steps < enough:
+            return (f'the pruning phase is short with {found}, because gates '
+                    f'can close in fewer than {_STEPS_TO_CLOSE} of them; '
+                    f'{enough} {unit} in all, or more, would be better')
+        return None
 
     def build_gates(self, num_gates: int) -> GateMethod:
         """Make the gates of a model by the method that ``gate`` names."""

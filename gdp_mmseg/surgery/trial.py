@@ -62,6 +62,7 @@ class Trial:
         tolerance (float): Largest relative difference of equal outputs.
 
     Attributes:
+        num_required (int): Number of the forwards that were given as such.
         skipped (dict[str, str]): Names of the other forwards that are not
             compared, and why.
 
@@ -77,7 +78,7 @@ class Trial:
         self.forwards = list(forwards)
         self.model, self.inputs = self._random_copy(model,
                                                     analysis.input_shape)
-        self._num_required = len(self.forwards)
+        self.num_required = len(self.forwards)
         self.skipped: dict[str, str] = {}
         self.forwards += [one for one in others if self._runs(one)]
         self.use(analysis)
@@ -186,7 +187,7 @@ class Trial:
                 self._run_gated(index), self._run_gated(index))
             if difference <= self.tolerance:
                 continue
-            if index >= self._num_required:
+            if index >= self.num_required:
                 forward, _ = self.forwards.pop(index)
                 self.skipped[_name_of(forward)] = 'other numbers in each run'
                 self.known.clear()
@@ -229,7 +230,7 @@ class Trial:
         if half:
             # The gated copy shares its biases with the model that is cut.
             centre_biases_(self.gated,
-                           lambda: self._run_gated(self._num_required - 1))
+                           lambda: self._run_gated(self.num_required - 1))
         pruned, _ = cut(self.model, self.analysis, openness)
         self.failed_at = ''
         for name, module in pruned.named_modules():

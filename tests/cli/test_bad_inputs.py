@@ -610,7 +610,8 @@ def test_grey_image_is_no_error(project: Project, trained: Trained,
     world = World(project, trained, dense, exported, tmp_path)
     outcome = run_tool(
         'train.py',
-        *world.train(*world.data(spoil), 'train_cfg.max_iters=1'),
+        *world.train(*world.data(spoil), 'train_cfg.max_iters=1',
+                     'model.gdp.gate_travel=0.5'),
         cwd=tmp_path)
     assert outcome.status == 0, outcome.stderr
     assert (tmp_path / 'out/iter_1.pth').is_file()

@@ -163,7 +163,7 @@ def test_model_goes_the_whole_way(name: str, project: Project,
     cfg.dump(project.folder / f'{key}.py')
     gated_path = project.config(
         f'gdp_{key}', 'model = dict(type="gdp_mmseg.GDPModel", gdp=dict('
-        f'target={TARGET}, phases=(0., 0.75, 0.25)))\n'
+        f'target={TARGET}, phases=(0., 0.75, 0.25), gate_travel=6))\n'
         'default_hooks = dict(gdp=dict(type="gdp_mmseg.GDPHook"))',
         project.folder / f'{key}.py')
 

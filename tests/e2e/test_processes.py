@@ -54,6 +54,7 @@ launcher = 'pytorch'
 model_wrapper_cfg = dict(
     type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
 train_cfg = dict(max_iters=6, val_interval=1000)
+model = dict(gdp=dict(gate_travel=4))
 """
 # Lines over JOINED.
 OTHERS = {
@@ -280,7 +281,8 @@ def test_slurms_launcher_trains(project: Project, tmp_path: Path,
             'env_cfg.dist_cfg.backend': 'gloo',
             'model_wrapper_cfg.type': 'MMDistributedDataParallel',
             'model_wrapper_cfg.device_ids': None,
-            'train_cfg.max_iters': 2
+            'train_cfg.max_iters': 2,
+            'model.gdp.gate_travel': 1
         })
     try:
         outcome = run_tool(

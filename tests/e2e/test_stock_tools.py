@@ -54,6 +54,7 @@ def test_stock_train_trains_the_gated_config(project: Project,
         tmp_path / 'out',
         '--cfg-options',
         'train_cfg.max_iters=2',
+        'model.gdp.gate_travel=1',
         cwd=tmp_path)
     assert 'gdp.gates.theta' in _state(tmp_path / 'out/iter_2.pth')
     assert (tmp_path / 'out/gates.jsonl').is_file()

@@ -20,7 +20,7 @@ from gdp_mmseg.engine.compat import (SPLITTING, check_config, check_runner,
 from gdp_mmseg.engine.hook import GDPHook
 from gdp_mmseg.engine.resume import ResumeHook
 
-from helpers.project import Project, run_tool
+from helpers.project import Project, Trained, run_tool
 
 STRATEGIES = [name for name in SPLITTING if name.endswith('Strategy')]
 
@@ -52,6 +52,40 @@ def test_what_splits_the_gates_is_refused_before_anything_is_built(
         f'model, but got {name}; change {key}: one process, DDPStrategy or '
         'MMDistributedDataParallel go with gates\n')
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('accumulated, said', [
+    (1, '3 iterations (75% of 4); train for at least 11 iterations'),
+    (2, 'steps of the optimizer, of 2 iterations each'),
+])
+def test_too_short_training_is_refused_before_anything_is_built(
+        accumulated: int, said: str, project: Project, tmp_path: Path) -> None:
+    outcome = run_tool(
+        'train.py',
+        project.gated,
+        '--work-dir',
+        tmp_path / 'out',
+        '--cfg-options',
+        f'train_cfg.max_iters={4 * accumulated}',
+        f'optim_wrapper.accumulative_counts={accumulated}',
+        cwd=tmp_path)
+    assert outcome.status == 2
+    assert outcome.stderr.startswith('train.py: error: gdp.phases: expected')
+    assert said in outcome.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_too_short_training_by_epochs_is_refused_by_the_hook(
+        project: Project, tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    cfg.train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)
+    with pytest.raises(ValueError, match='gdp.phases: .* at least 11 iterat'):
+        Runner.from_cfg(cfg).train()
+
+
+def test_short_pruning_phase_is_warned_of(trained: Trained) -> None:
+    log = next(trained.work_dir.glob('*/*.log')).read_text()
+    assert 'the pruning phase is short with 24 iterations' in log
 
 
 def test_gates_without_their_hook_are_refused(project: Project) -> None:

@@ -115,7 +115,8 @@ def test_a_resume_does_not_analyse_again(
         monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [
         project.gated, '--work-dir', tmp_path / 'work', '--cfg-options',
-        'default_hooks.checkpoint.interval=2', 'train_cfg.max_iters=2'
+        'default_hooks.checkpoint.interval=2', 'model.gdp.gate_travel=1',
+        'train_cfg.max_iters=2'
     ]
     assert run_tool('train.py', *arguments, cwd=tmp_path).status == 0
     monkeypatch.setattr(models, 'analyse_model', forbidden)
@@ -129,7 +130,8 @@ def test_a_resume_with_another_ignore_is_refused(project: Project,
                                                  tmp_path: Path) -> None:
     arguments = [
         project.gated, '--work-dir', tmp_path / 'work', '--cfg-options',
-        'default_hooks.checkpoint.interval=2', 'train_cfg.max_iters=2'
+        'default_hooks.checkpoint.interval=2', 'model.gdp.gate_travel=1',
+        'train_cfg.max_iters=2'
     ]
     assert run_tool('train.py', *arguments, cwd=tmp_path).status == 0
     before = (tmp_path / 'work/iter_2.pth').read_bytes()

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -98,6 +99,16 @@ def test_before_training_the_gated_model_is_the_dense_one(
         got = model(inputs, mode='tensor')
     assert torch.equal(got, expected)
     assert not torch.allclose(got, torch.zeros_like(got))
+
+
+def test_training_without_the_hook_is_warned_of(gated: Config) -> None:
+    model = build(gated.model).eval()
+    with pytest.warns(UserWarning, match='GDPHook'):
+        model.train()
+    find_pruner(model).hooked = True
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        model.train()
 
 
 def test_gates_pass_a_gradient_to_theta_only_through_the_kernels(

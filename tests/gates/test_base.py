@@ -75,7 +75,6 @@ def hard(monkeypatch: pytest.MonkeyPatch) -> Settings:
 def test_a_method_from_outside_prunes_to_the_target(hard: Settings) -> None:
     net, analysis = TOYS['residual'].analyse()
     pruner = Pruner(analysis, hard)
-    pruner.hooked = True
     gated, inputs = TOYS['residual'].build(), TOYS['residual'].inputs()
     gated.load_state_dict(net.state_dict())
     gate_(gated, analysis, pruner.gates)
@@ -83,7 +82,6 @@ def test_a_method_from_outside_prunes_to_the_target(hard: Settings) -> None:
     for step in range(steps):
         gated.train()
         pruner.train()
-        pruner.gates.theta.grad = None
         gated(inputs).square().sum().backward()
         assert pruner.step_(step / steps, steps)
     assert isinstance(pruner.gates, HardGates) and pruner.gates.settled == 1

@@ -96,7 +96,9 @@ def draw(seed: int) -> Project:
     else:
         model = _segmentor(one, kind, classes, widths)
     gdp: dict[str, Any] = dict(
-        target=one.random.choice([0.5, 0.6, 0.7]), phases=PHASES)
+        target=one.random.choice([0.5, 0.6, 0.7]),
+        phases=PHASES,
+        gate_travel=PHASES[1] * ITERATIONS)
     if bands != 3 or one.random.random() < 0.2:
         gdp['input_shape'] = (bands, *size)
     model = dict(

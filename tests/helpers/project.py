@@ -31,6 +31,7 @@ from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import find_pruner, known_gates
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.pruner.pruner import Pruner
+from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
@@ -372,6 +373,16 @@ def build(model: Mapping[str, Any]) -> nn.Module:
     return MODELS.build(model)
 
 
+def _fit_travel_(cfg: Config) -> None:
+    """Let gates travel less in a training that is too short for them."""
+    gdp, iterations = cfg.model.get('gdp'), cfg.train_cfg.get('max_iters')
+    if gdp and 'target' in gdp and iterations:
+        steps = iterations / cfg.optim_wrapper.get('accumulative_counts', 1)
+        pruning = gdp.get('phases', Settings.phases)[1] * steps
+        gdp.gate_travel = min(
+            gdp.get('gate_travel', Settings.gate_travel), pruning)
+
+
 # Analyses of this process, by the model's config: most tests train the same.
 _ANALYSES: dict[str, dict[str, Any]] = {}
 
@@ -380,6 +391,7 @@ def build_runner(
         cfg: Config,
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
     """Build the runner of a config; analyse each model once a process."""
+    _fit_travel_(cfg)
     key = str(cfg.model)
     with known_gates(_ANALYSES.get(key)):
         runner = build(cfg)

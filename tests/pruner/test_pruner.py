@@ -1,7 +1,6 @@
 """The pruner holds each kind of cost to its target, on small networks."""
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -44,13 +43,11 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
     if pruner.unmeasured:
         pruner.measure_()
     with_gates = gated(net, analysis, pruner.gates)
-    theta = pruner.gates.theta
     optimizer = torch.optim.SGD(with_gates.parameters(), lr=0.05)
     inputs = torch.randn(4, 3, 8, 8)
     wishes = torch.randn(4, 2, 8, 8)
     for step in range(STEPS):
         optimizer.zero_grad()
-        theta.grad = None
         F.mse_loss(with_gates(inputs), wishes).backward()
         pruner.step_(step / STEPS, STEPS)
         optimizer.step()
@@ -66,17 +63,6 @@ def test_a_training_takes_the_gates_of_another_as_they_are() -> None:
     assert float(pruner.gates.epsilon) > 0.09
     assert float(
         (pruner.gates.openness() - before).abs().max().detach()) < 0.01
-
-
-def test_training_without_the_hook_is_warned_of() -> None:
-    _, pruner = trained_toy('params')
-    model = nn.ModuleDict(dict(gdp=pruner)).eval()
-    with pytest.warns(UserWarning, match='GDPHook'):
-        model.train()
-    pruner.hooked = True
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        model.train()
 
 
 def test_training_ends_within_one_point_of_the_parameters() -> None:
