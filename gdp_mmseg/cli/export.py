@@ -48,3 +48,7 @@ def main() -> None:
                     Path(args.config).stem, not args.no_eval)
     print(comparison(report))
     print(f'wrote {args.out_dir}')
+
+
+if __name__ == '__main__':
+    main()

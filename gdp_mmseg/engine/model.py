@@ -162,10 +162,16 @@ def add_gates_(network: nn.Module, analysis: Analysis,
         ValueError: If the target is below the share that cannot be pruned.
     """
     pruner = Pruner(analysis, settings)
+    pruner.warn = _log_warning
     network.gdp = pruner
     gate_(network, analysis, pruner.gates)
     refuse_others_(network, dict(_gated_axes(analysis), gdp=None))
     return network
+
+
+def _log_warning(message: str) -> None:
+    """Log a warning where the training logs."""
+    print_log(message, logger='current', level=logging.WARNING)
 
 
 def _gated_axes(analysis: Analysis) -> Fitting:

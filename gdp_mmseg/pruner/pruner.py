@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any, Callable
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from .settings import Settings
 _LARGEST_ROUNDING = 0.009
 # Difference from the target above which logs and exports say so: a point.
 _MISSED = 0.01
+_ADD_HOOK = "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))"
 
 
 class Pruner(nn.Module):
@@ -40,6 +42,9 @@ class Pruner(nn.Module):
         cost (Cost): Share of the resource that the target names; it may be
             the same object as ``flops``.
         hooked (bool): Whether a training's ``GDPHook`` moves the gates.
+        unmoved (bool): Whether a training began in which nothing does.
+        warn (Callable[[str], None]): Function that gets the warnings about
+            such a training. Defaults to :func:`warnings.warn`.
 
     Raises:
         ValueError: If the target is below the share that cannot be pruned.
@@ -58,7 +63,11 @@ class Pruner(nn.Module):
         self.gates = gates or settings.build_gates(analysis.num_gates)
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
-        self.hooked = False
+        self.hooked = self.unmoved = False
+        self.warn: Callable[[str], None] = warnings.warn
+        # The end of a training saves it. No hook of the training is there to
+        # tell that it ends.
+        self.register_state_dict_post_hook(_warn_if_unmoved)
         if settings.target.type == 'params':
             self.cost = ParameterCost(analysis)
         elif settings.target.type == 'latency':
@@ -74,11 +83,11 @@ class Pruner(nn.Module):
             self.check_target()
 
     def train(self, mode: bool = True) -> Pruner:
-        """Set the mode, in place; warn if nothing moves the gates."""
-        if mode and not self.hooked:
-            warnings.warn('GDPModel: nothing moves the gates, so no channel '
-                          'will be pruned; to prune, set default_hooks=dict('
-                          "gdp=dict(type='gdp_mmseg.GDPHook'))")
+        """Set the mode, in place; warn once if nothing moves the gates."""
+        if mode and not self.hooked and not self.unmoved:
+            self.unmoved = True
+            self.warn('GDPModel: nothing moves the gates, so no channel will '
+                      f'be pruned; to prune, {_ADD_HOOK}')
         return super().train(mode)
 
     # -- cost and target ---------------------------------------------------
@@ -269,3 +278,12 @@ class Pruner(nn.Module):
         with torch.no_grad():
             keep = kept_channels(self.analysis, self.gates.decided())
         return keep.to(self.gates.theta)
+
+
+def _warn_if_unmoved(pruner: Pruner, *_: Any) -> None:
+    """Warn about gates that are saved from a training that never moved them.
+    """
+    if pruner.unmoved and not pruner.hooked:
+        pruner.warn('GDPModel: nothing moved the gates of the weights that '
+                    'are saved now, so an export would prune nothing; '
+                    f'{_ADD_HOOK}, and train again')
