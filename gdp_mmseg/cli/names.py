@@ -6,7 +6,9 @@ from typing import Any, Iterator, Mapping
 
 import mmengine.registry
 from mmengine.config import Config
-from mmengine.registry import HOOKS, MODELS, Registry, init_default_scope
+from mmengine.registry import (DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS,
+                               OPTIMIZERS, PARAM_SCHEDULERS, TRANSFORMS,
+                               Registry, init_default_scope)
 
 from ..spelling import did_you_mean
 
@@ -25,23 +27,40 @@ def check_model_names(cfg: Config) -> None:
         _check(MODELS, f'model.{key}', cfg.model.get(key))
 
 
-def check_hook_names(cfg: Config) -> None:
-    """Check that the ``type`` of each hook is registered.
+def check_training_names(cfg: Config) -> None:
+    """Check that what a training is made of is registered.
+
+    mmengine would say so after the analysis of the model, which may take
+    minutes, and not at all of an optimizer.
 
     Raises:
-        ValueError: If no registry has one of them.
+        ValueError: If no registry has the ``type`` of a hook, an optimizer, a
+            parameter scheduler, a dataset or a transform.
     """
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    hooks = {
-        f'default_hooks.{name}': hook
-        for name, hook in (cfg.get('default_hooks') or {}).items()
-    } | {
-        f'custom_hooks.{index}': hook
-        for index, hook in enumerate(cfg.get('custom_hooks') or [])
-    }
-    for key, hook in hooks.items():
-        if isinstance(hook, Mapping) and '_scope_' not in hook:
-            _check(HOOKS, f'{key}.type', hook.get('type'))
+    for registry, key, node in _training_parts(cfg):
+        if isinstance(node, Mapping) and '_scope_' not in node:
+            _check(registry, f'{key}.type', node.get('type'))
+
+
+def _training_parts(cfg: Config) -> Iterator[tuple[Registry, str, Any]]:
+    """Yield parts of a config, each with its registry and its key."""
+    for name, hook in (cfg.get('default_hooks') or {}).items():
+        yield HOOKS, f'default_hooks.{name}', hook
+    for key, registry in (('custom_hooks', HOOKS), ('param_scheduler',
+                                                    PARAM_SCHEDULERS)):
+        parts = cfg.get(key) or []
+        for index, part in enumerate(
+                parts if isinstance(parts, list) else [parts]):
+            yield registry, f'{key}.{index}', part
+    wrapper = cfg.get('optim_wrapper') or {}
+    yield OPTIM_WRAPPERS, 'optim_wrapper', wrapper
+    yield OPTIMIZERS, 'optim_wrapper.optimizer', wrapper.get('optimizer')
+    loader = cfg.get('train_dataloader') or {}
+    dataset = loader.get('dataset') or {}
+    yield DATASETS, 'train_dataloader.dataset', dataset
+    for index, step in enumerate(dataset.get('pipeline') or []):
+        yield TRANSFORMS, f'train_dataloader.dataset.pipeline.{index}', step
 
 
 def _check(registry: Registry, key: str, name: Any) -> None:

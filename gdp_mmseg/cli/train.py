@@ -18,7 +18,7 @@ from .checks import (add_resume_hook_, gates_to_resume, join_processes_,
                      load_config, resolve_resume_, verify_start)
 from .data_checks import check_paths
 from .errors import fail, held_output, one_line_errors
-from .names import check_hook_names
+from .names import check_training_names
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,7 +100,7 @@ def main() -> None:
     cfg.resume = args.resume
     resolve_resume_(cfg, 'load_from' in (args.cfg_options or {}))
     verify_start(cfg)
-    check_hook_names(cfg)
+    check_training_names(cfg)
     check_config(cfg)
     check_paths(cfg, splits=('train', 'val'))
     add_resume_hook_(cfg)
