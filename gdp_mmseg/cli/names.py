@@ -8,7 +8,7 @@ import mmengine.registry
 from mmengine.config import Config
 from mmengine.registry import (DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS,
                                OPTIMIZERS, PARAM_SCHEDULERS, TRANSFORMS,
-                               Registry, init_default_scope)
+                               DefaultScope, Registry, init_default_scope)
 
 from ..spelling import did_you_mean
 
@@ -109,13 +109,18 @@ def _unknown(key: str, name: str, registry: str) -> str:
 
 
 def _names(registry: str) -> Iterator[str]:
-    """Yield all names of a kind of registry, with their scope and without."""
+    """Yield all names of a kind of registry as a config may write them.
+
+    Names of the default scope, and mmengine's own, need no scope.
+    """
     # Nothing else imports our own names, if their scope is misspelt.
     from .. import registry as _  # noqa: F401
+    current = DefaultScope.get_current_instance()
     for root in vars(mmengine.registry).values():
         if isinstance(root, Registry) and root.name == registry:
             yield from root.module_dict
             for scope, child in root.children.items():
                 child.import_from_location()
-                yield from child.module_dict
+                if current and scope == current.scope_name:
+                    yield from child.module_dict
                 yield from (f'{scope}.{name}' for name in child.module_dict)

@@ -79,6 +79,22 @@ def test_training_without_the_hook_is_warned_of() -> None:
         model.train()
 
 
+def test_weights_of_a_training_without_the_hook_are_warned_of() -> None:
+    _, pruner = trained_toy('params')
+    said: list[str] = []
+    pruner.warn = said.append
+    pruner.state_dict()
+    assert said == []
+    for _ in range(2):
+        pruner.eval().train()
+    assert len(said) == 1 and 'nothing moves the gates' in said[0]
+    nn.ModuleDict(dict(gdp=pruner)).state_dict()
+    assert len(said) == 2 and 'nothing moved the gates' in said[1]
+    pruner.hooked = True
+    pruner.state_dict()
+    assert len(said) == 2
+
+
 def test_training_ends_within_one_point_of_the_parameters() -> None:
     net, pruner = trained_toy('params')
     pruned, _ = prune(net, pruner.analysis, pruner.gates.openness())
