@@ -39,9 +39,10 @@ def make_parser(program: str) -> argparse.ArgumentParser:
         prog=program,
         usage='%(prog)s [-h] [--version] COMMAND ...',
         description='Channel pruning for mmsegmentation by gates.',
-        epilog='commands:\n' + '\n'.join(
-            f'  {name:{width}}{text}' for name, (_, text) in COMMANDS.items())
-        + f'\n\n{program} COMMAND --help shows the flags of a command.',
+        epilog='commands:\n' +
+        '\n'.join(f'  {name:{width}}{text}'
+                  for name, (_, text) in COMMANDS.items()) +
+        f'\n\n{program} COMMAND --help shows the flags of a command.',
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--version', action='version', version=__version__)
     return parser

@@ -24,7 +24,8 @@ TOOLS = {
                  'train')
 } | {
     f'{kind}_{name}.sh'
-    for kind in ('dist', 'slurm') for name in ('test', 'train')
+    for kind in ('dist', 'slurm')
+    for name in ('test', 'train')
 }
 # Runs command lines one after the other in one process, which saves imports.
 RUN_EACH = '''
@@ -84,8 +85,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope='module')
-def installed(sources: Path,
-              tmp_path_factory: pytest.TempPathFactory) -> Path:
+def installed(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked wheel that is built of the source distribution."""
     folder = tmp_path_factory.mktemp('wheel')
     subprocess.run([
@@ -110,10 +110,10 @@ def files(folder: Path, *patterns: str) -> set[str]:
 
 def test_source_distribution_has_what_tests_and_checks_need(
         sources: Path) -> None:
-    needed = files(ROOT, '*.md', '*.cfg', 'Makefile', '.pre-commit-config.yaml',
-                   '.ci/*', 'requirements/*', 'docs/*.*', 'docs/*/*.json',
-                   'configs/**/*.*', 'tools/*.*', 'benchmarks/**/*.py',
-                   'tests/**/*.py', 'gdp_mmseg/**/*.py')
+    needed = files(ROOT, '*.md', '*.cfg', 'Makefile',
+                   '.pre-commit-config.yaml', '.ci/*', 'requirements/*',
+                   'docs/*.*', 'docs/*/*.json', 'configs/**/*.*', 'tools/*.*',
+                   'benchmarks/**/*.py', 'tests/**/*.py', 'gdp_mmseg/**/*.py')
     needed = {name for name in needed if '__pycache__' not in name}
     assert {'tests/conftest.py', 'tests/helpers/project.py'} <= needed
     assert needed - files(sources, '**/*') == set()
@@ -144,9 +144,9 @@ def test_index_of_models_has_each_config(installed: Path) -> None:
     mim = installed / IN_MIM
     listed = [
         model['Config']
-        for path in yaml.safe_load((mim / 'model-index.yml').read_text())
-        ['Import'] for model in yaml.safe_load((mim / path).read_text())
-        ['Models']
+        for path in yaml.safe_load((mim /
+                                    'model-index.yml').read_text())['Import']
+        for model in yaml.safe_load((mim / path).read_text())['Models']
     ]
     configs = files(mim, 'configs/*.py') - {'configs/drop_in_template.py'}
     assert sorted(listed) == sorted(configs)
@@ -184,8 +184,9 @@ def test_mistakes_are_one_line_each_away_from_the_clone(
     lines = [[*options, mistake] for mistake in MISTAKES]
     lines += [['groups', str(gated), '--cfg-options', mistake]
               for mistake in MISTAKES if 'hook' not in mistake]
-    lines = [one for one in lines if one[0] == 'train' or '1e-6' not in one[-1]
-             ]
+    lines = [
+        one for one in lines if one[0] == 'train' or '1e-6' not in one[-1]
+    ]
     printed = run_program(program, json.dumps(lines), cwd=tmp_path)
     where, done = json.loads(printed.splitlines()[-1])
     assert Path(where).parent == installed / 'gdp_mmseg'

@@ -120,10 +120,9 @@ def export(folder: Path, clock: Clock) -> None:
 
     run_together([
         Command(
-            arguments=_called(
-                'export', GATED,
-                checkpoint_of(folder, 'gated', clock.iterations), '--out-dir',
-                folder / 'export'),
+            arguments=_called('export', GATED,
+                              checkpoint_of(folder, 'gated', clock.iterations),
+                              '--out-dir', folder / 'export'),
             log=folder / 'export.log',
             see=see)
     ])

@@ -42,7 +42,7 @@ def test_help_lists_the_commands_without_a_library() -> None:
 
 
 @pytest.mark.parametrize('name, end', [
-    ('exprot', "but got exprot; did you mean 'export'?\n"),
+    ('exporrt', "but got exporrt; did you mean 'export'?\n"),
     ('xyz', 'but got xyz\n'),
 ])
 def test_unknown_command_is_one_line_at_once(name: str, end: str) -> None:
@@ -123,7 +123,8 @@ def test_module_of_a_command_is_the_command(
 
 def test_folder_of_the_package_is_no_command() -> None:
     done = python('-m', 'gdp_mmseg.export', '--help')
-    assert done.returncode == 1 and 'cannot be directly executed' in done.stderr
+    assert done.returncode == 1
+    assert 'cannot be directly executed' in done.stderr
     assert [*PACKAGE.rglob('__main__.py')] == [PACKAGE / '__main__.py']
 
 

@@ -28,9 +28,9 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     (dict(train_dataloader=dict(dataset=dict(type='BaseSegDatset'))),
      'train_dataloader.dataset.type', 'BaseSegDataset'),
     'transform': (dict(
-        train_dataloader=dict(
-            dataset=dict(pipeline=[dict(type='RandomFlp')]))),
-                  'train_dataloader.dataset.pipeline.0.type', 'RandomFlip'),
+        train_dataloader=dict(dataset=dict(pipeline=[dict(
+            type='RandomFlp')]))), 'train_dataloader.dataset.pipeline.0.type',
+                  'RandomFlip'),
 }
 
 
@@ -48,12 +48,11 @@ def test_misspelt_name_is_reported_with_its_key(name: str) -> None:
     (dict(type='gdp_mseg.GDPModel'), 'type', 'gdp_mmseg.GDPModel'),
     (dict(type='GDPModel'), 'type', 'gdp_mmseg.GDPModel'),
     (dict(type='EncoderDecodr'), 'type', 'EncoderDecoder'),
-    (dict(type='gdp_mmseg.GDPModel', base='EncoderDecodr'), 'base',
-     'EncoderDecoder'),
+    (dict(type='gdp_mmseg.GDPModel',
+          base='EncoderDecodr'), 'base', 'EncoderDecoder'),
 ])
 def test_misspelt_model_is_reported_with_its_key(model: dict[str, Any],
-                                                 key: str,
-                                                 meant: str) -> None:
+                                                 key: str, meant: str) -> None:
     with pytest.raises(ValueError) as error:
         check_model_names(Config(dict(model=model)))
     assert str(error.value).startswith(f'model.{key}: expected a name in the ')
