@@ -10,6 +10,7 @@ from mmengine.registry import (DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS,
                                OPTIMIZERS, PARAM_SCHEDULERS, TRANSFORMS,
                                DefaultScope, Registry, init_default_scope)
 
+from ..engine.config import kind_of
 from ..spelling import did_you_mean
 
 # mmengine's message, which newer releases begin with the scope.
@@ -17,13 +18,15 @@ UNKNOWN = re.compile(r'([\w.]+) is not in the (?:(\w+)::)?([\w ]+) registry')
 
 
 def check_model_names(cfg: Config) -> None:
-    """Check that the ``type`` and the ``base`` of the model are registered.
+    """Check that the ``type`` and our ``base`` of the model are registered.
 
     Raises:
         ValueError: If no registry has one of them.
     """
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    for key in ('type', 'base'):
+    # A dense model may have an argument ``base`` of its own.
+    dense = kind_of(cfg.model) == 'dense'
+    for key in ['type'] if dense else ['type', 'base']:
         _check(MODELS, f'model.{key}', cfg.model.get(key))
 
 
@@ -53,14 +56,18 @@ def _training_parts(cfg: Config) -> Iterator[tuple[Registry, str, Any]]:
         for index, part in enumerate(
                 parts if isinstance(parts, list) else [parts]):
             yield registry, f'{key}.{index}', part
-    wrapper = cfg.get('optim_wrapper') or {}
+    wrapper = _mapping(cfg.get('optim_wrapper'))
     yield OPTIM_WRAPPERS, 'optim_wrapper', wrapper
     yield OPTIMIZERS, 'optim_wrapper.optimizer', wrapper.get('optimizer')
-    loader = cfg.get('train_dataloader') or {}
-    dataset = loader.get('dataset') or {}
+    dataset = _mapping(_mapping(cfg.get('train_dataloader')).get('dataset'))
     yield DATASETS, 'train_dataloader.dataset', dataset
     for index, step in enumerate(dataset.get('pipeline') or []):
         yield TRANSFORMS, f'train_dataloader.dataset.pipeline.{index}', step
+
+
+def _mapping(part: Any) -> Mapping[str, Any]:
+    """Return a part of a config if it is a mapping, else an empty one."""
+    return part if isinstance(part, Mapping) else {}
 
 
 def _check(registry: Registry, key: str, name: Any) -> None:

@@ -59,6 +59,11 @@ def test_misspelt_model_is_reported_with_its_key(model: dict[str, Any],
     assert f'did you mean {meant!r}?' in str(error.value)
 
 
+def test_base_of_a_dense_model_is_its_own() -> None:
+    model = dict(type='EncoderDecoder', base='anything')
+    assert check_model_names(Config(dict(model=model))) is None
+
+
 def test_known_names_and_classes_pass() -> None:
     cfg = Config(
         dict(
