@@ -182,11 +182,10 @@ def test_mistakes_are_one_line_each_away_from_the_clone(
         str(tmp_path / 'out'), '--cfg-options'
     ]
     lines = [[*options, mistake] for mistake in MISTAKES]
-    lines += [['groups', str(gated), '--cfg-options', mistake]
-              for mistake in MISTAKES if 'hook' not in mistake]
-    lines = [
-        one for one in lines if one[0] == 'train' or '1e-6' not in one[-1]
-    ]
+    # These two neither train nor hold a budget.
+    lines += [[command, str(gated), '--cfg-options', mistake]
+              for command in ('groups', 'check') for mistake in MISTAKES
+              if 'hook' not in mistake and '1e-6' not in mistake]
     printed = run_program(program, json.dumps(lines), cwd=tmp_path)
     where, done = json.loads(printed.splitlines()[-1])
     assert Path(where).parent == installed / 'gdp_mmseg'

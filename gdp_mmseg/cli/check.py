@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
+from mmengine.config import DictAction
+
 from .checks import load_config
 from .errors import fail, one_line_errors
 from .rows import show
@@ -41,6 +43,11 @@ def parse_args() -> argparse.Namespace:
         'channels at random and compare the outputs.')
     parser.add_argument('config', help='config, with GDPModel or without')
     parser.add_argument('--json', help='file that gets the result as JSON')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value')
     return parser.parse_args()
 
 
@@ -331,7 +338,7 @@ def main() -> None:
     refused is an error.
     """
     args = parse_args()
-    cfg = load_config(args.config)
+    cfg = load_config(args.config, args.cfg_options)
     _fix_torch()
     candidate = _build(cfg)
     path = Path(args.config)
