@@ -27,6 +27,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
+from gdp_mmseg.demo.data import make_demo_data
 from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import find_pruner, known_gates
 from gdp_mmseg.export.networks import load_exported
@@ -35,7 +36,6 @@ from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
-from make_demo_data import make_demo_data
 
 FORMAT_CODE = yapf_api.FormatCode
 TARGET = 0.4
