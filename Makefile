@@ -64,7 +64,7 @@ $(STAMP): setup.py $(wildcard requirements/*.txt)
 	$(CREATE)
 	@echo 'Installing requirements/old_stack.txt and torch $* (several GB)'
 	@# Before torch: that gives the pure Python build of mmcv, in seconds.
-	@$(PIP) install --quiet $(shell grep '^setuptools' requirements/old_stack.txt)
+	@$(PIP) install --quiet --constraint requirements/old_stack.txt setuptools
 	@$(PIP) install --quiet --no-deps --no-build-isolation --use-pep517 mmcv==2.1.0
 	@$(PIP) install torch==$* --requirement requirements/old_stack.txt | $(PROGRESS)
 	@cp tests/helpers/mmcv_ext.py "$$($(@D)/bin/python -c 'import mmcv; print(*mmcv.__path__)')/_ext.py"

@@ -58,9 +58,10 @@ def verify_checkpoint(path: str, cfg: Config) -> None:
         cfg (Config): Config of the model that will load the checkpoint.
     """
     check_checkpoint(path)
+    # Allows the types of mmengine's checkpoints, for remote ones too.
+    from ..engine.checkpoint import other_versions, read_checkpoint
     if is_remote(path):
         return
-    from ..engine.checkpoint import other_versions, read_checkpoint
     from ..engine.config import kind_of
     from ..engine.matching import THETA
     state, meta = read_checkpoint(path)

@@ -39,8 +39,10 @@ def allow_mmengine_types() -> None:
 @functools.cache
 def _mmengine_types() -> tuple[Any, ...]:
     """Return the types and functions that may be unpickled."""
-    numpy_functions = (np.zeros(1).__reduce__()[0],
-                       np.float64(0).__reduce__()[0])
+    numpy_functions: list[Any] = [
+        np.zeros(1).__reduce__()[0],
+        np.float64(0).__reduce__()[0]
+    ]
     return (
         *_OWNERS,
         _named(_method, 'builtins', 'getattr'),
