@@ -19,8 +19,9 @@ PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 INSTALL = $(PIP) install --quiet --no-deps --no-build-isolation --use-pep517 --editable .
 WORKERS := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 TORCH := 2.5.1
-# The tests in which mmengine, mmcv and mmseg do most.
-OLD_STACK := tests/engine tests/export tests/e2e/test_stock_tools.py
+# The tests in which mmengine, mmcv, mmseg and mmpretrain do most: hooks and
+# checkpoints, exports, and the whole way of a user, tool by tool.
+OLD_STACK := tests/engine tests/export $(addprefix tests/e2e/test_,old_stack.py stock_tools.py classifier.py)
 TORCH_ONLY := analysis gates cost surgery pruner report
 # One line per package.
 PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
@@ -82,7 +83,7 @@ test: .venv
 	$(BIN)/python -m pytest $(WORKERS)
 
 test-old-stack: .venv-old-$(TORCH)/.complete
-	$(<D)/bin/python -m pytest $(WORKERS) $(OLD_STACK)
+	$(<D)/bin/python -m pytest --verbose $(WORKERS) $(OLD_STACK)
 
 # What needs no mm package: under a minute.
 check: .venv
