@@ -68,9 +68,10 @@ def verify_checkpoint(path: str, cfg: Config) -> None:
         cfg (Config): Config of the model that will load the checkpoint.
     """
     check_checkpoint(path)
+    # Allows the types of mmengine's checkpoints, for remote ones too.
+    from ..engine.checkpoint import other_versions, read_checkpoint
     if is_remote(path):
         return
-    from ..engine.checkpoint import other_versions, read_checkpoint
     from ..engine.matching import THETA
     state, meta = read_checkpoint(path)
     if kind_of(cfg.model) == 'dense' and (THETA in state or 'widths' in meta):
