@@ -16,12 +16,12 @@ from ..registry import HOOKS
 from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
 from .compat import accumulated_gradients, check_length, check_runner
-from .matching import check_gates, gate_meta
+from .matching import check_gates, fitting_of, gate_meta, keep_own_
 from .model import find_pruner
 from .monitor import (log_export, log_phase, log_start, log_summary, scalars,
                       show_gates)
 from .pruned_config import check_not_exported, check_survives
-from .resume import ResumeHook
+from .resume import ResumeHook, network_of
 
 
 @HOOKS.register_module()
@@ -176,10 +176,16 @@ class GDPHook(ResumeHook):
                 model.
         """
         super().after_load_checkpoint(runner, checkpoint)
+        state = checkpoint.get('state_dict', checkpoint)
         closed = check_gates(
-            find_pruner(runner.model),
-            unwrapped(checkpoint.get('state_dict', checkpoint)),
+            find_pruner(runner.model), unwrapped(state),
             checkpoint.get('meta') or {})
+        analysis = find_pruner(runner.model).analysis
+        anew = keep_own_(state, network_of(runner.model), fitting_of(analysis))
+        if anew:
+            runner.logger.warning(
+                f'GDP: {", ".join(anew)} begin anew, because the checkpoint '
+                'has them in other shapes')
         runner.logger.info(
             'GDP: the checkpoint has no gates; all of them start open' if
             closed is None else f'GDP: {closed} gates of the checkpoint are '

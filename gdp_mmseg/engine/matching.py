@@ -167,6 +167,19 @@ def check_resume(network: nn.Module, state: Mapping[str, Any]) -> None:
             f'got one of {kinds[came]} training; {advice}')
 
 
+def fitting_of(analysis: Analysis) -> Fitting:
+    """Return the tensors that must fit when a gated model loads a state dict.
+
+    Weights of a head may be loaded in part, from a network for other classes.
+    Weights of a backbone that fit only in part are a mistake.
+    """
+    axes: Fitting = dict(gdp=None)
+    for name, axis in analysis.gate_of_slot:
+        if name.startswith('backbone.'):
+            axes[name] = (*(axes.get(name) or ()), axis)
+    return axes
+
+
 def refuse_others_(network: nn.Module, fitting: Fitting) -> None:
     """Make a network refuse state dicts of another network, in place.
 
@@ -178,14 +191,55 @@ def refuse_others_(network: nn.Module, fitting: Fitting) -> None:
         fitting (Fitting): Tensors, or modules of such tensors, that must fit
             or be absent; see :data:`gdp_mmseg.surgery.widths.Fitting`.
     """
+    network._register_load_state_dict_pre_hook(
+        functools.partial(_refuse, _by_key(network, fitting)),
+        with_module=True)
+
+
+def keep_own_(state: dict[str, Tensor], network: nn.Module,
+              fitting: Fitting) -> list[str]:
+    """Put a network's own tensors in place of those of another shape, in place.
+
+    mmengine would leave them out of the loading, and log them line by line.
+    Gates that a state dict lacks are added in the same way.
+
+    Args:
+        state (dict[str, Tensor]): State dict that the network will load.
+        network (nn.Module): The network.
+        fitting (Fitting): See :func:`refuse_others_`.
+
+    Returns:
+        list[str]: Names of the modules that keep tensors of their own, but
+        for those of the gates.
+
+    Raises:
+        ValueError: If a tensor that must fit does not.
+    """
+    came = {key.removeprefix('module.'): key for key in state}
+    own = network.state_dict()
+    _refuse(
+        _by_key(network, fitting), network, {
+            name: state[key]
+            for name, key in came.items()
+        }, '')
+    modules: dict[str, None] = {}
+    for name, value in own.items():
+        if name not in came and name.startswith('gdp.'):
+            state[name] = value
+        elif name in came and state[came[name]].shape != value.shape:
+            state[came[name]] = value
+            modules[name.rpartition('.')[0]] = None
+    return list(modules)
+
+
+def _by_key(network: nn.Module, fitting: Fitting) -> Fitting:
+    """Spread the axes of modules over the keys of a state dict."""
     keys = list(network.state_dict())
-    inside = {
+    return {
         key: axes
         for name, axes in fitting.items()
         for key in keys if key == name or key.startswith(f'{name}.')
     }
-    network._register_load_state_dict_pre_hook(
-        functools.partial(_refuse, inside), with_module=True)
 
 
 def _refuse(fitting: Fitting, network: nn.Module, state: Mapping[str, Tensor],

@@ -27,13 +27,13 @@ from ..pruner.settings import Settings
 from ..registry import MODELS
 from ..surgery.outputs import first_line
 from ..surgery.verify import verify
-from ..surgery.widths import Fitting, apply_widths_
+from ..surgery.widths import apply_widths_
 from .config import GATED, PRUNED, ModelConfig, default_base
 from .forwards import (count_inference_flops, inference_forward,
                        inputs_of_preprocessor, loss_forward,
                        prediction_forward, training_forward)
 from .hooked import HookedPruner
-from .matching import refuse_others_, stored_analysis
+from .matching import fitting_of, refuse_others_, stored_analysis
 from .start import StartFromExport
 
 _KNOWN: contextvars.ContextVar[Mapping[str, Any]
@@ -164,21 +164,8 @@ def add_gates_(network: nn.Module, analysis: Analysis,
     pruner = HookedPruner(analysis, settings)
     network.gdp = pruner
     gate_(network, analysis, pruner.gates)
-    refuse_others_(network, dict(_gated_axes(analysis), gdp=None))
+    refuse_others_(network, fitting_of(analysis))
     return network
-
-
-def _gated_axes(analysis: Analysis) -> Fitting:
-    """Gated axes of each tensor of the backbone.
-
-    Weights of a head may be loaded in part, from a network for other classes.
-    Weights of a backbone that fit only in part are a mistake.
-    """
-    axes: Fitting = {}
-    for name, axis in analysis.gate_of_slot:
-        if name.startswith('backbone.'):
-            axes[name] = (*(axes.get(name) or ()), axis)
-    return axes
 
 
 @MODELS.register_module(name=PRUNED)

@@ -81,7 +81,7 @@ class ResumeHook(Hook):
         self._loaded = meta.get('random_state')
         if getattr(runner, '_resume', False):
             check_resume(
-                _network(runner.model),
+                network_of(runner.model),
                 checkpoint.get('state_dict') or {})
 
     def before_train(self, runner: Runner) -> None:
@@ -162,7 +162,7 @@ class ResumeHook(Hook):
             FloatingPointError: If a weight is not finite.
         """
         state = unwrapped(checkpoint['state_dict'])
-        for name, _ in _network(runner.model).named_parameters():
+        for name, _ in network_of(runner.model).named_parameters():
             value = state.get(name)
             if value is not None and not value.isfinite().all():
                 raise FloatingPointError(
@@ -299,7 +299,7 @@ def check_labels(model: nn.Module, batch: Any) -> None:
         ValueError: If a label has no class, or the labels are no map of the
             image. The map may be finer or coarser than the image.
     """
-    head = getattr(_network(model), 'decode_head', None)
+    head = getattr(network_of(model), 'decode_head', None)
     head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
     classes = getattr(head, 'num_classes', None)
     if classes is None or not isinstance(batch, Mapping):
@@ -347,5 +347,6 @@ def _check_range(labels: Tensor, classes: int, ignored: int,
             f'heads, reduce_zero_label or the file, {_SKIP}')
 
 
-def _network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
+    """Return the model itself, without the wrapper of several processes."""
     return getattr(model, 'module', model)

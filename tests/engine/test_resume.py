@@ -404,6 +404,31 @@ def test_log_says_what_becomes_of_the_gates(project: Project, trained: Trained,
         assert bool((recorder.theta[-1][closed] == 0).all())
 
 
+def test_layers_of_another_shape_are_named_in_one_line(project: Project,
+                                                       trained: Trained,
+                                                       tmp_path: Path) -> None:
+    """A checkpoint of a dense training for two classes less."""
+    state = {
+        key: value[:3] if '.conv_seg.' in key else value
+        for key, value in _content(trained.checkpoint)['state_dict'].items()
+        if not key.startswith('gdp.')
+    }
+    torch.save(dict(state_dict=state), tmp_path / 'start.pth')
+    cfg = project.load(tmp_path, load_from=str(tmp_path / 'start.pth'))
+    cfg.train_cfg.max_iters = 1
+    cfg.optim_wrapper.optimizer.lr = 0.
+    runner, _ = train(cfg)
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    lines = [line for line in log.splitlines() if 'begin anew' in line]
+    assert len(lines) == 1
+    assert ('decode_head.conv_seg, auxiliary_head.conv_seg begin anew'
+            in lines[0])
+    assert 'size mismatch' not in log and 'missing keys' not in log
+    loaded = runner.model.state_dict()
+    name = 'backbone.stem.0.weight'
+    assert torch.equal(loaded[name], state[name])
+
+
 def _other_number(content: dict[str, Any]) -> None:
     state = content['state_dict']
     state['gdp.gates.theta'] = state['gdp.gates.theta'][:-1]
