@@ -198,7 +198,7 @@ def refuse_others_(network: nn.Module, fitting: Fitting) -> None:
 
 def keep_own_(state: dict[str, Tensor], network: nn.Module,
               fitting: Fitting) -> list[str]:
-    """Put a network's own tensors in place of those of another shape, in place.
+    """Put a network's own tensors where others have another shape, in place.
 
     mmengine would leave them out of the loading, and log them line by line.
     Gates that a state dict lacks are added in the same way.
