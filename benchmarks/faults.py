@@ -121,7 +121,8 @@ def prune(work_dir: Path, data: Path, checkpoint: Path,
 def rows(work_dir: Path) -> int:
     """Return the number of rows of a training's record, its iterations."""
     path = work_dir / 'gates.jsonl'
-    return path.read_bytes().count(b'\n') if path.exists() else 0
+    # The first line names the groups.
+    return path.read_bytes().count(b'\n') - 1 if path.exists() else 0
 
 
 def killed_training(kills: list[Kill], straight: Path, folder: Path,

@@ -22,9 +22,12 @@ def parse_args() -> argparse.Namespace:
         help='new or empty folder for the pruned config and checkpoint, '
         'report.json, report.md and gates.png')
     parser.add_argument(
-        '--no-eval',
-        action='store_true',
-        help='do not evaluate the gated and the pruned network')
+        '--no-eval', action='store_true', help='do not evaluate the networks')
+    parser.add_argument(
+        '--dense',
+        metavar='CHECKPOINT',
+        help='checkpoint of the same model, trained without gates: it is '
+        'evaluated too, for the comparison in the report')
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -38,13 +41,19 @@ def main() -> None:
     """Export a checkpoint and print a table of the networks."""
     args = parse_args()
     cfg = load_config(args.config, args.cfg_options)
-    check_checkpoint(args.checkpoint)
+    for checkpoint in filter(None, (args.checkpoint, args.dense)):
+        check_checkpoint(checkpoint)
     if not args.no_eval:
         check_paths(cfg, ['test'])
     # Slow to import, and not needed for the errors above.
     from ..export.export import export
     from ..report.tables import comparison
-    report = export(cfg, args.checkpoint, args.out_dir,
-                    Path(args.config).stem, not args.no_eval)
+    report = export(
+        cfg,
+        args.checkpoint,
+        args.out_dir,
+        Path(args.config).stem,
+        not args.no_eval,
+        dense_checkpoint=args.dense)
     print(comparison(report))
     print(f'wrote {args.out_dir}')

@@ -38,7 +38,8 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     Returns:
         dict[str, Any]: ``input_shape`` ``(C, H, W)``; ``macs``, the dense
         multiply-adds at that size; ``gates``, their number; ``groups`` and
-        ``frozen``, one mapping each.
+        ``frozen``, one mapping each; ``fixed_flops_share``, which adds up to
+        1 with ``flops_share`` of all groups.
     """
     from ..cost.counts import FlopCost
     from ..engine.model import analyse_config
@@ -57,6 +58,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
             for group, share in zip(analysis.groups,
                                     cost.group_shares().tolist())
         ],
+        fixed_flops_share=cost.fixed_share(),
         frozen=[
             dict(
                 reason=frozen.reason,
@@ -71,16 +73,22 @@ def show(found: dict[str, Any]) -> None:
     shape = ' x '.join(map(str, found['input_shape']))
     print(f'{found["gates"]} gates in {len(found["groups"])} groups; '
           f'{found["macs"] / 1e9:.2f} G multiply-adds at {shape}\n')
+    groups, fixed = found['groups'], found['fixed_flops_share']
     rows = [['written by', 'read by', 'channels', 'FLOPs']]
     rows += [[
         _short(group['writers']),
         _short(group['readers']),
         str(group['channels']), f'{group["flops_share"]:.1%}'
-    ] for group in found['groups']]
+    ] for group in groups]
+    whole = fixed + sum(group['flops_share'] for group in groups)
+    channels = sum(group['channels'] for group in groups)
+    rows += [['no gate on either side', '', '', f'{fixed:.1%}'],
+             ['total', '', str(channels), f'{whole:.1%}']]
     print(table(rows))
-    print('\nFLOPs: share that removing this group alone would save. The '
-          'shares add up\nto more than 100%, because a layer between two '
-          'groups counts for both.\n\nChannels without a gate:\n')
+    print(
+        '\nFLOPs: share of all FLOPs; a layer between two groups counts half '
+        'for each, and\na layer with gates on one side counts for that group '
+        'alone.\n\nChannels without a gate:\n')
     rows = [['written by', 'reason', 'channels']]
     rows += [[_short(row['writers']), row['reason'],
               str(row['channels'])] for row in found['frozen']]

@@ -1,9 +1,10 @@
 """Rows of checked models as text: cells of a table, or one printed line."""
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Any
+
+from ..report.summary import kind_of_reason
 
 # Text of a row's status in tables.
 STATUS = dict(
@@ -51,10 +52,7 @@ def _operators(frozen: list[dict[str, Any]]) -> str:
     """Return the frozen channels by operator, the largest number first."""
     counts: Counter[str] = Counter()
     for row in frozen:
-        reason = re.sub(r'^\S+ is used without', 'kernel used without',
-                        row['reason'])
-        # The module or an error's message follows, different in each row.
-        counts[re.split(r' in | \(', reason)[0]] += row['channels']
+        counts[kind_of_reason(row['reason'])] += row['channels']
     return ', '.join(f'{reason} ({count})'
                      for reason, count in counts.most_common())
 

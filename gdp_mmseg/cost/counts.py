@@ -125,21 +125,31 @@ class Cost(nn.Module):
         """Derivative ``(G,)`` of :meth:`forward`, in closed form."""
         inputs, outputs = self._sums(openness)
         groups = (
-            self.inputs.T @ (self.shares * outputs) +
-            self.outputs.T @ (self.shares * inputs))
+            self.inputs.T.to(inputs) @ (self.shares * outputs) +
+            self.outputs.T.to(inputs) @ (self.shares * inputs))
         return groups[self.group_of]
 
+    @torch.no_grad()
     def group_shares(self) -> Tensor:
-        """Share ``(S,)`` of the dense cost that closing one group saves.
+        """Share ``(S,)`` of the dense cost that each group accounts for.
 
-        Each group is closed alone. Two neighbouring groups both include the
-        layer between them, so the shares can add up to more than 1.
+        The cost of a pair of channels is divided equally between the groups
+        of the two, or belongs to one of them if the other has no gate. So the
+        shares and :meth:`fixed_share` add up to 1. A share is also what
+        closing the group saves, averaged over all orders in which the groups
+        can be closed one after the other (the Shapley value).
+
+        All this is the price at half of all openness: the cost is quadratic
+        along the line from closed to open gates, and for a quadratic function
+        the derivative at the middle times the length is the exact difference.
         """
-        shares = []
-        for index in range(self.inputs.shape[1]):
-            openness = (self.group_of != index).float()
-            shares.append(1 - self(openness))
-        return torch.stack(shares)
+        half = torch.full_like(self.group_of, 0.5, dtype=torch.double)
+        return self.group_sums(self.price(half))
+
+    @torch.no_grad()
+    def fixed_share(self) -> float:
+        """Share of the dense cost that stays if all gates close."""
+        return float(self(torch.zeros_like(self.group_of, dtype=torch.double)))
 
 
 class CountCost(Cost):

@@ -13,17 +13,15 @@ from mmengine.runner import Runner
 from ..cost.latency import SECONDS
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
-from ..report.record import RECORD, GateRow, append_row, drop_rows_after
+from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
 from .compat import accumulated_gradients, check_length, check_runner
 from .matching import check_gates, gate_meta
 from .model import find_pruner
-from .monitor import log_summary, show_gates
+from .monitor import (log_export, log_phase, log_start, log_summary, scalars,
+                      show_gates)
 from .pruned_config import check_not_exported, check_survives
 from .resume import ResumeHook
-
-# Openness of a gate that counts as half open in the log.
-_HALF_OPEN = (0.01, 0.5)
 
 
 @HOOKS.register_module()
@@ -58,15 +56,17 @@ class GDPHook(ResumeHook):
         self.picture_interval = picture_interval
         # Undo what before_train did to the optimizer.
         self._undo: list[Callable[[], None]] = []
+        # Name of the phase that was logged last.
+        self._phase = ''
 
     def before_train(self, runner: Runner) -> None:
         """Attach the gates' step to the optimizer.
 
         Raises:
             ValueError: If the model has no gates, if the runner does not work
-                with gates, if the pruning phase is too short, or if the
-                config is one of an export or could not be exported after the
-                training.
+                with gates, if the pruning phase is too short, if the config is
+                one of an export or could not be exported after the training,
+                or if a training would resume with the record of another one.
         """
         check_runner(runner)
         check_not_exported(runner.cfg)
@@ -85,8 +85,9 @@ class GDPHook(ResumeHook):
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
-            # Lines of another run in this folder are not part of this one.
-            drop_rows_after(Path(runner.work_dir) / RECORD, runner.iter)
+            begin_record(
+                Path(runner.work_dir) / RECORD, pruner.analysis.groups,
+                runner.iter)
         self._release_()
         handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
             _gate_step(runner, pruner))
@@ -94,13 +95,26 @@ class GDPHook(ResumeHook):
             handle.remove,
             _exclude_from_clipping_(runner.optim_wrapper, pruner.gates.theta)
         ]
-        _log_start(runner, pruner)
+        log_start(runner, pruner)
+        self._phase = ''
 
     def _release_(self) -> None:
         """Detach from the optimizer, which another training may use."""
         for undo in self._undo:
             undo()
         self._undo = []
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Log the phase that begins, or in which a training resumes."""
+        super().before_train_iter(runner, batch_idx, data_batch)
+        schedule = find_pruner(runner.model).schedule
+        phase = schedule.phase_at(runner.iter / runner.max_iters)
+        if phase != self._phase:
+            self._phase = phase
+            log_phase(runner, find_pruner(runner.model), phase)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -114,13 +128,13 @@ class GDPHook(ResumeHook):
         ``gdp_multiplier``, ``gdp_undecided`` and, if the target is about
         another resource, ``gdp_cost`` are logged with the losses.
         ``gates.jsonl`` in the work folder gets the mean openness of each
-        group.
+        group; its first line names the groups.
         """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         pruner = find_pruner(runner.model)
-        scalars = _scalars(pruner, runner.iter / runner.max_iters)
+        values = scalars(pruner, runner.iter / runner.max_iters)
         # Each iteration, because mmengine logs the mean of the last ones.
-        for name, value in scalars.items():
+        for name, value in values.items():
             runner.message_hub.update_scalar(f'train/gdp_{name}', value)
         if not is_main_process():
             return
@@ -128,8 +142,8 @@ class GDPHook(ResumeHook):
             openness = pruner.gates.openness().detach()
             append_row(
                 Path(runner.work_dir) / RECORD,
-                GateRow(runner.iter + 1, scalars['flops'], scalars['budget'],
-                        scalars['held_cost'], [
+                GateRow(runner.iter + 1, values['flops'], values['budget'],
+                        values['held_cost'], [
                             round(float(openness[group.gates].mean()), 4)
                             for group in pruner.analysis.groups
                         ]))
@@ -137,12 +151,13 @@ class GDPHook(ResumeHook):
             show_gates(runner, pruner, runner.iter + 1)
 
     def after_train(self, runner: Runner) -> None:
-        """Show and log the final state of the gates."""
+        """Show and log the final state of the gates, and the next command."""
         self._release_()
         if is_main_process():
             pruner = find_pruner(runner.model)
             show_gates(runner, pruner, runner.iter)
             log_summary(runner, pruner)
+            log_export(runner, self.last_checkpoint(runner))
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
@@ -198,36 +213,6 @@ def _gate_step(runner: Runner, pruner: Pruner) -> Callable[..., None]:
         pruner.gates.agree_()
 
     return step
-
-
-def _log_start(runner: Runner, pruner: Pruner) -> None:
-    """Log the number of gates, the target, and what cannot be pruned."""
-    kept = ', '.join(f'{row.channels} channels ({row.reason})'
-                     for row in pruner.analysis.frozen)
-    target = pruner.settings.target
-    runner.logger.info(f'GDP: {pruner.analysis.num_gates} gates in '
-                       f'{len(pruner.analysis.groups)} groups on '
-                       f'{pruner.flops.dense / 1e9:.2f} GFLOPs, target '
-                       f'{target.ratio} of the {target.resource}; '
-                       f'without a gate: {kept}')
-
-
-@torch.no_grad()
-def _scalars(pruner: Pruner, progress: float) -> dict[str, float]:
-    """Shares of the cost and state of the gates, for the log."""
-    openness = pruner.gates.openness()
-    channels = (openness > 0).float()
-    low, high = _HALF_OPEN
-    scalars = dict(
-        flops=pruner.flops(channels),
-        flops_by_openness=pruner.flops(openness),
-        undecided=((openness > low) & (openness < high)).float().mean(),
-        multiplier=pruner.gates.multiplier,
-        budget=pruner.budget(progress),
-        held_cost=pruner.held_cost(progress))
-    if pruner.cost is not pruner.flops:
-        scalars['cost'] = pruner.cost(channels)
-    return {name: float(value) for name, value in scalars.items()}
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

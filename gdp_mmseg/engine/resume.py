@@ -192,13 +192,18 @@ class ResumeHook(Hook):
             set_random_state(self._paused)
         self._paused = None
 
+    def last_checkpoint(self, runner: Runner) -> str | None:
+        """Path of the last checkpoint that this training saved, if any."""
+        last = pointed_checkpoint(Path(runner.work_dir))
+        return None if last is None or last == self._earlier else last[0]
+
     def _advice(self, runner: Runner) -> str:
         """Advice for a training whose numbers are not finite."""
-        last = pointed_checkpoint(Path(runner.work_dir))
-        if last is None or last == self._earlier:
+        last = self.last_checkpoint(runner)
+        if last is None:
             return ('there is no good checkpoint of this training yet; lower '
                     'the learning rate (optim_wrapper.optimizer.lr)')
-        return (f'the last good checkpoint is {last[0]}: resume from it with '
+        return (f'the last good checkpoint is {last}: resume from it with '
                 '--resume, at a lower learning rate '
                 '(optim_wrapper.optimizer.lr)')
 

@@ -27,18 +27,19 @@ from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
 from ..report.record import RECORD
-from ..report.summary import dead_parts, kept_by_part
-from ..report.tables import (GroupRow, NetworkRow, Report, markdown,
-                             scalar_metrics)
+from ..report.summary import dead_parts, kept_by_group, kept_by_part
+from ..report.tables import NetworkRow, Report, markdown, scalar_metrics
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
 from ..version import __version__
 from .compare import (Comparison, Progress, check_metrics, check_trainable,
                       compare)
 from .folder import check_out_dir, new_folder, writing
-from .networks import build_networks, enter_scope, load_exported
+from .networks import build_networks, enter_scope, load_dense, load_exported
 
 _PICTURE = 'gates.png'
+# A network and the config whose test loop evaluates it.
+Tested = tuple[Config, nn.Module]
 
 
 def export(cfg: Config,
@@ -46,7 +47,8 @@ def export(cfg: Config,
            out_dir: str | Path,
            name: str,
            evaluate: bool = True,
-           progress: Progress = print) -> Report:
+           progress: Progress = print,
+           dense_checkpoint: str | None = None) -> Report:
     """Prune a gated checkpoint, verify and evaluate the result, write it.
 
     Args:
@@ -60,6 +62,9 @@ def export(cfg: Config,
         evaluate (bool): Whether to run the config's test loop on the gated
             and on the pruned network.
         progress (Callable[[str], None]): Called with a line now and then.
+        dense_checkpoint (str, optional): Checkpoint of a training of the same
+            model without gates. It is evaluated too, and fills the metrics of
+            the dense network.
 
     Raises:
         ValueError: If config, checkpoint and folder do not fit together.
@@ -74,9 +79,15 @@ def export(cfg: Config,
             'config: expected test_dataloader, test_evaluator and test_cfg to '
             'evaluate with, but got no test_dataloader; add them, e.g. '
             'test_dataloader = val_dataloader, or pass --no-eval')
+    if dense_checkpoint is not None and not evaluate:
+        raise ValueError('--dense: expected an evaluation, which is all that '
+                         'it is for, but got --no-eval too; leave one of the '
+                         'two out')
     enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
     dense, gated = build_networks(cfg, state, meta)
+    trained_dense = (None if dense_checkpoint is None else load_dense(
+        dense, dense_checkpoint))
     changed = other_versions(meta)
     if changed:
         progress(f'note: trained with other versions: {changed}')
@@ -95,8 +106,9 @@ def export(cfg: Config,
         _note_target(report, pruner, progress)
         if evaluate:
             files = Config.fromfile(partial / f'{name}_pruned.py')
-            report = _evaluated(report, (cfg, gated), (files, exported),
-                                progress)
+            report = _evaluated(
+                report, (cfg, gated), (files, exported), progress,
+                None if trained_dense is None else (cfg, trained_dense))
         with writing(out_dir):
             report = _with_picture(report, partial,
                                    Path(checkpoint).with_name(RECORD),
@@ -143,11 +155,7 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
         networks=rows,
         parts=kept_by_part(analysis.groups, keep),
         dead=dead_parts(analysis, keep),
-        groups=[
-            GroupRow(
-                list(group.writers), list(group.readers), len(group.gates),
-                int(keep[group.gates].sum())) for group in analysis.groups
-        ],
+        groups=kept_by_group(analysis.groups, keep),
         max_rel_diff=comparison.max_rel_diff,
         compared_on=comparison.compared_on,
         torch=torch.__version__,
@@ -165,16 +173,18 @@ def _note_target(report: Report, pruner: Pruner, progress: Progress) -> None:
         progress(f'note: {note}')
 
 
-def _evaluated(report: Report, gated: tuple[Config, nn.Module],
-               exported: tuple[Config,
-                               nn.Module], progress: Progress) -> Report:
-    """Evaluate two networks by their configs and add the metrics."""
+def _evaluated(report: Report, gated: Tested, exported: Tested,
+               progress: Progress, dense: Tested | None) -> Report:
+    """Evaluate networks by their configs and add the metrics."""
     progress('evaluating the gated network')
-    before = scalar_metrics(run_test(*gated))
+    metrics = dict(gated=scalar_metrics(run_test(*gated)))
     progress('evaluating the exported files')
-    after = scalar_metrics(run_test(*exported))
-    check_metrics(before, after)
-    return report.with_metrics(dict(gated=before, pruned=after))
+    metrics['pruned'] = scalar_metrics(run_test(*exported))
+    check_metrics(metrics['gated'], metrics['pruned'])
+    if dense is not None:
+        progress('evaluating the dense network')
+        metrics['dense'] = scalar_metrics(run_test(*dense))
+    return report.with_metrics(metrics)
 
 
 def _with_picture(report: Report, folder: Path, record: Path,

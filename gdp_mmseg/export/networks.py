@@ -66,6 +66,31 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
     return dense.eval(), gated.eval()
 
 
+def load_dense(dense: nn.Module, path: str) -> nn.Module:
+    """Load the checkpoint of a dense training into a copy of its model.
+
+    Args:
+        dense (nn.Module): The config's model without gates.
+        path (str): Checkpoint, the value of ``--dense``.
+
+    Returns:
+        nn.Module: The copy, in eval mode.
+
+    Raises:
+        ValueError: If the checkpoint has gates, or is of another model.
+    """
+    state, meta = read_checkpoint(path)
+    if THETA in state or 'widths' in meta:
+        came = 'with gates' if THETA in state else 'of an export'
+        raise ValueError(
+            '--dense: expected the checkpoint of a training without gates, '
+            f'but got one {came}, {path}; pass the one of the dense training, '
+            'or leave --dense out')
+    network = clone_model(dense)
+    load_strictly(network, state, f'--dense {path}')
+    return network.eval()
+
+
 def load_exported(folder: Path, name: str) -> nn.Module:
     """Build the pruned network from its two files, in eval mode.
 

@@ -12,10 +12,11 @@ from typing import Any, Sequence
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from ..analysis.structure import Group
 from .record import read_rows
-from .summary import parts_of
+from .summary import kept_by_group, kept_by_part, kept_share, parts_of
 
 _FONT = 8
 # Inches between two labels of an axis.
@@ -38,14 +39,9 @@ def draw_record(record: Path,
     Raises:
         ValueError: If it cannot be read, or belongs to another network.
     """
-    rows = read_rows(record, until) if record.is_file() else []
+    rows = read_rows(record, until, groups) if record.is_file() else []
     if not rows:
         return None
-    for row in rows:
-        if len(row.openness) != len(groups):
-            raise ValueError(
-                f'expected the openness of {len(groups)} groups in {record}, '
-                f'but got {len(row.openness)}; it belongs to another training')
     return draw_path([row.iter
                       for row in rows], [row.openness for row in rows],
                      parts_of(groups), [row.budget for row in rows],
@@ -122,9 +118,10 @@ def plot_gates(openness: Any,
     axes.set(xlabel='iteration', ylabel='group, from input to output')
     bar = axes.figure.colorbar(image, ax=axes, label='mean openness')
     if len(parts):
-        axes.set_ylabel('groups, by the part that writes them', fontsize=_FONT)
+        axes.set_ylabel('groups, by part', fontsize=_FONT)
         axes.tick_params(labelsize=_FONT)
         bar.ax.tick_params(labelsize=_FONT)
+        bar.set_label('mean openness', fontsize=_FONT)
         runs = _runs(parts)
         inches = axes.figure.get_figheight() * axes.get_position().height
         axes.set_yticks(
@@ -135,22 +132,27 @@ def plot_gates(openness: Any,
             axes.axhline(first - 0.5, color='white', linewidth=0.8)
 
 
-def draw_widths(shares: Sequence[float], parts: Sequence[str],
-                title: str) -> Figure:
-    """Draw the share of the channels that each group keeps.
+def draw_widths(groups: Sequence[Group], keep: Tensor, title: str) -> Figure:
+    """Draw the share of the channels that each group and each part keeps.
 
     Args:
-        shares (Sequence[float]): ``(S,)`` kept shares in [0, 1].
-        parts (Sequence[str]): ``(S,)`` name of the part of each group.
+        groups (Sequence[Group]): Groups of the network.
+        keep (Tensor): ``(G,)`` bool, the gates whose channels are kept.
         title (str): Title of the figure.
     """
+    parts = parts_of(groups)
+    shares = {
+        part.name: kept_share(part)
+        for part in kept_by_part(groups, keep)
+    }
+    of_groups = [kept_share(row) for row in kept_by_group(groups, keep)]
     order = _by_part(parts)
-    kept = np.asarray(shares, dtype=float)[order]
+    kept = np.asarray(of_groups)[order]
     runs = _runs([parts[index] for index in order])
     width = min(max(6, 0.1 * len(kept), 1.5 * _LINE * len(runs)), 24)
     figure = _figure(width + 1, 4.2)
     axes = figure.subplots()
-    for index, (_, first, end) in enumerate(runs):
+    for index, (name, first, end) in enumerate(runs):
         axes.bar(
             range(first, end),
             kept[first:end],
@@ -160,18 +162,19 @@ def draw_widths(shares: Sequence[float], parts: Sequence[str],
         # A group that keeps nothing has no visible bar.
         dead = [place for place in range(first, end) if kept[place] == 0]
         axes.plot(dead, [0.01] * len(dead), 'x', color='black', markersize=4)
-        axes.hlines(
-            kept[first:end].mean(), first - 0.5, end - 0.5, color='black')
+        axes.hlines(shares[name], first - 0.5, end - 0.5, color='black')
     axes.tick_params(labelsize=_FONT)
     axes.set_xticks(
-        _places(runs, width), [name for name, _, _ in runs],
+        _places(runs, width),
+        [f'{name}  {shares[name]:.0%}' for name, _, _ in runs],
         fontsize=_FONT - 1,
         rotation=90)
     axes.tick_params(axis='x', length=0)
     axes.set(xlim=(-0.8, len(kept) - 0.2), ylim=(0, 1.02))
     axes.set_ylabel('kept share of the channels', fontsize=_FONT)
     axes.set_xlabel(
-        'groups, by the part that writes them; line: mean, cross: none kept',
+        'groups, by the part that writes them; line: share of the part, '
+        'cross: none kept',
         fontsize=_FONT)
     axes.set_title(title, fontsize=_FONT + 2)
     return figure

@@ -2,16 +2,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from typing import Sequence
+from collections import Counter
+from typing import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from ..analysis.structure import Analysis, Group, Layer
+from ..analysis.structure import Analysis, FrozenChannels, Group, Layer
 from ..gates.layers import slot_values
 
-# A numbered stage of a backbone; elsewhere, the first two levels of a name.
-_PART = re.compile(r'[^.]+\.(?:layers|stages|blocks)\.\d+|[^.]+\.[^.]+')
+# Most parts that the numbered modules of one container become.
+_MOST = 12
+# Share of all channels from which on a part is divided further.
+_LARGE = 1 / 3
+
+Path = tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,24 +34,39 @@ class Part:
     kept: int
 
 
-def part_of(module: str) -> str:
-    """Name of the top-level part that a module belongs to.
+@dataclasses.dataclass(frozen=True)
+class GroupRow:
+    """A group of channels and how many of them were kept.
 
-    Examples:
-        >>> part_of('backbone.layer3.5.conv2'), part_of('head')
-        ('backbone.layer3', 'head')
-        >>> part_of('backbone.stages.2.blocks.0.ffn.layers.1')
-        'backbone.stages.2'
-        >>> part_of('decode_head.aspp_modules.1.depthwise_conv.conv')
-        'decode_head.aspp_modules'
+    Args:
+        writers (list[str]): Modules that write the channels.
+        readers (list[str]): Modules that read them through a gate.
+        channels (int): Number of channels of the group.
+        kept (int): Number of those that were kept.
     """
-    found = _PART.match(module)
-    return found.group() if found else module
+    writers: list[str]
+    readers: list[str]
+    channels: int
+    kept: int
 
 
-def parts_of(groups: Sequence[Group]) -> list[str]:
-    """Name of the part ``(S,)`` whose modules write each group first."""
-    return [part_of(group.writers[0]) for group in groups]
+def kept_share(row: Part | GroupRow) -> float:
+    """Share of the channels of a part or group that were kept, in [0, 1]."""
+    return row.kept / row.channels
+
+
+def kept_by_group(groups: Sequence[Group], keep: Tensor) -> list[GroupRow]:
+    """Count the channels that were kept, by group.
+
+    Args:
+        groups (Sequence[Group]): Groups of the network.
+        keep (Tensor): ``(G,)`` bool, the gates whose channels were kept.
+    """
+    return [
+        GroupRow(
+            list(group.writers), list(group.readers), len(group.gates),
+            int(keep[group.gates].sum())) for group in groups
+    ]
 
 
 def kept_by_part(groups: Sequence[Group], keep: Tensor) -> list[Part]:
@@ -56,12 +77,134 @@ def kept_by_part(groups: Sequence[Group], keep: Tensor) -> list[Part]:
         keep (Tensor): ``(G,)`` bool, the gates whose channels were kept.
     """
     numbers: dict[str, tuple[int, int]] = {}
-    for group in groups:
-        name = part_of(group.writers[0])
+    for name, row in zip(parts_of(groups), kept_by_group(groups, keep)):
         channels, kept = numbers.get(name, (0, 0))
-        numbers[name] = (channels + len(group.gates),
-                         kept + int(keep[group.gates].sum()))
+        numbers[name] = (channels + row.channels, kept + row.kept)
     return [Part(name, *both) for name, both in numbers.items()]
+
+
+def parts_of(groups: Sequence[Group]) -> list[str]:
+    """Name of the part ``(S,)`` whose modules write each group first.
+
+    A part is a module of the second level, e.g. ``decode_head.bottleneck``.
+    Modules around a single other one do not count as a level, and a module
+    with a large share of all channels is divided further, until it consists
+    of numbered modules such as ``layer1`` or ``stages.0``. So the stages of a
+    backbone are parts, however deep they are wrapped. Where there are many
+    numbered modules, a part is a range of them, e.g. ``blocks.0-1``.
+
+    Args:
+        groups (Sequence[Group]): Groups of the network.
+    """
+    sizes: Counter[Path] = Counter()
+    for group in groups:
+        sizes[_path(group)] += len(group.gates)
+    names = {
+        writer: name
+        for name, writers in _divided((), [*sizes], sizes, 0)
+        for writer in writers
+    }
+    return [names[_path(group)] for group in groups]
+
+
+def _path(group: Group) -> Path:
+    """Name of the first writer of a group, component by component."""
+    return tuple(group.writers[0].split('.'))
+
+
+def _divided(path: Path, writers: Sequence[Path], sizes: Counter[Path],
+             level: int) -> Iterator[tuple[str, Sequence[Path]]]:
+    """Yield the parts of a module: their names and the writers in each.
+
+    Args:
+        path (Path): Name of the module; empty for the network.
+        writers (Sequence[Path]): Writers inside it.
+        sizes (Counter[Path]): Channels of all writers of the network.
+        level (int): Number of modules around it that were divided.
+    """
+    if len(writers) == 1:
+        yield '.'.join(writers[0][:max(2, len(path))]), writers
+        return
+    children: dict[Path, list[Path]] = {}
+    for writer in writers:
+        children.setdefault(writer[:len(path) + 1], []).append(writer)
+    channels = {
+        child: sum(sizes[writer] for writer in inside)
+        for child, inside in children.items()
+    }
+    numbered = _numbered(children)
+    rows = [child for siblings in numbered for child in siblings]
+    if 2 * sum(channels[child] for child in rows) >= sum(channels.values()):
+        for siblings in numbered:
+            yield from _ranges(siblings, children)
+        for child in children.keys() - rows:
+            yield '.'.join(child), children[child]
+        return
+    if level and len(children) > _MOST:
+        yield '.'.join(path), writers
+        return
+    # Backbone and heads, or modules that are enough parts already.
+    are_few = not level and 2 * len(children) <= _MOST
+    for child, inside in children.items():
+        # A module around a single other one is no level.
+        is_wrapped = len(children) == 1
+        is_large = channels[child] >= _LARGE * sizes.total()
+        if is_wrapped or are_few or is_large:
+            below = level if is_wrapped else level + 1
+            yield from _divided(child, inside, sizes, below)
+        else:
+            yield '.'.join(child), inside
+
+
+def _numbered(modules: Iterable[Path]) -> list[list[Path]]:
+    """Lists of at least two modules whose names differ in a last number."""
+    by_stem: dict[str, list[Path]] = {}
+    for module in modules:
+        found = re.fullmatch(r'(.*?)\d+', module[-1])
+        if found:
+            by_stem.setdefault(found[1], []).append(module)
+    return [siblings for siblings in by_stem.values() if len(siblings) > 1]
+
+
+def _ranges(
+    siblings: Sequence[Path],
+    children: Mapping[Path,
+                      list[Path]]) -> Iterator[tuple[str, Sequence[Path]]]:
+    """Yield numbered modules as parts, or ranges of them if they are many."""
+    step = math.ceil(len(siblings) / _MOST)
+    for start in range(0, len(siblings), step):
+        chunk = siblings[start:start + step]
+        name = '.'.join(chunk[0])
+        if step > 1 and len(chunk) > 1:
+            name += '-' + re.findall(r'\d+', chunk[-1][-1])[-1]
+        yield name, [writer for child in chunk for writer in children[child]]
+
+
+def kind_of_reason(reason: str) -> str:
+    """Shorten the reason of frozen channels to its kind.
+
+    Examples:
+        >>> kind_of_reason('native_layer_norm in backbone.layers.0.0.norm')
+        'native_layer_norm'
+        >>> kind_of_reason('head.weight is used without a call of its layer')
+        'kernel used without a call of its layer'
+        >>> kind_of_reason('auxiliary_head.conv_seg is for training only')
+        'layer for training only'
+        >>> kind_of_reason("not exact (RuntimeError: shape '[1]' is invalid)")
+        'not exact'
+    """
+    reason = re.sub(r'^\S+ is used without', 'kernel used without', reason)
+    reason = re.sub(r'^\S+ is for', 'layer for', reason)
+    # The module or an error's message follows, different in each row.
+    return re.split(r' in | \(', reason)[0]
+
+
+def frozen_by_kind(frozen: Sequence[FrozenChannels]) -> list[tuple[str, int]]:
+    """Count the channels without a gate by kind of reason, most first."""
+    counts: Counter[str] = Counter()
+    for row in frozen:
+        counts[kind_of_reason(row.reason)] += row.channels
+    return counts.most_common()
 
 
 def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:

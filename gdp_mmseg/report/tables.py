@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from ..files import write_json
-from .summary import Part
+from .summary import GroupRow, Part, kept_share
 
 # Metrics that stand for a whole evaluation, best known first.
 _HEADLINES = ('mIoU', 'accuracy/top1')
@@ -39,22 +39,6 @@ class NetworkRow:
     params: int
     latency_ms: dict[str, float]
     metrics: dict[str, float] | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class GroupRow:
-    """A group of channels and how many of them were kept.
-
-    Args:
-        writers (list[str]): Modules that write the channels.
-        readers (list[str]): Modules that read them through a gate.
-        channels (int): Number of channels of the group.
-        kept (int): Number of those that were kept.
-    """
-    writers: list[str]
-    readers: list[str]
-    channels: int
-    kept: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,11 +230,7 @@ def markdown(report: Report) -> str:
 
 def _kept(name: str, row: Part | GroupRow) -> list[str]:
     """Cells of a part or group: its channels, and those that were kept."""
-    return [
-        name,
-        str(row.channels),
-        str(row.kept), f'{row.kept / row.channels:.0%}'
-    ]
+    return [name, str(row.channels), str(row.kept), f'{kept_share(row):.0%}']
 
 
 def _writers(row: GroupRow) -> str:

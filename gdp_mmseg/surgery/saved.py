@@ -92,8 +92,15 @@ def saved_bytes(state: Mapping[str, Tensor], widths: Mapping[str, Width],
     return content.getvalue()
 
 
-def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def load_strictly(model: nn.Module,
+                  state: Mapping[str, Tensor],
+                  source: str = 'checkpoint') -> None:
     """Load a state dict that must fit, with one line for an error.
+
+    Args:
+        model (nn.Module): The model, whose weights are replaced.
+        state (Mapping[str, Tensor]): Weights for all of it.
+        source (str): Name of their source in the error.
 
     Raises:
         ValueError: If a tensor is missing, has another shape or no place.
@@ -114,7 +121,7 @@ def load_strictly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         extra = list(result.unexpected_keys)
     if missing or extra:
         raise ValueError(
-            'checkpoint: expected the weights of this model, but '
+            f'{source}: expected the weights of this model, but '
             f'{len(missing)} are missing or of another shape and {len(extra)} '
             f'have no place ({(missing + extra)[0]} first); pass the '
             'checkpoint and the config of the same training')

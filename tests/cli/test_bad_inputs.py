@@ -302,6 +302,26 @@ CASES = {
     'export a checkpoint of another model':
     Case('export.py', lambda w: w.export(config=w.config(_wider)),
          'of another shape', 'checkpoint'),
+    'export with gates for --dense':
+    Case('export.py', lambda w: w.export('--dense', w.trained.checkpoint),
+         'with gates', 'the dense training'),
+    'export with an export for --dense':
+    Case('export.py', lambda w: w.export('--dense', w.exported.checkpoint),
+         'of an export', 'the dense training'),
+    'export with another model for --dense':
+    Case(
+        'export.py', lambda w: w.export(
+            '--dense',
+            w.changed(
+                w.dense, lambda content: content['state_dict'].pop(
+                    'decode_head.conv_seg.bias'))), '1 are missing',
+        'the same training'),
+    'export without the checkpoint of --dense':
+    Case('export.py', lambda w: w.export('--dense', w.folder / 'nowhere.pth'),
+         'nowhere.pth', 'pass'),
+    'export with --dense and without an evaluation':
+    Case('export.py', lambda w: w.export('--dense', w.dense, '--no-eval'),
+         '--no-eval', 'leave one of the two out'),
     'export with the dense config':
     Case('export.py', lambda w: w.export(config=w.project.dense),
          'EncoderDecoder', 'config'),

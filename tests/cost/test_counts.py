@@ -1,6 +1,8 @@
 """Multiply-adds, parameters and latency, counted by hand."""
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -188,14 +190,66 @@ def test_macs_are_the_share_of_the_dense_ones(name: str) -> None:
         float(cost(openness)) * cost.dense, rel=1e-5, abs=1)
 
 
+def test_shares_of_a_chain_halve_what_two_groups_share() -> None:
+    """3 -> 4 -> 6 -> 2 channels: only the middle layer is shared."""
+    analysis, cost = cost_of('chain')
+    first = 3 * 4 + 4 * 6 / 2
+    second = 4 * 6 / 2 + 6 * 2
+    assert cost.group_shares().tolist() == pytest.approx(
+        [first / 48, second / 48])
+    assert cost.fixed_share() == 0
+
+
+def test_depthwise_layer_and_residual_stream_belong_to_their_group() -> None:
+    analysis, cost = cost_of('depthwise of two per channel')
+    shares = cost.group_shares()
+    dense = 3 * 4 + 8 + 8 * 5 + 5 * 2
+    assert shares.tolist() == pytest.approx([(3 * 4 + 8 + 8 * 5 / 2) / dense,
+                                             (8 * 5 / 2 + 5 * 2) / dense])
+    # The group that reads and writes a layer has all of it.
+    analysis, cost = cost_of('called twice')
+    assert cost.group_shares().tolist() == pytest.approx([1])
+
+
+def test_layer_without_a_gate_is_the_fixed_share() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.Conv2d(4, 5, 1), nn.Conv2d(5, 2, 1))
+    analysis = analyse(net, (3, 8, 8), lambda net, x: net(x), ignore=('0', ))
+    cost = FlopCost(analysis)
+    dense = 3 * 4 + 4 * 5 + 5 * 2
+    assert cost.fixed_share() == pytest.approx(3 * 4 / dense)
+    assert cost.group_shares().tolist() == pytest.approx([
+        (4 * 5 + 5 * 2) / dense
+    ])
+
+
 @pytest.mark.parametrize('name', TOYS)
-def test_share_of_a_group_is_what_closing_it_saves(name: str) -> None:
+@pytest.mark.parametrize('kind', [FlopCost, ParameterCost])
+def test_shares_add_up_to_the_whole(name: str, kind: type[Cost]) -> None:
+    analysis, _ = cost_of(name)
+    cost = kind(analysis)
+    shares = cost.group_shares()
+    assert len(shares) == len(analysis.groups)
+    assert float(shares.min()) > 0
+    assert float(shares.sum()) + cost.fixed_share() == pytest.approx(
+        1, abs=1e-6)
+
+
+@pytest.mark.parametrize('name', ['residual', 'depthwise behind concat'])
+def test_share_is_the_mean_saving_over_all_orders_of_closing(
+        name: str) -> None:
     analysis, cost = cost_of(name)
-    for group, share in zip(analysis.groups, cost.group_shares(), strict=True):
+    numbers = range(len(analysis.groups))
+    saved = [0.] * len(numbers)
+    orders = [*itertools.permutations(numbers)]
+    for order in orders:
         openness = torch.ones(analysis.num_gates)
-        openness[group.gates] = 0
-        assert float(share) == pytest.approx(
-            1 - cost.count(openness) / cost.dense, abs=1e-6)
+        for index in order:
+            before = float(cost(openness))
+            openness[analysis.groups[index].gates] = 0
+            saved[index] += before - float(cost(openness))
+    assert cost.group_shares().tolist() == pytest.approx(
+        [one / len(orders) for one in saved], abs=1e-6)
 
 
 def test_cost_moves_with_its_module_and_adds_nothing_to_a_checkpoint() -> None:

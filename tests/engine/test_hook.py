@@ -166,8 +166,12 @@ def test_checkpoint_carries_the_gates(trained: Trained) -> None:
 
 def test_path_of_the_gates_is_recorded(trained: Trained) -> None:
     path = trained.work_dir / 'gates.jsonl'
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    first, *rows = map(json.loads, path.read_text().splitlines())
     pruner = trained.runner.model.gdp
+    assert first['groups'] == [
+        dict(writers=list(group.writers), channels=len(group.gates))
+        for group in pruner.analysis.groups
+    ]
     assert all(
         set(row) == {'iter', 'flops', 'budget', 'held_cost', 'openness'}
         for row in rows)

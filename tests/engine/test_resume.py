@@ -169,7 +169,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(straight: Straight,
     (tmp_path / 'last_checkpoint').write_text(
         str(tmp_path / _name(loop, stop)))
     rows = (whole / 'gates.jsonl').read_text().splitlines()
-    (tmp_path / 'gates.jsonl').write_text('\n'.join(rows[:stop + 1]) +
+    # The first line names the groups.
+    (tmp_path / 'gates.jsonl').write_text('\n'.join(rows[:stop + 2]) +
                                           '\n{"iter": 1')
     cfg = _config(project, tmp_path, loop)
     cfg.resume = True
@@ -189,6 +190,22 @@ def test_resume_goes_on_as_if_nothing_had_happened(straight: Straight,
     assert (tmp_path /
             'gates.jsonl').read_bytes() == (whole /
                                             'gates.jsonl').read_bytes()
+
+
+def test_record_of_another_network_is_refused_and_kept(straight: Straight,
+                                                       project: Project,
+                                                       tmp_path: Path) -> None:
+    whole, _ = straight('IterBasedTrainLoop')
+    shutil.copy(whole / 'iter_14.pth', tmp_path)
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'iter_14.pth'))
+    other = '{"groups": [{"writers": ["backbone.other"], "channels": 3}]}\n'
+    (tmp_path / 'gates.jsonl').write_text(other)
+    cfg = _config(project, tmp_path, 'IterBasedTrainLoop')
+    cfg.resume = True
+    with pytest.raises(ValueError, match='group 0 is backbone.other') as error:
+        _train(cfg)
+    assert 'move the file away' in str(error.value)
+    assert (tmp_path / 'gates.jsonl').read_text() == other
 
 
 def test_random_numbers_continue_from_a_state_that_is_plain(

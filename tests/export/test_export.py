@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Callable, Mapping
 
@@ -329,6 +330,31 @@ def test_network_of_windows_is_compared_in_them(project: Project,
     assert report.compared_on == '2 inputs of the test set'
     assert report.network('gated').metrics['mIoU'] == report.network(
         'pruned').metrics['mIoU']
+
+
+def test_dense_checkpoint_fills_its_row(project: Project, trained: Trained,
+                                        tmp_path: Path) -> None:
+    cfg = project.load(tmp_path)
+    dense: Any = build(_without_sync(Config.fromfile(project.dense).model))
+    torch.save(dict(state_dict=dense.state_dict()), tmp_path / 'dense.pth')
+    outcome = run_tool(
+        'export.py',
+        trained.config,
+        trained.checkpoint,
+        '--out-dir',
+        tmp_path / 'pair',
+        '--dense',
+        tmp_path / 'dense.pth',
+        cwd=tmp_path)
+    assert outcome.status == 0, outcome.stderr
+    report = Exported(tmp_path / 'pair').report
+    metrics = report.network('dense').metrics
+    assert metrics == pytest.approx(run_test(cfg, dense.eval()))
+    # Its weights are not those of the gated training.
+    assert metrics != report.network('gated').metrics
+    row, = re.findall(r'^\| dense .*$',
+                      (tmp_path / 'pair/report.md').read_text(), re.M)
+    assert f' {metrics["mIoU"]:.2f} ' in row
 
 
 def test_nothing_to_evaluate_on_is_said_first(trained: Trained,
