@@ -1,6 +1,6 @@
 # make .venv   the pinned environment    make test   all tests
 # make demo    train, prune and report   make check  those of torch alone
-# make lint    the style checks
+# make lint    the style checks              make docs    the site, in site/
 # make clean   remove what make made, and caches; work_dirs and data stay
 #
 # PYTHON chooses the interpreter (3.10, 3.11 or 3.12); by default the first
@@ -13,31 +13,37 @@ PYTHONS := $(or $(PYTHON),python3 python3.12 python3.11 python3.10)
 BIN := .venv/bin
 # Written last: an environment without it is incomplete and made anew.
 STAMP := .venv/.complete
-PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The pip of the target's environment.
+PIP = $(@D)/bin/python -m pip --disable-pip-version-check
 WORKERS := --numprocesses 2 --dist loadscope --no-loadscope-reorder
 TORCH_ONLY := analysis gates cost surgery pruner report
 # One line per package.
 PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
 
-.PHONY: .venv demo test check lint clean
+.PHONY: .venv demo test check lint docs clean
 
 .venv: $(STAMP)
 
-$(STAMP): setup.py $(wildcard requirements/*.txt)
-	@python=; for candidate in $(PYTHONS); do \
-	    if "$$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
-	        python=$$candidate; break; \
-	    fi; \
-	done; \
-	if [ -z "$$python" ]; then \
-	    echo "expected Python 3.10, 3.11 or 3.12, but got none from: $(PYTHONS); pass make PYTHON=/path/to/python" >&2; \
-	    exit 2; \
-	fi; \
-	if [ ! -e $@ ]; then \
-	    echo "Creating .venv with $$("$$python" --version)"; \
-	    "$$python" -m venv --clear .venv; \
-	fi
-	@rm -f $@
+# Create the environment of the target, unless it is complete.
+define CREATE
+@python=; for candidate in $(PYTHONS); do \
+    if "$$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then \
+        python=$$candidate; break; \
+    fi; \
+done; \
+if [ -z "$$python" ]; then \
+    echo "expected Python 3.10, 3.11 or 3.12, but got none from: $(PYTHONS); pass make PYTHON=/path/to/python" >&2; \
+    exit 2; \
+fi; \
+if [ ! -e $@ ]; then \
+    echo "Creating $(@D) with $$("$$python" --version)"; \
+    "$$python" -m venv --clear $(@D); \
+fi
+@rm -f $@
+endef
+
+$(STAMP): setup.py $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
+	$(CREATE)
 	@echo 'Installing requirements/pins.txt (several GB at the first time)'
 	@# pip builds mmcv in isolation, where torch is absent: that gives the
 	@# pure Python build, in seconds. Do not add --no-build-isolation here.
@@ -62,6 +68,16 @@ check: .venv
 lint: .venv
 	$(BIN)/python -m pre_commit run --all-files
 
+# An environment of its own, without torch. A warning is an error.
+.venv-docs/.complete: requirements/docs.txt
+	$(CREATE)
+	@$(PIP) install --quiet --requirement $<
+	@touch $@
+
+docs: .venv-docs/.complete
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs site
+	@echo Wrote site/index.html
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache
+	rm -rf .venv .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
