@@ -9,12 +9,11 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
-from guide_report import NEEDED, guide_sections
-
 from gdp_mmseg.report import tables
 
 from accuracy_report import accuracy, plot_accuracy, readme_table
 from budget_report import budget, controllers, phases
+from guide_report import NEEDED, guide_sections
 from pages import put_between
 
 Report = dict[str, Any]
