@@ -13,7 +13,6 @@ import math
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 import uuid
@@ -28,15 +27,12 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from gdp_mmseg.demo.data import CLASSES, PALETTE, make_demo_data
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / 'tools'))
-
-from make_demo_data import CLASSES, PALETTE, make_demo_data  # noqa: E402
-
 THEIRS = Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_' / 'models'
 SIDE = 64
 BATCH = 4

@@ -8,6 +8,7 @@ are for configs of mmengine, which needs only their names, and
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__
@@ -42,6 +43,29 @@ _MODULES = dict(
     gate='gated',
     load_pruned='surgery.saved',
     save_pruned='surgery.saved')
+
+# Modules that are commands when they are run.
+_COMMANDS = [
+    f'{__name__}.cli.{name}'
+    for name in ('check', 'export', 'groups', 'test', 'train')
+] + [f'{__name__}.demo.demo']
+
+
+def _refuse_to_run(arguments: list[str]) -> None:
+    """End ``python -m gdp_mmseg.X`` with a line if X is no command.
+
+    Python imports this package first, and would then run a module that
+    defines functions only, without a word.
+    """
+    named = [one for one in arguments if one.startswith(f'{__name__}.')]
+    if named and named[0] not in _COMMANDS:
+        sys.exit(f'{named[0]} is no command; python -m {__name__} --help '
+                 'lists the commands')
+
+
+# So it is while Python looks for a module to run.
+if sys.argv[:1] == ['-m']:
+    _refuse_to_run(sys.orig_argv)
 
 
 def __getattr__(name: str) -> Any:

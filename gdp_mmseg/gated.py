@@ -18,7 +18,7 @@ from .cost.counts import CountCost, ParameterCost
 from .gates.layers import gate_, ungate_
 from .pruner.pruner import Pruner
 from .pruner.settings import Settings
-from .report.summary import dead_parts, kept_by_part
+from .report.summary import dead_parts, kept_by_part, kept_share
 from .report.tables import table
 from .surgery.outputs import largest_difference, outputs_of
 from .surgery.prune import prune
@@ -243,7 +243,7 @@ class GatedModel(nn.Module):
         rows = [['part', 'channels', 'kept']]
         rows += [[
             part.name,
-            str(part.channels), f'{part.kept} ({part.kept / part.channels:.0%}'
+            str(part.channels), f'{part.kept} ({kept_share(part):.0%}'
             ')'
         ] for part in kept_by_part(analysis.groups, keep)]
         lines = [

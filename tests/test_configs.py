@@ -8,7 +8,8 @@ import pytest
 mmengine = pytest.importorskip('mmengine')
 pytest.importorskip('mmseg')
 
-import make_demo_data
+from gdp_mmseg.demo import data
+
 from helpers import ROOT
 
 CONFIGS = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
@@ -46,6 +47,6 @@ def test_base_model_type_can_be_named_in_a_drop_in(tmp_path: Path) -> None:
 def test_demo_config_names_the_classes_that_are_drawn() -> None:
     cfg = mmengine.Config.fromfile(ROOT / 'configs/deeplabv3plus_demo.py')
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
-        assert loader.dataset.metainfo.classes == make_demo_data.CLASSES
-        assert loader.dataset.metainfo.palette == make_demo_data.PALETTE
-    assert cfg.model.decode_head.num_classes == len(make_demo_data.CLASSES)
+        assert loader.dataset.metainfo.classes == data.CLASSES
+        assert loader.dataset.metainfo.palette == data.PALETTE
+    assert cfg.model.decode_head.num_classes == len(data.CLASSES)

@@ -25,6 +25,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
+from ..spelling import did_you_mean
 from .labels import Labels
 from .structure import Analysis, FrozenChannels, Group, Layer
 from .tracer import Forward, ForwardError, Tracer, copy_model
@@ -103,7 +104,7 @@ def _part(model: nn.Module, patterns: Sequence[str], option: str) -> set[str]:
             raise ValueError(
                 f'{option}: expected names or patterns of modules, but got '
                 f'{pattern!r}, which matches none; the parts of the model '
-                f'are {children}')
+                f'are {children}' + did_you_mean(pattern, names))
         part.update(found)
     return {
         name

@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from .checks import check_config_file
-from .errors import one_line_errors
+from mmengine.config import DictAction
+
+from .checks import load_config
+from .errors import fail, one_line_errors
 from .rows import show
 
 CHANNELS, SIDE = 3, 128
@@ -41,6 +43,11 @@ def parse_args() -> argparse.Namespace:
         'channels at random and compare the outputs.')
     parser.add_argument('config', help='config, with GDPModel or without')
     parser.add_argument('--json', help='file that gets the result as JSON')
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value')
     return parser.parse_args()
 
 
@@ -86,9 +93,7 @@ def check_candidate(name: str, family: str,
         (that of double precision is None if the model cannot run in it);
         seconds of the analysis and peak memory in GiB.
     """
-    import torch
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    _fix_torch()
     row: dict[str, Any] = dict(
         config=name,
         family=family,
@@ -117,6 +122,13 @@ def check_candidate(name: str, family: str,
                 reason=_first_line(error),
                 side=side)
     return row
+
+
+def _fix_torch() -> None:
+    """Let torch use one thread, and the same random numbers each time."""
+    import torch
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 def _is_refusal(error: Exception) -> bool:
@@ -311,22 +323,35 @@ def name_of(path: Path) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the innermost cause of an error in one short line."""
+    """Return the innermost cause of an error in one line."""
     while error.__cause__ is not None and isinstance(error, KeyError):
         error = error.__cause__
     text = ' '.join(str(error).split()).partition(', the current sys.path')[0]
-    return f'{type(error).__name__}: {text}'[:200]
+    return f'{type(error).__name__}: {text}'
 
 
 @one_line_errors()
 def main() -> None:
-    """Check the model of one config; exit with status 1 if it is wrong."""
+    """Check the model of one config; exit with status 1 if it is wrong.
+
+    Unlike in a table of many models, a model that cannot be built or is
+    refused is an error.
+    """
     args = parse_args()
-    check_config_file(args.config)
-    row = check(args.config)
+    cfg = load_config(args.config, args.cfg_options)
+    _fix_torch()
+    candidate = _build(cfg)
+    path = Path(args.config)
+    row = check_candidate(name_of(path), path.parent.name, lambda: candidate)
+    if row['status'] == 'refused':
+        fail(row['reason'].partition(': ')[2])
     show(row)
     if args.json:
         from ..files import write_json
         write_json(Path(args.json), row)
     if row['status'] == 'wrong':
         raise SystemExit(1)
+
+
+if __name__ == '__main__':
+    main()

@@ -9,11 +9,17 @@ import torch
 from mmengine.config import Config
 from mmengine.device import get_device
 
+from ..engine.config import ModelConfig, kind_of
 from .errors import fail
+from .names import check_model_names
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it."""
+    """Read a config file, merge ``--cfg-options``, check model and gates.
+
+    Raises:
+        ValueError: If a setting of the gates is wrong.
+    """
     check_config_file(path)
     try:
         cfg = Config.fromfile(path)
@@ -24,6 +30,10 @@ def load_config(path: str, options: dict[str, Any] | None = None) -> Config:
     if 'model' not in cfg:
         fail(f'expected a config with a model, but {path} has none; pass the '
              'config of a training')
+    check_model_names(cfg)
+    if kind_of(cfg.model) == 'gated':
+        # The settings are checked here, before anything is built.
+        ModelConfig.of(cfg).settings
     return cfg
 
 
@@ -58,10 +68,10 @@ def verify_checkpoint(path: str, cfg: Config) -> None:
         cfg (Config): Config of the model that will load the checkpoint.
     """
     check_checkpoint(path)
+    # Allows the types of mmengine's checkpoints, for remote ones too.
+    from ..engine.checkpoint import other_versions, read_checkpoint
     if is_remote(path):
         return
-    from ..engine.checkpoint import other_versions, read_checkpoint
-    from ..engine.config import kind_of
     from ..engine.matching import THETA
     state, meta = read_checkpoint(path)
     if kind_of(cfg.model) == 'dense' and (THETA in state or 'widths' in meta):
@@ -98,7 +108,6 @@ def resolve_resume_(cfg: Config, chosen: bool) -> None:
 
 def verify_start(cfg: Config) -> None:
     """Verify the checkpoint that a training starts from, if it has one."""
-    from ..engine.config import kind_of
     start = cfg.get('load_from')
     if not start and not cfg.resume and kind_of(cfg.model) == 'pruned':
         start = (cfg.model.get('gdp') or {}).get('checkpoint')

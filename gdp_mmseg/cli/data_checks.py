@@ -15,11 +15,11 @@ from typing import Any, Iterator, Mapping, Sequence
 
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
-from mmengine.registry import (DATASETS, TRANSFORMS, Registry,
-                               init_default_scope)
+from mmengine.registry import DATASETS, TRANSFORMS, init_default_scope
 
 from .checks import is_remote, nodes
 from .errors import fail
+from .names import find_class
 
 SPLITS = ('train', 'val', 'test')
 LIBRARIES = ('mmengine', 'mmcv', 'mmseg', 'mmpretrain')
@@ -96,23 +96,10 @@ def _is_known(dataset: Mapping[str, Any]) -> bool:
     A dataset that can download its files itself is not known: nothing needs
     to be there.
     """
-    kind = _class_of(DATASETS, dataset.get('type'))
+    kind = find_class(DATASETS, dataset.get('type'))
     return (isinstance(kind, type) and issubclass(kind, BaseDataset)
             and all(_library(getattr(kind, name)) for name in LISTING)
             and 'download' not in inspect.signature(kind).parameters)
-
-
-def _class_of(registry: Registry, kind: Any) -> Any:
-    """Return the class of a ``type`` in a config; None if there is none."""
-    if not isinstance(kind, str):
-        return kind
-    with registry.switch_scope_and_registry(None) as scoped:
-        try:
-            return scoped.get(kind)
-        except RuntimeError:
-            # Registry.get raises it for a name that looks like a module. The
-            # runner will name the unknown type.
-            return None
 
 
 def _library(code: Any) -> bool:
@@ -191,7 +178,7 @@ def _reads(dataset: Mapping[str, Any], field: str) -> bool:
 
 def _is_reader(step: Mapping[str, Any], word: str) -> bool:
     """Tell whether a transform is a library's own, with a word in its name."""
-    kind = _class_of(TRANSFORMS, step.get('type'))
+    kind = find_class(TRANSFORMS, step.get('type'))
     return (isinstance(kind, type) and word in kind.__name__ and _library(kind)
             and _is_local(step))
 

@@ -11,15 +11,12 @@ import os
 import os.path as osp
 import sys
 import traceback
-from typing import Any, Iterator, NoReturn
-
-from PIL import UnidentifiedImageError
-from torch.utils.data import Dataset
+from typing import Any, Iterator, NoReturn, TextIO
 
 PACKAGE = __name__.partition('.')[0]
 # Types of the errors that this package raises about a user's input. Other
 # types, raised by the same code, are bugs and keep their traceback.
-USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError, KeyError)
+USER_ERRORS = (ValueError, FileNotFoundError, FloatingPointError)
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
                 errno.EACCES, errno.EPERM)
 # Types of errors about data. Other types that a dataset raises are bugs of its
@@ -42,25 +39,75 @@ def one_line_errors() -> Iterator[None]:
     Usable as a context manager and, as ``@one_line_errors()``, as a decorator.
     Errors about the user's input that this package raised are replaced, also
     when mmengine's registry has wrapped them, and so are errors of other code
-    about files and data that cannot be read or written. All other
-    errors keep their traceback. ``GDP_DEBUG=1`` in the environment keeps every
-    traceback.
+    about names that no registry has, and about files and data that cannot be
+    read or written. All other errors keep their traceback. ``GDP_DEBUG=1`` in
+    the environment keeps every traceback.
     """
     try:
         yield
     except Exception as error:
         line = _line(error)
-        if line is None or os.environ.get('GDP_DEBUG') == '1':
+        if line is None:
             raise
         fail(line)
 
 
+@contextlib.contextmanager
+def held_output() -> Iterator[None]:
+    """Hold back what is written to stdout until it is known how a block ends.
+
+    mmengine prints the whole config before it builds the model. If the model
+    tells that the config is wrong, the one line about it stands alone, and
+    the config is in the log file only. Loggers that were made in the block
+    keep the stream and write through it afterwards.
+    """
+    stream = _HeldStream(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(stream):
+            yield
+    except Exception as error:
+        if _line(error) is None:
+            stream.release()
+        raise
+    stream.release()
+
+
+class _HeldStream:
+    """Text stream that keeps what is written to it until it is released."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._held: list[str] | None = []
+
+    def write(self, text: str) -> int:
+        if self._held is None:
+            return self._stream.write(text)
+        self._held.append(text)
+        return len(text)
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        self._stream.write(''.join(held))
+        self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def _line(error: Exception) -> str | None:
-    """Return the message for the user; None for an unexpected error."""
+    """Return the message for the user; None if the traceback is wanted."""
+    # Slow to import: an unknown command is answered at once.
+    from PIL import UnidentifiedImageError
+
+    from .names import unknown_name
+    if os.environ.get('GDP_DEBUG') == '1':
+        return None
     cause = _first_of_this_package(error)
     if cause is not None:
-        # str() of a KeyError is the repr of its message.
-        return str(cause.args[0] if isinstance(cause, KeyError) else cause)
+        return str(cause)
+    unknown = unknown_name(error)
+    if unknown is not None:
+        return unknown
     last = (str(error).splitlines() or [''])[-1]
     if isinstance(error, UnidentifiedImageError) or (isinstance(
             error, AssertionError) and 'failed to load image' in str(error)):
@@ -86,6 +133,7 @@ def _line(error: Exception) -> str | None:
 
 def _built_dataset(error: BaseException) -> Any:
     """Return the dataset whose constructor raised an error, if any."""
+    from torch.utils.data import Dataset
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get('self')
         if isinstance(owner, Dataset) and frame.f_code.co_name in BUILDING:

@@ -57,3 +57,7 @@ def main() -> None:
         dense_checkpoint=args.dense)
     print(comparison(report))
     print(f'wrote {args.out_dir}')
+
+
+if __name__ == '__main__':
+    main()

@@ -115,3 +115,7 @@ def main() -> None:
     show(found)
     if args.json:
         write_json(Path(args.json), found)
+
+
+if __name__ == '__main__':
+    main()

@@ -13,6 +13,8 @@ STATUS = dict(
     refused='refused',
     unbuilt='cannot be built here',
     wrong='FAULTY')
+# Characters of an error in a cell.
+LONGEST_REASON = 200
 COLUMNS = ('status', 'prunable channels', 'prunable FLOPs',
            'random weights, fp32', 'random weights, fp64', 'as built, fp32',
            'analysis (s)', 'peak (GiB)', 'frozen channels, or error')
@@ -29,7 +31,7 @@ def cells_of(row: dict[str, Any]) -> list[str]:
             _built(row), f'{row["seconds"]:.1f}', f'{row["peak_gib"]:.1f}'
         ]
     return [
-        STATUS[row['status']], *numbers, row['reason']
+        STATUS[row['status']], *numbers, row['reason'][:LONGEST_REASON]
         or _operators(row['frozen'])
     ]
 

@@ -11,7 +11,7 @@ from mmengine.runner import Runner
 
 from .checks import join_processes_, load_config, verify_checkpoint
 from .data_checks import check_paths
-from .errors import fail, one_line_errors
+from .errors import fail, held_output, one_line_errors
 
 
 def parse_args() -> argparse.Namespace:
@@ -124,7 +124,12 @@ def main() -> None:
         cfg.test_evaluator['keep_results'] = True
 
     # build the runner from config
-    runner = Runner.from_cfg(cfg)
+    with held_output():
+        runner = Runner.from_cfg(cfg)
 
     # start testing
     runner.test()
+
+
+if __name__ == '__main__':
+    main()

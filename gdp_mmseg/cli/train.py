@@ -17,7 +17,8 @@ from ..engine.model import known_gates
 from .checks import (add_resume_hook_, gates_to_resume, join_processes_,
                      load_config, resolve_resume_, verify_start)
 from .data_checks import check_paths
-from .errors import fail, one_line_errors
+from .errors import fail, held_output, one_line_errors
+from .names import check_training_names
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,13 +100,14 @@ def main() -> None:
     cfg.resume = args.resume
     resolve_resume_(cfg, 'load_from' in (args.cfg_options or {}))
     verify_start(cfg)
-    check_paths(cfg, splits=('train', 'val'))
+    check_training_names(cfg)
     check_config(cfg)
+    check_paths(cfg, splits=('train', 'val'))
     add_resume_hook_(cfg)
     join_processes_(cfg, args.launcher)
 
     # build the runner from config
-    with known_gates(gates_to_resume(cfg)):
+    with held_output(), known_gates(gates_to_resume(cfg)):
         if 'runner_type' not in cfg:
             # build the default runner
             runner = Runner.from_cfg(cfg)
@@ -116,3 +118,7 @@ def main() -> None:
 
     # start training
     runner.train()
+
+
+if __name__ == '__main__':
+    main()

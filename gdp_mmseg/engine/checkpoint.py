@@ -6,27 +6,22 @@ are read here are checked first.
 """
 from __future__ import annotations
 
-import functools
 import importlib.metadata
 import pickle
 import re
 import zipfile
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Iterator, Mapping
 
 import numpy as np
 import torch
-from mmengine.logging import HistoryBuffer
-from mmengine.optim import OneCycleParamScheduler
 from torch import Tensor
 
 from ..files import raise_if_damaged, write_whole
 from ..surgery.saved import checksum, saved_bytes
 from ..version import __version__
+from .safe_types import allow_mmengine_types
 
-# Codes of NumPy's kinds of numbers: signed, unsigned, real, bool, text.
-_NUMBERS = ('i1', 'i2', 'i4', 'i8', 'u1', 'u2', 'u4', 'u8', 'f2', 'f4', 'f8',
-            'b', 'U1')
 # Distributions whose versions a checkpoint records. Of two with the same
 # import name, the installed one is recorded.
 PACKAGES = ('torch', 'mmengine', 'onedl-mmengine', 'mmsegmentation',
@@ -79,18 +74,11 @@ def unwrapped(state: Mapping[str, Any]) -> dict[str, Any]:
 
 def _read(path: str) -> Any:
     """Load a complete file, unpickling nothing but known types."""
-    # mmengine saves its log buffers and a scheduler's method by name.
-    known: list[Any] = [
-        HistoryBuffer, OneCycleParamScheduler, getattr, np.ndarray, np.dtype,
-        *(type(np.dtype(kind))
-          for kind in _NUMBERS), *_numpys(np.zeros(1).__reduce__()[0]),
-        *_numpys(np.float64(0).__reduce__()[0])
-    ]
+    allow_mmengine_types()
     try:
         if zipfile.is_zipfile(path):
             raise_if_damaged(path)
-        with torch.serialization.safe_globals(known):
-            return torch.load(path, map_location='cpu', weights_only=True)
+        return torch.load(path, map_location='cpu', weights_only=True)
     except FileNotFoundError:
         raise ValueError(
             f'checkpoint: expected a file, but {path} does not exist; pass '
@@ -107,16 +95,6 @@ def _read(path: str) -> Any:
             f'checkpoint: expected a file that mmengine saved, but {path} '
             f'cannot be read ({str(error).partition(chr(10))[0]:.80}); it '
             'may be truncated, damaged or of another kind') from error
-
-
-def _numpys(function: Any) -> Iterator[Callable[..., Any]]:
-    """Yield a function of NumPy's under the names that versions 1 and 2 save.
-    """
-    for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        named: Any = functools.partial(function)
-        named.__module__ = module
-        named.__qualname__ = function.__name__
-        yield named
 
 
 def versions() -> dict[str, str]:

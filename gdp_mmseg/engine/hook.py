@@ -64,9 +64,10 @@ class GDPHook(ResumeHook):
 
         Raises:
             ValueError: If the model has no gates, if the runner does not work
-                with gates, if the pruning phase is too short, if the config is
-                one of an export or could not be exported after the training,
-                or if a training would resume with the record of another one.
+                with gates, if the pruning phase is too short, if the config
+                is one of an export or could not be exported after the
+                training, or if a training would resume with the record of
+                another one.
         """
         check_runner(runner)
         check_not_exported(runner.cfg)

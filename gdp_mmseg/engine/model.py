@@ -10,7 +10,6 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
-import warnings
 from typing import Any, Iterator, Mapping, Sequence
 
 import torch
@@ -24,7 +23,6 @@ from ..analysis.structure import Analysis, Layer, LayerCall
 from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
 from ..gates.layers import gate_
-from ..pruner.pruner import Pruner
 from ..pruner.settings import Settings
 from ..registry import MODELS
 from ..surgery.outputs import first_line
@@ -34,6 +32,7 @@ from .config import GATED, PRUNED, ModelConfig, default_base
 from .forwards import (count_inference_flops, inference_forward,
                        inputs_of_preprocessor, loss_forward,
                        prediction_forward, training_forward)
+from .hooked import HookedPruner
 from .matching import refuse_others_, stored_analysis
 from .start import StartFromExport
 
@@ -59,25 +58,6 @@ def known_gates(gates: Mapping[str, Any] | None) -> Iterator[None]:
         yield
     finally:
         _KNOWN.reset(token)
-
-
-class HookedPruner(Pruner):
-    """Pruner of an mm model, whose gates a hook of the training moves.
-
-    Attributes:
-        hooked (bool): Whether there is such a hook. Without it, a warning is
-            given when the model is set to training mode.
-    """
-    hooked = False
-
-    def train(self, mode: bool = True) -> HookedPruner:
-        """Set the mode, in place; warn if nothing moves the gates."""
-        if mode and not self.hooked:
-            warnings.warn('GDPModel: nothing moves the gates, so no channel '
-                          'will be pruned; to prune, set default_hooks=dict('
-                          "gdp=dict(type='gdp_mmseg.GDPHook'))")
-        super().train(mode)
-        return self
 
 
 def find_pruner(model: nn.Module) -> HookedPruner:

@@ -101,11 +101,12 @@ class Pruner(nn.Module):
         target = self.settings.target
         if target.ratio <= least:
             raise ValueError(
-                f'gdp.target: expected more than {least:.4f}, because '
-                f'{least:.2%} of the {target.resource} cannot be pruned, but '
-                f'got {target.ratio}; raise gdp.target, or let more be pruned '
-                'by gdp.ignore, gdp.only and gdp.min_keep_ratio; '
-                'tools/groups.py lists the layers without a gate and why')
+                f'gdp.target: expected more than {least:.4g}, because '
+                f'{100 * least:.4g}% of the {target.resource} cannot be '
+                f'pruned, but got {target.ratio}; raise gdp.target, or let '
+                'more be pruned by gdp.ignore, gdp.only and '
+                'gdp.min_keep_ratio; gdp-mmseg groups lists the layers without'
+                ' a gate and why')
 
     def note_on(self, left: float) -> str | None:
         """Compose a note on a network that misses the target.

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Mapping
+from typing import Any, Mapping, Sequence
 
 from ..gates import METHODS, GateMethod
 from ..gates.gdp import check_epsilon
+from ..spelling import did_you_mean
 from .schedule import Schedule
 
 # Resources that a target can be about, and their names in messages.
@@ -33,7 +34,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.type not in [*COSTS]:
             raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
-                             f'but got {self.type!r}')
+                             f'but got {self.type!r}' +
+                             did_you_mean(self.type, COSTS))
         if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
             key = 'gdp.target' if self.type == 'flops' else 'gdp.target.ratio'
             raise ValueError(f'{key}: expected the share of '
@@ -112,7 +114,8 @@ class Settings:
                              'Settings.from_config')
         if self.gate not in [*METHODS]:
             raise ValueError(f'gdp.gate: expected one of {[*METHODS]}, but '
-                             f'got {self.gate!r}')
+                             f'got {self.gate!r}' +
+                             did_you_mean(self.gate, METHODS))
         # Their constructors check the values.
         Schedule(self.phases)
         check_epsilon(self.epsilon)
@@ -154,12 +157,7 @@ class Settings:
                 'channels, but got the widths of an exported one; to prune '
                 'further, train the gated config again with load_from=its '
                 'last checkpoint and a lower gdp.target')
-        if not isinstance(config, Mapping) or 'target' not in config or any(
-                key not in known for key in config):
-            came = list(config) if isinstance(config, Mapping) else config
-            raise ValueError(
-                f'gdp: expected dict(target=...) with any of {known[1:]}, but '
-                f'got {came}; change the keys of model.gdp')
+        _check_keys(config, known)
         plain: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in config.items()
@@ -183,8 +181,9 @@ class Settings:
                 gain is known.
         """
         travel, share = self.gate_travel, self.phases[1]
+        # A quotient that is a whole number may be rounded up.
         least, enough = (
-            math.ceil(number * travel / share)
+            math.ceil(number * travel / share - 1e-6)
             for number in (1, _STEPS_TO_CLOSE))
         found = f'{steps * share:.3g} {unit} ({share:.0%} of {steps})'
         if steps < least:
@@ -203,3 +202,24 @@ class Settings:
         """Make the gates of a model by the method that ``gate`` names."""
         return METHODS[self.gate](
             num_gates, epsilon=self.epsilon, close_below=self.close_below)
+
+
+def _check_keys(config: Any, known: Sequence[str]) -> None:
+    """Check the keys of ``gdp=dict(...)``, of which ``target`` is required.
+
+    Raises:
+        ValueError: If it is no mapping, or has an unknown key or no target.
+    """
+    if not isinstance(config, Mapping):
+        raise ValueError(f'gdp: expected dict(target=...), but got {config}; '
+                         'change model.gdp')
+    for key in config:
+        if key not in known:
+            raise ValueError(
+                f'gdp: expected dict(target=...) with any of {[*known[1:]]}, '
+                f'but got {key!r}; change the keys of model.gdp' +
+                did_you_mean(key, known))
+    if 'target' not in config:
+        raise ValueError(
+            'gdp: expected dict(target=...), the share of the FLOPs to keep, '
+            f'but got {[*config]}; set model.gdp.target')

@@ -4,6 +4,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Callable
@@ -172,3 +173,34 @@ def test_debugging_keeps_the_traceback(
 def test_errors_of_others_keep_their_traceback(cli: ModuleType) -> None:
     with pytest.raises(ValueError), cli.one_line_errors():
         int('no number')
+
+
+@pytest.mark.parametrize('error, shown', [
+    (None, 'the config\n'),
+    (TypeError('a bug'), 'the config\n'),
+    (SystemExit(2), ''),
+])
+def test_output_before_an_error_for_the_user_is_dropped(
+        error: BaseException | None, shown: str,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    from gdp_mmseg.cli.errors import held_output
+    with pytest.raises(type(error)) if error else nullcontext():
+        with held_output():
+            print('the config')
+            kept = sys.stdout
+            assert capsys.readouterr().out == ''
+            if error:
+                raise error
+    assert capsys.readouterr().out == shown
+    if error is None:
+        print('the training', file=kept)
+        assert capsys.readouterr().out == 'the training\n'
+
+
+def test_output_before_our_error_is_dropped(
+        cli: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    from gdp_mmseg.cli.errors import held_output
+    with pytest.raises(SystemExit), cli.one_line_errors(), held_output():
+        print('the config')
+        raise_wrapped(cli)
+    assert capsys.readouterr().out == ''

@@ -223,7 +223,7 @@ def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
         **_optimizer('AdamW', fused=fused), **{
             'optim_wrapper.type': 'AmpOptimWrapper',
             'optim_wrapper.loss_scale': dict(init_scale=2.**127),
-            'model.decode_head.loss_decode.loss_weight': 16.,
+            'model.decode_head.loss_decode.loss_weight': 16 / 6000,
             'optim_wrapper.clip_grad': clip
         })
     runner, recorder = _train(project.load(tmp_path, **options))

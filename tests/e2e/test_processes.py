@@ -37,7 +37,9 @@ custom_hooks = [dict(type='RankRecorder')]
 model = dict(
     backbone=dict(norm_cfg=dict(type='BN'), norm_eval=True),
     decode_head=dict(
-        norm_cfg=None, dropout_ratio=0., loss_decode=dict(class_weight=None)),
+        norm_cfg=None,
+        dropout_ratio=0.,
+        loss_decode=dict(_delete_=True, type='CrossEntropyLoss')),
     auxiliary_head=dict(norm_cfg=None, dropout_ratio=0.))
 train_dataloader = dict(
     batch_size=2,

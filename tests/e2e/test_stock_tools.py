@@ -139,6 +139,9 @@ def test_time_augmentation_runs(of: str, request: pytest.FixtureRequest,
     assert len(list((tmp_path / 'masks').glob('*.png'))) == 4
 
 
+@pytest.mark.skipif(
+    mmseg.__version__ == '1.2.2',
+    reason='its get_flops.py passes both of two exclusive arguments')
 def test_stock_get_flops_reads_the_exported_config(exported: Exported,
                                                    tmp_path: Path) -> None:
     output = run_program(

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from mmengine.model import BaseDataPreprocessor
 from mmengine.registry import MODELS
 from mmseg.models import CascadeEncoderDecoder, EncoderDecoder
 
+from gdp_mmseg.engine import hooked
 from gdp_mmseg.engine.config import ModelConfig, default_base
 from gdp_mmseg.engine.model import (analyse_config, build_base_model,
                                     build_gated_model, find_pruner)
@@ -101,14 +101,22 @@ def test_before_training_the_gated_model_is_the_dense_one(
     assert not torch.allclose(got, torch.zeros_like(got))
 
 
-def test_training_without_the_hook_is_warned_of(gated: Config) -> None:
+def test_training_without_the_hook_is_warned_of_twice(
+        gated: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(hooked, '_warn', said.append)
     model = build(gated.model).eval()
-    with pytest.warns(UserWarning, match='GDPHook'):
-        model.train()
+    model.state_dict()
+    assert said == []
+    for _ in range(2):
+        model.eval().train()
+    assert len(said) == 1 and 'nothing moves the gates' in said[0]
+    model.state_dict()
+    assert len(said) == 2 and 'nothing moved the gates' in said[1]
     find_pruner(model).hooked = True
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        model.train()
+    model.eval().train()
+    model.state_dict()
+    assert len(said) == 2
 
 
 def test_gates_pass_a_gradient_to_theta_only_through_the_kernels(

@@ -103,7 +103,9 @@ def messages(work_dir: Path) -> list[str]:
 def test_log_starts_with_the_gates_and_explains_its_scalars(
         trained: Trained) -> None:
     pruner = trained.runner.model.gdp
-    start, explained = messages(trained.work_dir)[:2]
+    said = messages(trained.work_dir)
+    start = next(one for one in said if ' gates in ' in one)
+    explained = said[said.index(start) + 1]
     assert f'{pruner.analysis.num_gates} gates in' in start
     assert 'target 0.4 of the FLOPs' in start
     # The channels of both heads.

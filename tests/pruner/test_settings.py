@@ -26,3 +26,12 @@ def test_pruning_phase_without_enough_steps_is_refused(steps: int) -> None:
     assert 'at least 8 iterations (gdp.gate_travel)' in message
     assert f'(50% of {steps}); train for at least 16 iterations' in message
     assert 'better 160' in message
+
+
+@pytest.mark.parametrize('steps', range(1, 200))
+def test_steps_of_which_the_phase_is_a_whole_number_are_enough(
+        steps: int) -> None:
+    """0.1 * 3 is more than 0.3 in binary, and 0.3 / 0.1 more than 3."""
+    settings = Settings(
+        Target(0.5), phases=(0.9, 0.1, 0.), gate_travel=0.1 * steps)
+    assert settings.check_length(steps) is not None

@@ -4,30 +4,33 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Callable, Iterator, Sequence, TextIO
 
-from gdp_mmseg.cli.errors import fail
+from ..cli.errors import fail
 
-ROOT = Path(__file__).resolve().parents[1]
 SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """One of our tools with its arguments.
+    """A Python program with its arguments.
 
     Args:
-        arguments (list[str]): Path of the script, and its command line.
+        arguments (list[str]): Command line of the interpreter.
         log (Path): File that gets its output.
         see (Callable[[str], None]): Gets each line of the output.
     """
     arguments: list[str]
     log: Path
     see: Callable[[str], None]
+
+    def __str__(self) -> str:
+        return shlex.join(['python', *self.arguments])
 
 
 @dataclasses.dataclass
@@ -61,9 +64,8 @@ def run_together(commands: Sequence[Command]) -> None:
             for one, status in zip(running, states):
                 one.look()
                 if status:
-                    fail(f'expected {one.command.arguments[0]} to succeed, '
-                         f'but it ended with status {status}; read '
-                         f'{one.command.log}')
+                    fail(f'expected {one.command} to succeed, but it ended '
+                         f'with status {status}; read {one.command.log}')
             if None not in states:
                 return
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -72,7 +74,7 @@ def run_together(commands: Sequence[Command]) -> None:
 @contextlib.contextmanager
 def _started(command: Command) -> Iterator[_Running]:
     """Start a command; end it at the exit if it still runs."""
-    print('$ python ' + ' '.join(command.arguments), flush=True)
+    print(f'$ {command}', flush=True)
     # With several threads each, a process that waits for a busy core lets all
     # its threads spin, and takes ten times as long.
     environment = dict(
@@ -83,7 +85,6 @@ def _started(command: Command) -> Iterator[_Running]:
     with open(command.log, 'w') as log, open(command.log) as output, \
             subprocess.Popen(
                 [sys.executable, '-W', 'ignore', *command.arguments],
-                cwd=ROOT,
                 env=environment,
                 text=True,
                 stdout=log,

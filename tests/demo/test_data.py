@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-import make_demo_data as demo
+from gdp_mmseg.demo import data as demo
 
 SIZE = 64
 COUNTS = {'train': 110, 'val': 70}

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Sequence
 
-from make_demo_data import PALETTE
+from .data import PALETTE
 
 IMAGES = 4
 
@@ -32,8 +32,8 @@ def draw(path: Path, data_root: Path,
     import torch
     from PIL import Image
 
-    from gdp_mmseg.report.plots import plot_gates
-    from gdp_mmseg.report.record import read_rows
+    from ..report.plots import plot_gates
+    from ..report.record import read_rows
     names = (data_root / 'ImageSets/Segmentation/val.txt').read_text().split()
     names = names[::len(names) // IMAGES][:IMAGES]
     images = [str(data_root / 'JPEGImages' / f'{name}.jpg') for name in names]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from demo_commands import Command, run_together
+from gdp_mmseg.demo.commands import Command, run_together
 
 WAIT = 'import time; time.sleep(60)'
 FAIL = 'raise SystemExit(3)'

@@ -1,0 +1,1 @@
+"""Demo: drawn shapes, two trainings, an export and a picture of them."""
