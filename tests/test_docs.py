@@ -1,12 +1,14 @@
 """The tutorial's configs do what it says, and the reference is complete."""
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
 import pytest
 
 import gdp_mmseg
+from gdp_mmseg.pruner.settings import Settings, Target
 
 from helpers import ROOT
 
@@ -31,6 +33,21 @@ def test_reference_describes_every_public_name_once() -> None:
     page = (ROOT / 'docs' / 'reference.md').read_text()
     names = re.findall(r'^\.\. [\w:]+:: gdp_mmseg\.(\w+)$', page, re.M)
     assert sorted(names) == sorted(gdp_mmseg.__all__)
+
+
+def test_guide_names_the_lengths_that_are_refused_and_warned_of() -> None:
+    page = (ROOT / 'docs' / 'guide.md').read_text()
+    rows = re.findall(
+        r'^\| `(\(.+\))` \| (\d+) iterations \| (\d+) iterations \|$', page,
+        re.M)
+    assert len(rows) == 2
+    for phases, least, enough in rows:
+        settings = Settings(Target(0.4), phases=ast.literal_eval(phases))
+        assert settings.check_length(int(enough)) is None
+        assert settings.check_length(int(enough) - 1) is not None
+        settings.check_length(int(least))
+        with pytest.raises(ValueError, match='gdp.phases'):
+            settings.check_length(int(least) - 1)
 
 
 def test_tutorial_prints_the_groups_of_its_config(
