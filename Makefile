@@ -1,6 +1,6 @@
 # make .venv   the pinned environment    make test   all tests
 # make demo    train, prune and report   make check  those of torch alone
-# make lint    the style checks
+# make lint    the style checks              make docs    the site, in site/
 # make test-old-stack TORCH=2.5.1   tests with the original mm stack
 # make clean   remove what make made, and caches; work_dirs and data stay
 #
@@ -26,7 +26,7 @@ TORCH_ONLY := analysis gates cost surgery pruner report
 # One line per package.
 PROGRESS := { grep --line-buffered -oE '^ *(Collecting [^ ;]+|Installing collected)' || true; }
 
-.PHONY: .venv demo test test-old-stack check lint clean
+.PHONY: .venv demo test test-old-stack check lint docs clean
 # An environment is kept, though make regards it as an intermediate file.
 .PRECIOUS: .venv-old-%/.complete
 
@@ -50,7 +50,7 @@ fi
 @rm -f $@
 endef
 
-$(STAMP): setup.py $(wildcard requirements/*.txt)
+$(STAMP): setup.py $(filter-out requirements/docs.txt,$(wildcard requirements/*.txt))
 	$(CREATE)
 	@echo 'Installing requirements/pins.txt (several GB at the first time)'
 	@# pip builds mmcv in isolation, where torch is absent: that gives the
@@ -92,6 +92,16 @@ check: .venv
 lint: .venv
 	$(BIN)/python -m pre_commit run --all-files
 
+# An environment of its own, without torch. A warning is an error.
+.venv-docs/.complete: requirements/docs.txt
+	$(CREATE)
+	@$(PIP) install --quiet --requirement $<
+	@touch $@
+
+docs: .venv-docs/.complete
+	.venv-docs/bin/python -m sphinx --fail-on-warning --keep-going --quiet docs site
+	@echo Wrote site/index.html
+
 clean:
-	rm -rf .venv .venv-old-* build dist *.egg-info .pytest_cache .mypy_cache
+	rm -rf .venv .venv-old-* .venv-docs site build dist *.egg-info .pytest_cache .mypy_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

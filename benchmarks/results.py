@@ -1,4 +1,4 @@
-"""Results page and README tables, made from report files.
+"""Results page and generated sections of README and guide, from report files.
 
     python benchmarks/results.py docs/reports/*.json
 """
@@ -13,6 +13,7 @@ from gdp_mmseg.report import tables
 
 from accuracy_report import accuracy, plot_accuracy, readme_table
 from budget_report import budget, controllers, phases
+from guide_report import NEEDED, guide_sections
 from pages import put_between
 
 Report = dict[str, Any]
@@ -20,6 +21,7 @@ Report = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / 'docs' / 'results.md'
 README = ROOT / 'README.md'
+GUIDE = ROOT / 'docs' / 'guide.md'
 DEMO = 'demo.json'
 # Reports with a page of their own, written by the commands that measured them.
 ELSEWHERE = ('backbones.json', 'faults.json', 'models.json',
@@ -66,21 +68,36 @@ def networks(report: Report) -> list[str]:
 
 
 def show_demo(path: Path) -> None:
-    """Put the demo's table into the README, between its marks."""
+    """Put the demo's picture and numbers into the README."""
     report = json.loads(path.read_text())
-    table = tables.comparison(tables.Report.parse(report))
-    size = ' x '.join(map(str, report['input_shape'][2:]))
+    exported = tables.Report.parse(report)
+    dense, _, pruned = exported.networks
     put_between(
-        README, 'demo', f'{table}\n\n{report["title"]}, '
-        f'{report["iterations"]} iterations each, FLOPs at {size}; the output '
-        'of `make demo` ([details](docs/results.md)).\n\n'
+        README, 'demo',
         '![Input, truth, dense and pruned prediction; openness of the gates '
-        'over the training](docs/demo.png)')
+        'over the training](docs/demo.png)\n\n'
+        f'{report["title"]}, {report["iterations"]} iterations each: mIoU '
+        f'{dense.metrics["mIoU"]:.2f} dense and '
+        f'{pruned.metrics["mIoU"]:.2f} pruned, with '
+        f'{exported.share("flops"):.0%} of the FLOPs and '
+        f'{exported.latency_share():.0%} of the latency; the output of '
+        '`gdp-mmseg demo` ([details](docs/results.md)).')
 
 
 def show_accuracy(reports: Iterable[Report]) -> None:
     """Put the table of real images into the README, between its marks."""
     put_between(README, 'accuracy', readme_table(reports))
+
+
+def show_guide(paths: Iterable[Path]) -> None:
+    """Put the generated sections into the guide, between its marks.
+
+    The guide stays as it is if a report is missing.
+    """
+    reports = {path.stem: json.loads(path.read_text()) for path in paths}
+    if NEEDED <= reports.keys():
+        for mark, text in guide_sections(reports).items():
+            put_between(GUIDE, mark, text)
 
 
 def section_maker(path: Path) -> Callable[[Report], list[str]]:
@@ -90,7 +107,7 @@ def section_maker(path: Path) -> Callable[[Report], list[str]]:
 
 
 def main() -> None:
-    """Write the page, its plots and the tables of the README."""
+    """Write the page, its plots and the sections of README and guide."""
     paths = [Path(name) for name in sys.argv[1:]]
     paths = [path for path in paths if path.name not in ELSEWHERE]
     RESULTS.write_text('\n'.join([HEAD, *map(section, paths)]))
@@ -105,6 +122,7 @@ def main() -> None:
     for path in paths:
         if path.name == DEMO:
             show_demo(path)
+    show_guide(paths)
     print(f'wrote {RESULTS} from {len(paths)} report(s)')
 
 

@@ -112,8 +112,9 @@ def test_source_distribution_has_what_tests_and_checks_need(
         sources: Path) -> None:
     needed = files(ROOT, '*.md', '*.cfg', 'Makefile',
                    '.pre-commit-config.yaml', '.ci/*', 'requirements/*',
-                   'docs/*.*', 'docs/*/*.json', 'configs/**/*.*', 'tools/*.*',
-                   'benchmarks/**/*.py', 'tests/**/*.py', 'gdp_mmseg/**/*.py')
+                   'docs/*.*', 'docs/*/*.json', 'examples/*.py',
+                   'configs/**/*.*', 'tools/*.*', 'benchmarks/**/*.py',
+                   'tests/**/*.py', 'gdp_mmseg/**/*.py')
     needed = {name for name in needed if '__pycache__' not in name}
     assert {'tests/conftest.py', 'tests/helpers/project.py'} <= needed
     assert needed - files(sources, '**/*') == set()

@@ -51,13 +51,27 @@ def test_reports_of_the_repository_become_the_results_page(
     import results
     reports = sorted((ROOT / 'docs' / 'reports').glob('*.json'))
     page, readme = tmp_path / 'results.md', tmp_path / 'README.md'
+    guide = tmp_path / 'guide.md'
     readme.write_bytes((ROOT / 'README.md').read_bytes())
+    guide.write_bytes((ROOT / 'docs' / 'guide.md').read_bytes())
     monkeypatch.setattr(results, 'RESULTS', page)
     monkeypatch.setattr(results, 'README', readme)
+    monkeypatch.setattr(results, 'GUIDE', guide)
     monkeypatch.setattr(sys, 'argv', ['results.py', *map(str, reports)])
     results.main()
     assert page.read_text() == (ROOT / 'docs' / 'results.md').read_text()
     assert readme.read_text() == (ROOT / 'README.md').read_text()
+    assert guide.read_text() == (ROOT / 'docs' / 'guide.md').read_text()
+
+
+def test_guide_stays_as_it_is_without_all_reports(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import results
+    guide = tmp_path / 'guide.md'
+    guide.write_text('<!-- budget -->\nold\n<!-- /budget -->\n')
+    monkeypatch.setattr(results, 'GUIDE', guide)
+    results.show_guide([ROOT / 'docs' / 'reports' / 'budget.json'])
+    assert 'old' in guide.read_text()
 
 
 def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:

@@ -1,0 +1,202 @@
+"""Sections of docs/guide.md: what the reports say about a choice."""
+from __future__ import annotations
+
+import statistics
+from typing import Any, Iterable, Mapping, Sequence
+
+from gdp_mmseg.report import tables
+
+from accuracy_report import mean_and_spread, values_of
+from budget_report import POINT, error_of, phases
+
+Report = dict[str, Any]
+
+# Reports without which the guide cannot be written.
+NEEDED = frozenset({'accuracy_camvid_800', 'budget', 'demo'})
+
+
+def guide_sections(reports: Mapping[str, Report]) -> dict[str, str]:
+    """Return the text of each generated section, by its mark.
+
+    Args:
+        reports (Mapping[str, Report]): Reports by the names of their files,
+            without the suffix.
+    """
+    accuracy = {
+        name: report
+        for name, report in reports.items() if name.startswith('accuracy')
+    }
+    return dict(
+        targets=_targets(accuracy),
+        budget=_budget(reports['budget']),
+        length=_length(accuracy),
+        start=_start(accuracy, reports['demo']),
+        phases=_phases(accuracy['accuracy_camvid_800']),
+        latency=_latency(reports['demo']))
+
+
+def _targets(reports: Mapping[str, Report]) -> str:
+    """Return the distance from dense by network, length and target."""
+    rows = [[
+        'network and data', 'iterations', 'FLOPs', 'parameters', 'dense mIoU',
+        'pruned mIoU', 'difference'
+    ]]
+    for report in reports.values():
+        for target in _targets_of(report):
+            rows.append([
+                _network(report),
+                str(report['iterations']),
+                f'{target:g}',
+                f'{_mean(report, "gdp", target, "params"):.2f}',
+                mean_and_spread(values_of(report, 'dense', 1.)),
+                mean_and_spread(values_of(report, 'gdp', target)),
+                f'{_difference(report, target):+.2f}',
+            ])
+    return '\n'.join([
+        tables.table(rows), '',
+        'FLOPs and parameters are shares of the dense network. mIoU: mean and '
+        'standard deviation, with the number of seeds in brackets. All of '
+        'these networks were trained before they were pruned; `iterations` is '
+        'the length of the gated training. The dense network was trained for '
+        'the same number of further iterations.', '',
+        _sources(reports)
+    ])
+
+
+def _budget(report: Report) -> str:
+    """Return how well small trainings from scratch met their target."""
+    runs = report['runs']
+    met = sum(error_of(one) <= POINT for one in runs)
+    lengths = sorted({one['run']['iterations'] for one in runs})
+    least = ' '.join(
+        f'The gates of {model} cannot save more than {1 - least:.1%} of its '
+        'FLOPs there, so lower targets are refused.'
+        for model, least in report['least_flops'].items()
+        if least > min(report['targets']))
+    seeds = {one['run']['seed'] for one in runs}
+    return (
+        f'{met} of {len(runs)} small trainings ended within one percentage '
+        f'point of their target, at most {100 * max(map(error_of, runs)):.2f} '
+        f'points away: {len(report["least_flops"])} networks at the targets '
+        f'{", ".join(map(str, report["targets"]))} and at '
+        f'{" and ".join(map(str, lengths))} iterations, from scratch, on '
+        f'{report["data"]}; {len(seeds)} seed. {least}\n\n'
+        'Source: `reports/budget.json`; conditions: [results.md](results.md).')
+
+
+def _length(reports: Mapping[str, Report]) -> str:
+    """Return the distance from dense by the length of the training."""
+    rows = [[
+        'network and data', 'dense training', 'gated training', 'ratio',
+        'difference at 0.4'
+    ]]
+    rows += [[
+        _network(report),
+        str(report['start']),
+        str(report['iterations']),
+        f'{report["iterations"] / report["start"]:.2f}',
+        f'{_difference(report, 0.4):+.2f}',
+    ] for report in reports.values()]
+    return '\n'.join([
+        tables.table(rows), '',
+        f'Iterations of batch {_one(reports, "batch_size")}; the numbers of '
+        'seeds are those of the first table. The dense training began with a '
+        'backbone that was trained on ImageNet.', '',
+        _sources(reports)
+    ])
+
+
+def _start(reports: Mapping[str, Report], demo: Report) -> str:
+    """Return what is known of a start from scratch and from a checkpoint."""
+    rows = [[
+        'network and data', 'total iterations', 'trained, then pruned to 0.4',
+        'narrow from the beginning'
+    ]]
+    compared = {
+        name: report
+        for name, report in reports.items()
+        if values_of(report, 'narrow', 0.4)
+    }
+    rows += [[
+        _network(report),
+        str(report['start'] + report['iterations']),
+        mean_and_spread(values_of(report, 'gdp', 0.4)),
+        mean_and_spread(values_of(report, 'narrow', 0.4)),
+    ] for report in compared.values()]
+    dense, _, pruned = _networks(demo)
+    return '\n'.join([
+        f'- **From scratch**: {demo["title"]}, {demo["iterations"]} '
+        f'iterations each, {len(demo["seeds"])} seed: dense '
+        f'{dense.metrics["mIoU"]:.2f} mIoU, pruned to '
+        f'{demo["reached"]:.2f} of the FLOPs {pruned.metrics["mIoU"]:.2f}. '
+        f'Warm-up, pruning, settling: {phases(demo)}. Source: '
+        '`reports/demo.json`.',
+        '- **From a trained network**: the first table. A narrow network that '
+        'is trained from the ImageNet backbone for as many iterations in '
+        'total was far worse. It lost random channels of that backbone:', '',
+        tables.table(rows), '',
+        _sources(compared)
+    ])
+
+
+def _phases(report: Report) -> str:
+    """Return two sets of phases on the same data."""
+    short, slow = (
+        values_of(report, method, 0.4) for method in ('gdp', 'gdp_slow'))
+    return '\n'.join([
+        tables.table([
+            ['warm-up, pruning, settling', 'mIoU at 0.4 of the FLOPs'],
+            [', '.join(map(str, report['phases'])),
+             mean_and_spread(short)],
+            ['0.1, 0.6, 0.3', mean_and_spread(slow)],
+        ]), '', f'{_network(report)}, {report["iterations"]} iterations from '
+        'a trained network. The means differ by '
+        f'{statistics.mean(short) - statistics.mean(slow):.2f}.', '',
+        _sources({'accuracy_camvid_800': report})
+    ])
+
+
+def _latency(demo: Report) -> str:
+    """Return the share of the latency beside that of the FLOPs."""
+    report = tables.Report.parse(demo)
+    size = ' x '.join(map(str, report.input_shape[2:]))
+    return (f'{demo["title"]}: {report.share("flops"):.2f} of the FLOPs took '
+            f'{report.latency_share():.2f} of the time, on a CPU '
+            f'({demo["machine"]}) at {size}. Source: `reports/demo.json`.')
+
+
+def _targets_of(report: Report) -> list[float]:
+    return sorted(
+        {row['target']
+         for row in report['rows'] if row['method'] == 'gdp'})
+
+
+def _network(report: Report) -> str:
+    """Return the names of network and data, the first part of a title."""
+    return report['title'].partition(':')[0]
+
+
+def _mean(report: Report, method: str, target: float, key: str) -> float:
+    return statistics.mean(values_of(report, method, target, key))
+
+
+def _difference(report: Report, target: float) -> float:
+    """Return the mean mIoU of GDP minus that of the dense network."""
+    return (_mean(report, 'gdp', target, 'miou') -
+            _mean(report, 'dense', 1., 'miou'))
+
+
+def _one(reports: Mapping[str, Report], key: str) -> Any:
+    """Return what all reports have in common."""
+    value, = {report[key] for report in reports.values()}
+    return value
+
+
+def _networks(demo: Report) -> Sequence[Any]:
+    return tables.Report.parse(demo).networks
+
+
+def _sources(names: Iterable[str]) -> str:
+    """Return a line with the names of the report files."""
+    files = ', '.join(f'`reports/{name}.json`' for name in names)
+    return f'Source: {files}; conditions: [results.md](results.md).'
