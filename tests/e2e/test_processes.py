@@ -66,7 +66,8 @@ OTHERS = {
     "model = dict(gdp=dict(target=dict(_delete_=True, type='latency',"
     ' ratio=0.9)))',
     'accumulation':
-    'optim_wrapper = dict(accumulative_counts=2)',
+    'optim_wrapper = dict(accumulative_counts=2)\n'
+    'model = dict(gdp=dict(gate_travel=2))',
     'checkpointing':
     'model = dict(backbone=dict(with_cp=True))\n'
     'model_wrapper_cfg = dict(static_graph=True)',
