@@ -44,7 +44,7 @@ def run(example: str, folder: Path, *arguments: str) -> str:
 
 
 def test_plain_pytorch(tmp_path: Path) -> None:
-    said = run('plain_pytorch.py', tmp_path, '--steps', '60')
+    said = run('plain_pytorch.py', tmp_path, '--steps', '24')
     assert re.search(r'FLOPs: .* G \(4\d\.\d%\) at 1 x 3 x 64 x 64', said)
     gated, pruned, loaded = re.findall(r'\w+ (0\.\d{4})', said)
     assert gated == pruned == loaded
@@ -53,7 +53,7 @@ def test_plain_pytorch(tmp_path: Path) -> None:
 
 def test_torchvision_deeplabv3(tmp_path: Path) -> None:
     pytest.importorskip('torchvision')
-    said = run('torchvision_deeplabv3.py', tmp_path, '--steps', '20')
+    said = run('torchvision_deeplabv3.py', tmp_path, '--steps', '16')
     assert re.search(r'FLOPs: .* G \(5\d\.\d%\) at 1 x 3 x 96 x 96', said)
     difference = re.search(r'outputs differ by (\S+)', said)
     assert difference and float(difference[1]) < 1e-5

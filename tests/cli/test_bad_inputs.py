@@ -586,7 +586,8 @@ def test_full_disk_is_one_line_too(project: Project, trained: Trained,
                                    change: str) -> None:
     world = World(project, trained, dense, exported, tmp_path)
     arguments = dict(
-        train=world.train(*world.set(train_cfg__max_iters=1)),
+        train=world.train(
+            *world.set(train_cfg__max_iters=1, model__gdp__gate_travel=0.5)),
         export=world.export())[tool]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
