@@ -88,6 +88,7 @@ setup(
         'Topic :: Scientific/Engineering :: Artificial Intelligence',
     ],
     packages=find_packages(include=['gdp_mmseg', 'gdp_mmseg.*']),
+    package_data=dict(gdp_mmseg=['py.typed']),
     cmdclass=dict(build_py=BuildWithMim),
     entry_points=dict(console_scripts=['gdp-mmseg = gdp_mmseg.__main__:main']),
     python_requires='>=3.10,<3.13',

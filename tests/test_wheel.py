@@ -122,6 +122,7 @@ def test_source_distribution_has_what_tests_and_checks_need(
 
 def test_wheel_has_package_configs_and_tools_for_mim(installed: Path) -> None:
     assert files(installed, '*/**/*.py') >= files(ROOT, 'gdp_mmseg/**/*.py')
+    assert (installed / 'gdp_mmseg' / 'py.typed').is_file()
     mim = installed / IN_MIM
     assert files(mim / 'tools', '*') == TOOLS
     assert files(mim, 'configs/**/*') == {
