@@ -11,6 +11,7 @@ import os
 import os.path as osp
 import sys
 import traceback
+import warnings
 from typing import Any, Iterator, NoReturn, TextIO
 
 PACKAGE = __name__.partition('.')[0]
@@ -42,14 +43,25 @@ def one_line_errors() -> Iterator[None]:
     about names that no registry has, and about files and data that cannot be
     read or written. All other errors keep their traceback. ``GDP_DEBUG=1`` in
     the environment keeps every traceback.
+
+    Warnings, of which the libraries give several while they build a model,
+    are shown when the command ends or when :func:`held_output` does; an error
+    of one line stands alone.
     """
+    show = warnings.showwarning
+    held: Any = _HeldWarnings()
+    warnings.showwarning = held
     try:
         yield
+        held.release()
     except Exception as error:
         line = _line(error)
         if line is None:
+            held.release()
             raise
         fail(line)
+    finally:
+        warnings.showwarning = show
 
 
 @contextlib.contextmanager
@@ -70,6 +82,27 @@ def held_output() -> Iterator[None]:
             stream.release()
         raise
     stream.release()
+    if isinstance(warnings.showwarning, _HeldWarnings):
+        warnings.showwarning.release()
+
+
+class _HeldWarnings:
+    """Function that shows warnings and keeps them until they are released."""
+
+    def __init__(self) -> None:
+        self._show = warnings.showwarning
+        self._held: list[tuple[Any, ...]] | None = []
+
+    def __call__(self, *warning: Any) -> None:
+        if self._held is None:
+            self._show(*warning)
+        else:
+            self._held.append(warning)
+
+    def release(self) -> None:
+        held, self._held = self._held or [], None
+        for warning in held:
+            self._show(*warning)
 
 
 class _HeldStream:

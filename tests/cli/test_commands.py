@@ -13,6 +13,7 @@ pytest.importorskip('mmseg')
 from gdp_mmseg.__main__ import COMMANDS, main
 
 from helpers import ROOT, TOOLS
+from helpers.project import Project
 
 PACKAGE = ROOT / 'gdp_mmseg'
 LIGHT = '''
@@ -56,6 +57,16 @@ def test_module_names_itself_as_it_was_called() -> None:
     done = python('-m', 'gdp_mmseg')
     assert done.returncode == 2
     assert done.stderr.startswith('python -m gdp_mmseg: error: ')
+
+
+def test_error_is_the_only_line_also_behind_the_libraries_warnings(
+        project: Project) -> None:
+    """The model is built first, which imports all of mmsegmentation."""
+    done = python('-m', 'gdp_mmseg', 'groups', project.gated, '--cfg-options',
+                  'model.gdp.ignore=[decode_haed]')
+    assert done.returncode == 2
+    assert done.stderr.count('\n') == 1, done.stderr
+    assert "did you mean 'decode_head'?" in done.stderr
 
 
 @pytest.mark.parametrize('name', ['files', 'export', 'cli.errors'])
