@@ -46,9 +46,10 @@ _MODULES = dict(
 
 # Modules that are commands when they are run.
 _COMMANDS = [
-    f'{__name__}.cli.{name}'
-    for name in ('check', 'export', 'groups', 'test', 'train')
-] + [f'{__name__}.demo.demo']
+    f'{__name__}.{name}'
+    for name in ('__main__', 'cli.check', 'cli.export', 'cli.groups',
+                 'cli.test', 'cli.train', 'demo.data', 'demo.demo')
+]
 
 
 def _refuse_to_run(arguments: list[str]) -> None:

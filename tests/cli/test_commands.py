@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip('mmseg')
 
+import gdp_mmseg
 from gdp_mmseg.__main__ import COMMANDS, main
 
 from helpers import ROOT, TOOLS
@@ -75,6 +76,15 @@ def test_module_without_a_command_says_so(name: str) -> None:
     assert done.returncode == 1
     assert done.stderr == (f'gdp_mmseg.{name} is no command; python -m '
                            'gdp_mmseg --help lists the commands\n')
+
+
+def test_every_module_that_can_be_run_is_known_as_a_command() -> None:
+    runnable = {
+        '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+        for path in PACKAGE.rglob('*.py')
+        if "if __name__ == '__main__':" in path.read_text()
+    }
+    assert runnable == {*gdp_mmseg._COMMANDS}
 
 
 @pytest.mark.parametrize('name', COMMANDS)
