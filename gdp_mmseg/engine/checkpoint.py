@@ -7,18 +7,15 @@ are read here are checked first.
 from __future__ import annotations
 
 import importlib.metadata
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, Iterator, Mapping
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..files import raise_if_damaged, write_whole
-from ..surgery.saved import checksum, saved_bytes
+from ..files import write_whole
+from ..surgery.saved import UNREADABLE, checksum, load_whole, saved_bytes
 from ..version import __version__
 from .safe_types import allow_mmengine_types
 
@@ -76,15 +73,12 @@ def _read(path: str) -> Any:
     """Load a complete file, unpickling nothing but known types."""
     allow_mmengine_types()
     try:
-        if zipfile.is_zipfile(path):
-            raise_if_damaged(path)
-        return torch.load(path, map_location='cpu', weights_only=True)
+        return load_whole(path)
     except FileNotFoundError:
         raise ValueError(
             f'checkpoint: expected a file, but {path} does not exist; pass '
             'the path of a checkpoint') from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError,
-            zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         code = re.search(r'GLOBAL (\S+)', str(error))
         if code:
             raise ValueError(

@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from ..analysis.tracer import clone_model
 from ..files import raise_if_damaged, write_whole
 from ..version import __version__
+from .outputs import first_line
 from .widths import Width, Widths, apply_widths_
+
+# What :func:`load_whole` raises for a file that it cannot read.
+UNREADABLE = (pickle.UnpicklingError, RuntimeError, EOFError, OSError,
+              zipfile.BadZipFile)
 
 
 def save_pruned(pruned: nn.Module, widths: Widths, path: str | Path) -> None:
@@ -51,17 +56,13 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
         ValueError: If the file is damaged, or belongs to another model.
     """
     try:
-        if zipfile.is_zipfile(path):
-            raise_if_damaged(path)
-        content = torch.load(path, map_location='cpu', weights_only=True)
+        content = load_whole(path)
         meta, state = content['meta'], content['state_dict']
         widths, digest = meta['widths'], meta['sha256']
-    except (KeyError, TypeError, RuntimeError, EOFError, OSError,
-            pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (KeyError, TypeError, *UNREADABLE) as error:
         raise ValueError(
-            f'path: expected a file of save_pruned or of an export, but '
-            f'{path} cannot be read as one ({str(error).splitlines()[0]:.80})'
-        ) from error
+            'path: expected a file of save_pruned or of an export, but '
+            f'{path} cannot be read as one ({first_line(error)})') from error
     if digest != checksum(state):
         raise ValueError(f'path: expected the tensors that were saved in '
                          f'{path}, but got others; save them again')
@@ -69,6 +70,22 @@ def load_pruned(model: nn.Module, path: str | Path) -> nn.Module:
     apply_widths_(pruned, widths)
     load_strictly(pruned, state)
     return pruned
+
+
+def load_whole(path: str | Path) -> Any:
+    """Load a file onto the CPU, without running code, if it is undamaged.
+
+    ``torch.load`` does not check the bytes of a tensor.
+
+    Args:
+        path (str | Path): File that ``torch.save`` wrote.
+
+    Raises:
+        Exception: One of :data:`UNREADABLE`.
+    """
+    if zipfile.is_zipfile(path):
+        raise_if_damaged(path)
+    return torch.load(path, map_location='cpu', weights_only=True)
 
 
 def saved_bytes(state: Mapping[str, Tensor], widths: Mapping[str, Width],
