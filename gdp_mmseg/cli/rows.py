@@ -1,10 +1,9 @@
 """Rows of checked models as text: cells of a table, or one printed line."""
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from ..report.summary import kind_of_reason
+from ..report.summary import frozen_by_kind
 
 # Text of a row's status in tables.
 STATUS = dict(
@@ -52,11 +51,8 @@ def _built(row: dict[str, Any]) -> str:
 
 def _operators(frozen: list[dict[str, Any]]) -> str:
     """Return the frozen channels by operator, the largest number first."""
-    counts: Counter[str] = Counter()
-    for row in frozen:
-        counts[kind_of_reason(row['reason'])] += row['channels']
-    return ', '.join(f'{reason} ({count})'
-                     for reason, count in counts.most_common())
+    counts = frozen_by_kind((row['reason'], row['channels']) for row in frozen)
+    return ', '.join(f'{reason} ({count})' for reason, count in counts)
 
 
 def show(row: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ def log_start(runner: Runner, pruner: Pruner) -> None:
     """Log the gates, the target, what cannot be pruned, and the scalars."""
     analysis, target = pruner.analysis, pruner.settings.target
     size = ' x '.join(map(str, analysis.input_shape[1:]))
-    found = frozen_by_kind(analysis.frozen)
+    found = frozen_by_kind(
+        (row.reason, row.channels) for row in analysis.frozen)
     # A command is copied from the log as one line.
     command = shlex.join(['gdp-mmseg', 'groups',
                           _config_of(runner)]).replace(' ', _NO_BREAK)

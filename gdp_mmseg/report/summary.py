@@ -9,7 +9,7 @@ from typing import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
-from ..analysis.structure import Analysis, FrozenChannels, Group, Layer
+from ..analysis.structure import Analysis, Group, Layer
 from ..gates.layers import slot_values
 
 # Most parts that the numbered modules of one container become.
@@ -199,11 +199,15 @@ def kind_of_reason(reason: str) -> str:
     return re.split(r' in | \(', reason)[0]
 
 
-def frozen_by_kind(frozen: Sequence[FrozenChannels]) -> list[tuple[str, int]]:
-    """Count the channels without a gate by kind of reason, most first."""
+def frozen_by_kind(frozen: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Count the channels without a gate by kind of reason, most first.
+
+    Args:
+        frozen (Iterable[tuple[str, int]]): Reasons and numbers of channels.
+    """
     counts: Counter[str] = Counter()
-    for row in frozen:
-        counts[kind_of_reason(row.reason)] += row.channels
+    for reason, channels in frozen:
+        counts[kind_of_reason(reason)] += channels
     return counts.most_common()
 
 
