@@ -20,14 +20,11 @@ from .pruner.pruner import Pruner
 from .pruner.settings import Settings
 from .report.summary import dead_parts, kept_by_part, kept_share
 from .report.tables import table
-from .surgery.outputs import largest_difference, outputs_of
+from .surgery.outputs import TOLERANCE, largest_difference, outputs_of
 from .surgery.prune import prune
 from .surgery.verify import verify
 from .surgery.widths import Widths
 
-# Largest relative difference of the outputs of a gated and a pruned model, in
-# single precision.
-TOLERANCE = 1e-4
 # Number of random inputs on which the two are compared.
 _BATCH = 2
 

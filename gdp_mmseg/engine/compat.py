@@ -12,6 +12,7 @@ from torch import nn
 
 from ..pruner.settings import Settings
 from .config import ModelConfig, kind_of, name_of
+from .hooked import ADD_HOOK
 
 # These split the parameters over the processes, or the model into parts that
 # are averaged separately. Each process must hold, and average, all gates.
@@ -34,7 +35,7 @@ def check_config(cfg: Config) -> None:
     if not any(map(moves_gates, hooks_of(cfg))):
         raise ValueError(
             'GDPModel: expected the hook that moves its gates, but got none; '
-            "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))")
+            f'{ADD_HOOK}')
     for key in ('strategy', 'model_wrapper_cfg'):
         name = name_of((cfg.get(key) or {}).get('type'))
         if name in SPLITTING:

@@ -111,11 +111,11 @@ class GDPHook(ResumeHook):
                           data_batch: Any = None) -> None:
         """Log the phase that begins, or in which a training resumes."""
         super().before_train_iter(runner, batch_idx, data_batch)
-        schedule = find_pruner(runner.model).schedule
-        phase = schedule.phase_at(runner.iter / runner.max_iters)
+        pruner = find_pruner(runner.model)
+        phase = pruner.schedule.phase_at(runner.iter / runner.max_iters)
         if phase != self._phase:
             self._phase = phase
-            log_phase(runner, find_pruner(runner.model), phase)
+            log_phase(runner, pruner, phase)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -177,11 +177,11 @@ class GDPHook(ResumeHook):
         """
         super().after_load_checkpoint(runner, checkpoint)
         state = checkpoint.get('state_dict', checkpoint)
-        closed = check_gates(
-            find_pruner(runner.model), unwrapped(state),
-            checkpoint.get('meta') or {})
-        analysis = find_pruner(runner.model).analysis
-        anew = keep_own_(state, network_of(runner.model), fitting_of(analysis))
+        pruner = find_pruner(runner.model)
+        closed = check_gates(pruner, unwrapped(state),
+                             checkpoint.get('meta') or {})
+        anew = keep_own_(state, network_of(runner.model),
+                         fitting_of(pruner.analysis))
         if anew:
             runner.logger.warning(
                 f'GDP: {", ".join(anew)} begin anew, because the checkpoint '

@@ -8,7 +8,8 @@ from mmengine.logging import print_log
 
 from ..pruner.pruner import Pruner
 
-_ADD_HOOK = "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))"
+# Advice on a gated model without its hook.
+ADD_HOOK = "set default_hooks=dict(gdp=dict(type='gdp_mmseg.GDPHook'))"
 
 
 class HookedPruner(Pruner):
@@ -36,7 +37,7 @@ class HookedPruner(Pruner):
         if mode and not self.hooked and not self.unmoved:
             self.unmoved = True
             _warn('GDPModel: nothing moves the gates, so no channel will be '
-                  f'pruned; to prune, {_ADD_HOOK}')
+                  f'pruned; to prune, {ADD_HOOK}')
         super().train(mode)
         return self
 
@@ -46,7 +47,7 @@ def _warn_if_unmoved(pruner: HookedPruner, *_: Any) -> None:
     if pruner.unmoved and not pruner.hooked:
         _warn('GDPModel: nothing moved the gates of the weights that are '
               'saved now, so an export would prune nothing; '
-              f'{_ADD_HOOK}, and train again')
+              f'{ADD_HOOK}, and train again')
 
 
 def _warn(message: str) -> None:

@@ -16,11 +16,9 @@ from torch import Tensor, nn
 from ..analysis.tracer import clone_model, fixed_seeds
 from ..engine.forwards import inference_forward, loss_forward, tensors_of
 from ..engine.model import find_pruner
-from ..surgery.outputs import first_line, largest_difference, outputs_of
+from ..surgery.outputs import (TOLERANCE, first_line, largest_difference,
+                               outputs_of)
 
-# Largest difference of outputs, relative to the largest output, in single
-# precision on real inputs.
-TOLERANCE = 1e-4
 # Largest relative difference of a metric. Rounding may change the class of a
 # pixel between two classes that are equally likely, and no more than that.
 METRIC_TOLERANCE = 0.01

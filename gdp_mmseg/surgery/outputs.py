@@ -10,6 +10,10 @@ from torch.utils._pytree import tree_leaves
 
 from ..analysis.tracer import Forward, copy_model, fixed_seeds, set_mode_
 
+# Largest difference of the outputs of a gated and a pruned model, relative to
+# the largest output, in single precision.
+TOLERANCE = 1e-4
+
 
 @torch.no_grad()
 def outputs_of(model: nn.Module,
