@@ -28,7 +28,8 @@ TOLERANCE = 1e-5
 ROUNDINGS = 4
 # A forward that computes in single precision whatever its input fails in
 # double precision, or differs there by no more than this. Single precision
-# decides then, as in the verification.
+# decides then. The verification is milder: it takes such a difference in
+# double precision for rounding.
 SINGLE = 1e-5
 SINGLE_TOLERANCE = 1e-4
 # Least relative change of the outputs by half-open gates. Below it, equal
