@@ -33,25 +33,31 @@ def _sharded(model: nn.Module) -> nn.Module:
     return wrapper
 
 
-@pytest.mark.parametrize('name', SPLITTING)
-def test_what_splits_the_gates_is_refused_before_anything_is_built(
-        name: str, project: Project, tmp_path: Path) -> None:
-    key = 'strategy' if name in STRATEGIES else 'model_wrapper_cfg'
+def _refused(project: Project, folder: Path, *options: str) -> str:
+    """What stderr gets when options over the gated config are refused."""
     outcome = run_tool(
         'train.py',
         project.gated,
         '--work-dir',
-        tmp_path / 'out',
+        folder / 'out',
         '--cfg-options',
-        'runner_type=' + ('FlexibleRunner' if key == 'strategy' else 'Runner'),
-        f'{key}.type={name}',
-        cwd=tmp_path)
+        *options,
+        cwd=folder)
     assert outcome.status == 2
-    assert outcome.stderr == (
-        'train.py: error: GDPHook: expected each process to hold the whole '
-        f'model, but got {name}; change {key}: one process, DDPStrategy or '
-        'MMDistributedDataParallel go with gates\n')
-    assert not (tmp_path / 'out').exists()
+    assert not (folder / 'out').exists()
+    return outcome.stderr
+
+
+@pytest.mark.parametrize('name', SPLITTING)
+def test_what_splits_the_gates_is_refused_before_anything_is_built(
+        name: str, project: Project, tmp_path: Path) -> None:
+    key = 'strategy' if name in STRATEGIES else 'model_wrapper_cfg'
+    runner = 'FlexibleRunner' if key == 'strategy' else 'Runner'
+    assert _refused(
+        project, tmp_path, f'runner_type={runner}', f'{key}.type={name}'
+    ) == ('train.py: error: GDPHook: expected each process to hold the whole '
+          f'model, but got {name}; change {key}: one process, DDPStrategy or '
+          'MMDistributedDataParallel go with gates\n')
 
 
 @pytest.mark.parametrize('accumulated, said', [
@@ -60,19 +66,11 @@ def test_what_splits_the_gates_is_refused_before_anything_is_built(
 ])
 def test_too_short_training_is_refused_before_anything_is_built(
         accumulated: int, said: str, project: Project, tmp_path: Path) -> None:
-    outcome = run_tool(
-        'train.py',
-        project.gated,
-        '--work-dir',
-        tmp_path / 'out',
-        '--cfg-options',
-        f'train_cfg.max_iters={4 * accumulated}',
-        f'optim_wrapper.accumulative_counts={accumulated}',
-        cwd=tmp_path)
-    assert outcome.status == 2
-    assert outcome.stderr.startswith('train.py: error: gdp.phases: expected')
-    assert said in outcome.stderr
-    assert not (tmp_path / 'out').exists()
+    message = _refused(project, tmp_path,
+                       f'train_cfg.max_iters={4 * accumulated}',
+                       f'optim_wrapper.accumulative_counts={accumulated}')
+    assert message.startswith('train.py: error: gdp.phases: expected')
+    assert said in message
 
 
 def test_too_short_training_by_epochs_is_refused_by_the_hook(
