@@ -17,10 +17,10 @@ INPUTS = torch.randn(2, 6, 5, 5, generator=torch.Generator().manual_seed(0))
 # Layer, shape of its kernel, axis of its inputs.
 LAYERS: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, ...], int]] = {
     'convolution': (lambda kernel: F.conv2d(INPUTS, kernel), (8, 6, 3, 3), 1),
-    'grouped': (lambda kernel: F.conv2d(INPUTS, kernel, groups=2),
-                (8, 3, 3, 3), 1),
-    'transposed': (lambda kernel: F.conv_transpose2d(INPUTS, kernel),
-                   (6, 4, 2, 2), 0),
+    'grouped':
+    (lambda kernel: F.conv2d(INPUTS, kernel, groups=2), (8, 3, 3, 3), 1),
+    'transposed':
+    (lambda kernel: F.conv_transpose2d(INPUTS, kernel), (6, 4, 2, 2), 0),
     'linear': (lambda kernel: F.linear(INPUTS[:, :, 0, 0], kernel), (4, 6), 1),
 }
 
@@ -83,23 +83,22 @@ def twice_in_a_pass(layer: Callable[[], Tensor], *_: Tensor) -> None:
     (layer() * layer().sqrt()).backward()
 
 
-def two_passes_before_their_gradients(layer: Callable[[], Tensor],
-                                      *_: Tensor) -> None:
+def two_passes_before_their_gradients(layer: Callable[[], Tensor], *_:
+                                      Tensor) -> None:
     first, second = layer(), layer()
     first.backward()
     second.backward()
 
 
-def retained_over_another_pass(layer: Callable[[], Tensor],
-                               weight: Tensor, *_: Tensor) -> None:
+def retained_over_another_pass(layer: Callable[[], Tensor], weight: Tensor, *_:
+                               Tensor) -> None:
     first = layer()
     first.backward(retain_graph=True)
     layer().backward()
     first.backward()
 
 
-def without_gradients_between(layer: Callable[[], Tensor],
-                              *_: Tensor) -> None:
+def without_gradients_between(layer: Callable[[], Tensor], *_: Tensor) -> None:
     first = layer()
     with torch.no_grad():
         layer()
@@ -108,15 +107,13 @@ def without_gradients_between(layer: Callable[[], Tensor],
 
 def penalty_on_gradients(layer: Callable[[], Tensor], weight: Tensor,
                          factors: Tensor) -> None:
-    found = torch.autograd.grad(
-        layer(), [weight, factors], create_graph=True)
+    found = torch.autograd.grad(layer(), [weight, factors], create_graph=True)
     (layer() + sum(one.square().sum() for one in found)).backward()
 
 
 @pytest.mark.parametrize('use', [
     twice_in_a_pass, two_passes_before_their_gradients,
-    retained_over_another_pass, without_gradients_between,
-    penalty_on_gradients
+    retained_over_another_pass, without_gradients_between, penalty_on_gradients
 ])
 def test_any_order_of_passes_is_right(
         use: Callable[..., Tensor | None]) -> None:
@@ -129,8 +126,7 @@ def test_a_copy_has_memory_of_its_own() -> None:
     product = Product()
     weight, factors = leaves((8, 6, 3, 3), 1)
     kernel = product(weight, factors, 1)
-    for other in (copy.deepcopy(product),
-                  pickle.loads(pickle.dumps(product))):
+    for other in (copy.deepcopy(product), pickle.loads(pickle.dumps(product))):
         assert torch.equal(other(weight, factors, 1), kernel)
         assert other(weight, factors, 1).data_ptr() != kernel.data_ptr()
 
