@@ -15,7 +15,7 @@ from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.verify import verify
 
-from helpers.toys import SHAPE, CachedBias, Net, block, conv, last, run
+from helpers.toys import SHAPE, CachedBias, Net, block, last, run
 
 Run = Callable[[Any, Tensor], Any]
 
