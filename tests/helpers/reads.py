@@ -49,8 +49,8 @@ def reads_of(*modules: str) -> Iterator[list[str]]:
 
     def note(name: str) -> None:
         frame: Any = sys._getframe(2)
-        while frame and frame.f_globals.get('__name__', '').startswith(
-            ('torch', 'helpers', 'unittest')):
+        own = ('torch', 'helpers', 'unittest')
+        while frame and frame.f_globals.get('__name__', '').startswith(own):
             frame = frame.f_back
         if frame and frame.f_globals['__name__'].startswith(modules):
             found.append(f'{name} in {frame.f_code.co_filename}:'
