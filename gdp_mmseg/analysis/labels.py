@@ -23,9 +23,6 @@ from torch.nn.modules.conv import _ConvNd
 from .batch import BatchTracker
 from .structure import LayerCall
 
-# Number of bits of an integer that holds two labels for each of them.
-_HALF = 32
-
 
 @dataclasses.dataclass
 class KernelUse:
@@ -207,11 +204,9 @@ class Labels:
         """Tie two tensors of labels to each other, element by element."""
         first, second = torch.broadcast_tensors(first, second)
         first, second = compact(first, second), compact(second, first)
-        different = first != second
-        # Two labels in one integer, which are sorted much faster than pairs.
-        pairs = torch.unique(first[different] << _HALF | second[different])
-        self.pairs.append(
-            torch.stack([pairs >> _HALF, pairs & (1 << _HALF) - 1]))
+        # Two labels in one integer: integers are sorted faster than pairs.
+        pairs = torch.unique((first << 32 | second)[first != second])
+        self.pairs.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def tie_along(self, labels: Tensor, dim: int) -> Tensor:
         """Tie all labels along an axis to each other.
