@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Mapping
 
 import torch
@@ -13,6 +12,8 @@ from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import LatencyCost, Stopwatch, measure, stopwatch
 from ..gates.base import GateMethod, held_cost
+from ..gates.blocks import Blocks
+from .multiples import min_kept, too_large
 from .schedule import Schedule
 from .settings import Settings
 
@@ -95,12 +96,12 @@ class Pruner(nn.Module):
             self.cost = ParameterCost(analysis)
         elif settings.target.type == 'latency':
             self.cost = LatencyCost(analysis)
+        self.blocks: Blocks | None = None
+        if settings.multiple > 1:
+            self.blocks = Blocks(analysis, settings.multiple)
         self.register_buffer(
             'min_kept',
-            torch.tensor([
-                math.ceil(settings.min_keep_ratio * len(group.gates))
-                for group in analysis.groups
-            ]),
+            min_kept(analysis, settings.min_keep_ratio, self.blocks),
             persistent=False)
         if not self.unmeasured:
             self.check_target()
@@ -286,10 +287,10 @@ class Pruner(nn.Module):
             self.settings.gate_travel /
             max(steps * self.schedule.phases[1], 1),
             self.schedule.channel_weight_at(progress),
-            self._protected(progress), self._scarcity())
+            self._protected(progress), self._scarcity(), self.blocks)
 
     def _rounding(self) -> Tensor:
-        """Half of the price of the dearest open gate, a scalar.
+        """Half of the price of the dearest open gate or block, a scalar.
 
         It rounds the budget to the nearest channel. A budget that is never
         exceeded would be missed by up to one channel, which is more than a
@@ -297,20 +298,29 @@ class Pruner(nn.Module):
         """
         openness = self.gates.openness()
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
+        if self.blocks is not None:
+            price = price * self.blocks.sizes[self.blocks.group_of]
         return (price.max() / 2).clamp(max=_LARGEST_ROUNDING)
 
     def _protected(self, progress: float) -> Tensor | None:
         """Mask ``(G,)`` of the gates that must not close in this step.
 
         They are the strongest gates of each group, as many as
-        ``min_keep_ratio`` asks for; late in the phase at least one.
+        ``min_keep_ratio`` asks for; late in the phase at least one, or one
+        block.
         """
-        numbers = self.min_kept
+        numbers, blocks = self.min_kept, self.blocks
         if self.schedule.protects_groups(progress):
             numbers = numbers.clamp(min=1)
-        elif not self.settings.min_keep_ratio:
+        elif not self.settings.min_keep_ratio and blocks is None:
             return None
-        return self.gates.strongest(self.cost.group_of, numbers)
+        if blocks is None:
+            return self.gates.strongest(self.cost.group_of, numbers)
+        is_open = self.gates.openness() > 0
+        return too_large(self.cost, blocks, is_open,
+                         self.settings.target.ratio -
+                         _LARGEST_ROUNDING) | self.gates.strongest(
+                             blocks.group_of, blocks.rounded_up(numbers))
 
     def _scarcity(self) -> Tensor:
         """Factor ``(G,)`` of the worth of a channel as its group shrinks.
