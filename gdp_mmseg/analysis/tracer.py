@@ -189,13 +189,27 @@ def copy_model(
         if isinstance(tensor, nn.Parameter) and other is not tensor:
             other = nn.Parameter(other, tensor.requires_grad)
         memo[id(tensor)] = other
-    # Each module has about ten of these, mostly for hooks, and deepcopy takes
-    # longer for them than for everything else.
+    _share_constants(model, memo)
+    return copy.deepcopy(model, memo)
+
+
+def _share_constants(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Add copies of small objects to the memo of ``deepcopy``, in place.
+
+    Each module has about ten empty containers, mostly for hooks, and tuples
+    of numbers. deepcopy takes longer for them than for everything else.
+
+    Args:
+        model (nn.Module): The model that will be copied.
+        memo (dict[int, Any]): Copies by the ids of what they are copies of.
+    """
     for module in model.modules():
         for value in vars(module).values():
-            if type(value) is collections.OrderedDict and not value:
-                memo[id(value)] = collections.OrderedDict()
-    return copy.deepcopy(model, memo)
+            kind = type(value)
+            if kind in (collections.OrderedDict, set, dict) and not value:
+                memo[id(value)] = kind()
+            elif kind is tuple and all(type(item) is int for item in value):
+                memo[id(value)] = value
 
 
 def clone_model(model: nn.Module,

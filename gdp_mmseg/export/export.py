@@ -99,7 +99,7 @@ def export(cfg: Config,
             _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
-        comparison = compare(cfg, gated, exported, evaluate, progress)
+        comparison = compare(cfg, gated, exported, evaluate, progress, dense)
         check_trainable(cfg, gated, exported, progress)
         report = _report(name, pruner,
                          dict(dense=dense, gated=gated, pruned=pruned),
@@ -136,12 +136,19 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
     shape = analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
-        [clone_model(model, device) for model in networks.values()], shape,
-        inference_forward)
+        [clone_model(model, device) for model in networks.values()],
+        shape,
+        inference_forward,
+        known=comparison.rounds if device.type == 'cpu' else ())
+    # Gates multiply kernels, so they leave the count as it is.
+    flops = {
+        name: count_inference_flops(networks[name], shape)
+        for name in ('dense', 'pruned')
+    }
     channels = pruner.channels()
     keep = channels.cpu() > 0
     rows = [
-        NetworkRow(name, count_inference_flops(model, shape),
+        NetworkRow(name, flops.get(name, flops['dense']),
                    count_parameters(model),
                    {f'pytorch {device.type}': latency})
         for (name, model), latency in zip(networks.items(), latencies)

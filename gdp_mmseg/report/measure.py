@@ -68,11 +68,13 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def paired_latency_ms(models: Sequence[nn.Module],
-                      input_shape: tuple[int, ...],
-                      forward: Forward,
-                      repeats: int = 7,
-                      seconds: float = 6.) -> list[float]:
+def paired_latency_ms(
+    models: Sequence[nn.Module],
+    input_shape: tuple[int, ...],
+    forward: Forward,
+    repeats: int = 7,
+    seconds: float = 6.,
+    known: Sequence[Sequence[float]] = ()) -> list[float]:
     """Measure the median time of a forward pass of each model.
 
     The models alternate, so a machine that slows down slows all of them:
@@ -84,6 +86,9 @@ def paired_latency_ms(models: Sequence[nn.Module],
         forward (Forward): Called with a model and an input.
         repeats (int): Largest number of timed rounds, after one untimed.
         seconds (float): No third timed round starts after this time.
+        known (Sequence[Sequence[float]]): Rounds that were timed before, each
+            with milliseconds in the order of the models. They count, and no
+            untimed round is made.
 
     Returns:
         list[float]: Milliseconds, in the order of the models.
@@ -101,11 +106,11 @@ def paired_latency_ms(models: Sequence[nn.Module],
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
 
-    end = time.perf_counter() + seconds
-    runs: list[list[float]] = []
+    # The first round allocates memory and chooses algorithms.
+    runs = [list(times) for times in (*known[:1], *known)]
+    end = time.perf_counter() + seconds - sum(map(sum, runs)) / 1e3
     with torch.no_grad():
         while len(runs) <= 2 or (len(runs) <= repeats
                                  and time.perf_counter() < end):
             runs.append([once(model) for model in models])
-    # The first round allocates memory and chooses algorithms.
     return [statistics.median(times) for times in zip(*runs[1:])]
