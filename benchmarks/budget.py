@@ -37,12 +37,20 @@ def main() -> None:
         help='targets of all but the first number of iterations (default: '
         'all targets)')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument(
+        '--multiple',
+        type=int,
+        default=1,
+        help='number of which all widths are to be multiples (default: 1)')
     args = parser.parse_args()
     least = {name: least_flops(name) for name in args.models}
     report = dict(
-        title='Budget: target and FLOPs reached',
+        title='Budget: target and FLOPs reached' +
+        (f', widths in multiples of {args.multiple}'
+         if args.multiple > 1 else ''),
         least_flops=least,
         targets=sorted(args.targets),
+        multiple=args.multiple,
         runs=[],
         **conditions())
     for iterations in args.iterations:
@@ -51,7 +59,12 @@ def main() -> None:
                        if first else args.long_targets or args.targets):
             for name in args.models:
                 if target > least[name]:
-                    run = Run(name, target, iterations, args.seed)
+                    run = Run(
+                        name,
+                        target,
+                        iterations,
+                        args.seed,
+                        multiple=args.multiple)
                     report['runs'].append(train_once(run, args.work_dir))
                     write_json(args.report, report)
 

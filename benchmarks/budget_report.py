@@ -46,7 +46,20 @@ def budget(report: Report) -> list[str]:
         '- Half-open gates: share of the gates with an openness between 0.01 '
         'and 0.5 at the end, the maximum of the row. Largest step: the '
         'largest share of FLOPs that one iteration removed.',
-        *conditions(report)
+        *_multiples(report), *conditions(report)
+    ]
+
+
+def _multiples(report: Report) -> list[str]:
+    """Return a list item about the widths of a report with a multiple."""
+    multiple = report.get('multiple', 1)
+    if multiple == 1:
+        return []
+    others = sum(bool(one['other_widths']) for one in report['runs'])
+    return [
+        f'- With `multiple={multiple}`. Runs in which the outputs of a pruned '
+        f'layer are no multiple of {multiple}: {others} of '
+        f'{len(report["runs"])}.'
     ]
 
 

@@ -31,6 +31,7 @@ from gdp_mmseg.demo.data import CLASSES, PALETTE, make_demo_data
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.settings import Settings
+from gdp_mmseg.report.summary import other_widths
 
 ROOT = Path(__file__).resolve().parents[1]
 THEIRS = Path(mmseg.__file__).parent / '.mim' / 'configs' / '_base_' / 'models'
@@ -121,12 +122,14 @@ class Run:
         iterations (int): Length of the training.
         seed (int): Seed of the weights and of the order of the images.
         loss_weight (float): Factor of the task's loss.
+        multiple (int): Number of which the widths are to be multiples.
     """
     model: str
     target: float
     iterations: int
     seed: int = 0
     loss_weight: float = 1.
+    multiple: int = 1
 
 
 class Watch(Hook):
@@ -139,7 +142,7 @@ class Watch(Hook):
         self.flops: list[float] = []
         self.excess: list[float] = []
         self.losses: list[float] = []
-        self.end: dict[str, float] = {}
+        self.end: dict[str, Any] = {}
 
     def after_train_iter(self,
                          runner: Runner,
@@ -159,6 +162,9 @@ class Watch(Hook):
         self.end = dict(
             half_open=float(
                 ((openness > 0.01) & (openness < 0.5)).float().mean()),
+            other_widths=other_widths(pruner.analysis,
+                                      pruner.channels().cpu() > 0,
+                                      pruner.settings.multiple),
             multiplier=float(pruner.gates.multiplier))
 
 
@@ -218,7 +224,8 @@ def train(run: Run, folder: Path) -> dict[str, Any]:
         the open channels at the end of the pruning phase and of the training;
         ``largest_step``, the largest share that one iteration removed;
         ``half_open``, the share of gates with an openness in (0.01, 0.5) at
-        the end; ``above_budget`` and ``below_budget``, the largest distances
+        the end; ``other_widths``, the pruned layers whose width is no
+        multiple; ``above_budget`` and ``below_budget``, the largest distances
         of the held cost from the budget in the pruning phase; ``loss``, the
         mean of the last tenth of the training; and the ``run``.
     """
@@ -277,7 +284,7 @@ def gated_model(run: Run) -> dict[str, Any]:
     model.update(
         base=model['type'],
         type='gdp_mmseg.GDPModel',
-        gdp=dict(target=run.target, phases=PHASES))
+        gdp=dict(target=run.target, phases=PHASES, multiple=run.multiple))
     return model
 
 

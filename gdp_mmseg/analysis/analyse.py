@@ -258,9 +258,10 @@ def _places(axes: dict[tuple[str, int], np.ndarray],
     """Return the axes on which each prunable class lies, and how often."""
     places: dict[int, list[tuple[int, int]]] = {}
     for key, slots in enumerate(axes.values()):
-        for index, count in zip(*np.unique(slots, return_counts=True)):
-            if int(index) not in reasons:
-                places.setdefault(int(index), []).append((key, int(count)))
+        indices, counts = np.unique(slots, return_counts=True)
+        for index, count in zip(indices.tolist(), counts.tolist()):
+            if index not in reasons:
+                places.setdefault(index, []).append((key, count))
     return {index: tuple(place) for index, place in places.items()}
 
 

@@ -203,8 +203,10 @@ class Labels:
     def tie(self, first: Tensor, second: Tensor) -> None:
         """Tie two tensors of labels to each other, element by element."""
         first, second = torch.broadcast_tensors(first, second)
-        pairs = torch.stack([compact(first, second), compact(second, first)])
-        self.pairs.append(torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1))
+        first, second = compact(first, second), compact(second, first)
+        # Two labels in one integer: integers are sorted faster than pairs.
+        pairs = torch.unique((first << 32 | second)[first != second])
+        self.pairs.append(torch.stack([pairs >> 32, pairs & 0xFFFFFFFF]))
 
     def tie_along(self, labels: Tensor, dim: int) -> Tensor:
         """Tie all labels along an axis to each other.

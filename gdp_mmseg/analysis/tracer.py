@@ -6,6 +6,7 @@ operator does to labels are in ``operators.py``.
 """
 from __future__ import annotations
 
+import collections
 import contextlib
 import copy
 import itertools
@@ -88,7 +89,9 @@ class Tracer(TorchDispatchMode):
                            types: Any,
                            args: tuple[Any, ...] = (),
                            kwargs: dict[str, Any] | None = None) -> Any:
-        output = function(*args, **(kwargs or {}))
+        output = _norm_on_meta(function, args)
+        if output is None:
+            output = function(*args, **(kwargs or {}))
         tensors = [
             leaf for leaf in tree_leaves((args, kwargs))
             if isinstance(leaf, Tensor)
@@ -111,6 +114,24 @@ class Tracer(TorchDispatchMode):
                     labels.freeze(tensor,
                                   f'{operation.name} in {labels.here()}')
         return output
+
+
+def _norm_on_meta(function: Any, args: tuple[Any, ...]) -> Any:
+    """Return the outputs of a batch norm in evaluation on the meta device.
+
+    PyTorch computes their shapes by decomposing the norm, which takes longer
+    than all other operators of a network together.
+
+    Returns:
+        Any: The outputs; None for any other operator.
+    """
+    if function is not torch.ops.aten.native_batch_norm.default:
+        return None
+    inputs, _, _, _, _, training, *_ = args
+    if training or not inputs.is_meta:
+        return None
+    # In evaluation no statistics are returned.
+    return (torch.empty_like(inputs), inputs.new_empty(0), inputs.new_empty(0))
 
 
 @contextlib.contextmanager
@@ -168,7 +189,27 @@ def copy_model(
         if isinstance(tensor, nn.Parameter) and other is not tensor:
             other = nn.Parameter(other, tensor.requires_grad)
         memo[id(tensor)] = other
+    _share_constants(model, memo)
     return copy.deepcopy(model, memo)
+
+
+def _share_constants(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Add copies of small objects to the memo of ``deepcopy``, in place.
+
+    Each module has about ten empty containers, mostly for hooks, and tuples
+    of numbers. deepcopy takes longer for them than for everything else.
+
+    Args:
+        model (nn.Module): The model that will be copied.
+        memo (dict[int, Any]): Copies by the ids of what they are copies of.
+    """
+    for module in model.modules():
+        for value in vars(module).values():
+            kind = type(value)
+            if kind in (collections.OrderedDict, set, dict) and not value:
+                memo[id(value)] = kind()
+            elif kind is tuple and all(type(item) is int for item in value):
+                memo[id(value)] = value
 
 
 def clone_model(model: nn.Module,

@@ -11,7 +11,8 @@ from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
-from ..pruner.pruner import Figures, Pruner
+from ..pruner.figures import Figures
+from ..pruner.pruner import Pruner
 from ..registry import HOOKS
 from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions

@@ -234,12 +234,14 @@ def keep_own_(state: dict[str, Tensor], network: nn.Module,
 
 def _by_key(network: nn.Module, fitting: Fitting) -> Fitting:
     """Spread the axes of modules over the keys of a state dict."""
-    keys = list(network.state_dict())
-    return {
-        key: axes
-        for name, axes in fitting.items()
-        for key in keys if key == name or key.startswith(f'{name}.')
-    }
+    found: Fitting = {}
+    for key in network.state_dict():
+        name = key
+        while name and name not in fitting:
+            name = name.rpartition('.')[0]
+        if name:
+            found[key] = fitting[name]
+    return found
 
 
 def _refuse(fitting: Fitting, network: nn.Module, state: Mapping[str, Tensor],

@@ -28,6 +28,7 @@ from ..registry import MODELS
 from ..surgery.outputs import first_line
 from ..surgery.verify import verify
 from ..surgery.widths import apply_widths_
+from .bare import without_random_weights
 from .config import GATED, PRUNED, ModelConfig, default_base
 from .forwards import (count_inference_flops, inference_forward,
                        inputs_of_preprocessor, loss_forward,
@@ -124,7 +125,7 @@ def _check_without_pretrained(network: nn.Module, config: ModelConfig) -> None:
         return
     try:
         # The random numbers of the training stay what they are.
-        with fixed_seeds():
+        with fixed_seeds(), without_random_weights():
             built = build_base_model(bare.base, bare.parts).state_dict()
         found = {name: value.shape for name, value in built.items()}
     except Exception as error:  # a user's model can raise anything
@@ -212,7 +213,8 @@ def build_base_model(base: Any, parts: Mapping[str, Any]) -> nn.Module:
 
 def analyse_config(config: ModelConfig) -> Analysis:
     """Analyse the model of a config, gated or not."""
-    network = MMENGINE_MODELS.build(config.ungated)
+    with without_random_weights():
+        network = MMENGINE_MODELS.build(config.ungated)
     settings = config.settings
     return analyse_model(network, config.input_shape(), settings.ignore,
                          settings.only)[0]

@@ -11,12 +11,13 @@ from typing import Any, Sequence
 
 from mmengine.runner import Runner
 
-from ..pruner.pruner import HALF_OPEN, Figures, Pruner
+from ..pruner.figures import HALF_OPEN, Figures
+from ..pruner.pruner import Pruner
 from ..pruner.schedule import Schedule
 from ..report.plots import draw_record, draw_widths, pixels
 from ..report.record import RECORD
 from ..report.summary import (dead_parts, frozen_by_kind, kept_by_part,
-                              kept_share)
+                              kept_share, note_on_widths)
 
 # Most reasons that the start of the log gives for channels without a gate.
 _REASONS = 5
@@ -164,8 +165,9 @@ def log_summary(runner: Runner, pruner: Pruner) -> None:
         runner, f'{float(pruner.cost(channels)):.4f} of the '
         f'{target.resource} are left (target {target.ratio:.4f})',
         [f'channels kept: {kept}', f'removed parts: {dead}'])
-    note = pruner.note_on(float(pruner.cost(channels)))
-    if note:
+    notes = (pruner.note_on(float(pruner.cost(channels))),
+             note_on_widths(pruner.analysis, keep, pruner.settings.multiple))
+    for note in filter(None, notes):
         runner.logger.warning(f'GDP: {note}')
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
+import time
 from typing import Any, Callable, Mapping
 
 import torch
@@ -23,6 +24,8 @@ from ..surgery.outputs import (TOLERANCE, first_line, largest_difference,
 # pixel between two classes that are equally likely, and no more than that.
 METRIC_TOLERANCE = 0.01
 _BATCHES = 2
+# Largest side of made-up images for a loss step: it is no matter of size.
+_SMALL = 128
 # Errors by which a data set says that its files are missing; mmengine and
 # mmseg use the first two. Others, e.g. a TypeError, are errors of its code.
 _NO_DATA = (OSError, AssertionError, RuntimeError, ValueError)
@@ -38,13 +41,20 @@ class Comparison:
         max_rel_diff (float): Largest difference between outputs of the two
             networks, relative to the largest output.
         compared_on (str): Inputs on which they were compared.
+        rounds (tuple[tuple[float, ...], ...]): Milliseconds of a forward pass
+            of the dense, the gated and the exported network, by rounds.
     """
     max_rel_diff: float
     compared_on: str
+    rounds: tuple[tuple[float, ...], ...] = ()
 
 
-def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
-            needs_data: bool, progress: Progress) -> Comparison:
+def compare(cfg: Config,
+            gated: nn.Module,
+            exported: nn.Module,
+            needs_data: bool,
+            progress: Progress,
+            dense: nn.Module | None = None) -> Comparison:
     """Compare the outputs and predictions of two networks on a few inputs.
 
     Compared are the logits (``mode='tensor'``) and what ``test_step`` returns:
@@ -57,22 +67,33 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
         needs_data (bool): Whether a missing test set is an error. If it is
             not, the inputs are random in that case.
         progress (Progress): Called with a line that says so.
+        dense (nn.Module, optional): Network without gates, which is timed
+            beside the two.
 
     Raises:
         RuntimeError: If the outputs are not equal.
     """
+    shape = find_pruner(gated).analysis.input_shape
     batches = _batches(
         cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data,
         progress)
     if batches is None:
-        shape = find_pruner(gated).analysis.input_shape
         images = [torch.randn(shape) for _ in range(_BATCHES)]
         source = f'{_BATCHES} random inputs (no data set found)'
     else:
         images = _preprocessed(batches, gated)
         source = f'{len(images)} inputs of the test set'
+    timed = _Timed(_logits)
+    rounds = []
+    differences = []
+    for index, image in enumerate(images):
+        differences.append(_difference(timed, gated, exported, image))
+        # The first round allocates memory and chooses algorithms.
+        if index and dense is not None and image.shape == shape:
+            outputs_of(dense, timed, image)
+            rounds.append(timed.last(3))
     difference = max(
-        *(_difference(_logits, gated, exported, image) for image in images),
+        *differences,
         *(_difference(_predict, gated, exported, batch)
           for batch in batches or ()))
     # The comparison is also false for nan.
@@ -81,7 +102,7 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
             f'expected equal outputs of the gated and the pruned network, '
             f'but got a relative difference of {difference:.1e} on {source}; '
             'nothing was written. Please report this with the config')
-    return Comparison(difference, source)
+    return Comparison(difference, source, tuple(rounds))
 
 
 def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
@@ -89,8 +110,8 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
     """Check that the exported network can be fine-tuned: run one loss step.
 
     The step runs on the first images of the training set, or on made-up ones
-    if there is no data. A step that the gated network cannot run either says
-    nothing about the export.
+    if there is no data: on small ones if the gated network takes them. A step
+    that the gated network cannot run either says nothing about the export.
 
     Raises:
         RuntimeError: If only the exported network fails, or its loss is not
@@ -100,32 +121,36 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
     # Norms need two images in training.
     batches = _batches(
         settings and dict(settings, batch_size=2), False, progress)
-    _, *shape = find_pruner(gated).analysis.input_shape
+    _, channels, *sides = find_pruner(gated).analysis.input_shape
 
-    def step(network: nn.Module) -> None:
+    def step(network: nn.Module, side: int) -> None:
         model: Any = clone_model(network).train()
         with fixed_seeds():
             if batches:
                 data = model.data_preprocessor(copy.deepcopy(batches[0]), True)
                 loss = model.parse_losses(model(**data, mode='loss'))[0]
             else:
-                losses = loss_forward(model, torch.randn(2, *shape))
+                size = [min(side, length) for length in sides]
+                losses = loss_forward(model, torch.randn(2, channels, *size))
                 loss = torch.stack([one.mean() for one in losses]).sum()
             loss.backward()
         if not bool(loss.isfinite()):
             raise FloatingPointError(f'a loss of {float(loss)}')
 
-    try:
-        step(exported)
-    except Exception as error:  # a user's forward can raise anything
+    whole = max(sides)
+    small = [] if batches or whole <= _SMALL else [_SMALL]
+    for side in [*small, whole]:
         try:
-            step(gated)
-        except Exception:
-            return
-        raise RuntimeError(
-            'expected a loss step of the exported network, as the gated one '
-            f'makes it, but got {first_line(error)}; nothing was written. '
-            'Please report this with the config') from error
+            return step(exported, side)
+        except Exception as error:  # a user's forward can raise anything
+            try:
+                step(gated, side)
+            except Exception:
+                continue
+            raise RuntimeError(
+                'expected a loss step of the exported network, as the gated '
+                f'one makes it, but got {first_line(error)}; nothing was '
+                'written. Please report this with the config') from error
 
 
 def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
@@ -223,6 +248,28 @@ def _predict(model: Any, batch: Any) -> list[Tensor]:
 def _logits(model: Any, image: Any) -> list[Tensor]:
     """Run the model up to the logits; return all tensors of the result."""
     return list(tensors_of(inference_forward(model, image)))
+
+
+class _Timed:
+    """Forward that records how long each call takes.
+
+    Args:
+        forward (Callable[[Any, Any], Any]): The forward.
+    """
+
+    def __init__(self, forward: Callable[[Any, Any], Any]) -> None:
+        self.forward = forward
+        self.milliseconds: list[float] = []
+
+    def __call__(self, model: Any, inputs: Any) -> Any:
+        start = time.perf_counter()
+        outputs = self.forward(model, inputs)
+        self.milliseconds.append((time.perf_counter() - start) * 1e3)
+        return outputs
+
+    def last(self, number: int) -> tuple[float, ...]:
+        """Milliseconds of the last calls, the last one first."""
+        return tuple(self.milliseconds[:-number - 1:-1])
 
 
 def _difference(forward: Any, gated: nn.Module, exported: nn.Module,

@@ -27,7 +27,8 @@ from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
 from ..report.record import RECORD
-from ..report.summary import dead_parts, kept_by_group, kept_by_part
+from ..report.summary import (dead_parts, kept_by_group, kept_by_part,
+                              note_on_widths)
 from ..report.tables import NetworkRow, Report, markdown, scalar_metrics
 from ..surgery.prune import prune
 from ..surgery.widths import Widths
@@ -98,12 +99,12 @@ def export(cfg: Config,
             _write_pair(partial, name, cfg, pruned, widths, meta)
         progress('comparing the gated network and the exported files')
         exported = load_exported(partial, name)
-        comparison = compare(cfg, gated, exported, evaluate, progress)
+        comparison = compare(cfg, gated, exported, evaluate, progress, dense)
         check_trainable(cfg, gated, exported, progress)
         report = _report(name, pruner,
                          dict(dense=dense, gated=gated, pruned=pruned),
                          comparison)
-        _note_target(report, pruner, progress)
+        _note_misses(report, pruner, progress)
         if evaluate:
             files = Config.fromfile(partial / f'{name}_pruned.py')
             report = _evaluated(
@@ -135,12 +136,19 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
     shape = analysis.input_shape
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     latencies = paired_latency_ms(
-        [clone_model(model, device) for model in networks.values()], shape,
-        inference_forward)
+        [clone_model(model, device) for model in networks.values()],
+        shape,
+        inference_forward,
+        known=comparison.rounds if device.type == 'cpu' else ())
+    # Gates multiply kernels, so they leave the count as it is.
+    flops = {
+        name: count_inference_flops(networks[name], shape)
+        for name in ('dense', 'pruned')
+    }
     channels = pruner.channels()
     keep = channels.cpu() > 0
     rows = [
-        NetworkRow(name, count_inference_flops(model, shape),
+        NetworkRow(name, flops.get(name, flops['dense']),
                    count_parameters(model),
                    {f'pytorch {device.type}': latency})
         for (name, model), latency in zip(networks.items(), latencies)
@@ -162,14 +170,16 @@ def _report(name: str, pruner: Pruner, networks: Mapping[str, nn.Module],
         gdp_mmseg=__version__)
 
 
-def _note_target(report: Report, pruner: Pruner, progress: Progress) -> None:
-    """Say so if the network that was counted misses the target."""
+def _note_misses(report: Report, pruner: Pruner, progress: Progress) -> None:
+    """Say so if the network misses the target, or widths are no multiples."""
     left = report.reached
     if report.target_type == 'flops':
         # The count of torch, which does not depend on the analysis.
         left = report.share('flops')
-    note = pruner.note_on(left)
-    if note:
+    keep = pruner.channels().cpu() > 0
+    notes = (pruner.note_on(left),
+             note_on_widths(pruner.analysis, keep, pruner.settings.multiple))
+    for note in filter(None, notes):
         progress(f'note: {note}')
 
 

@@ -10,6 +10,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
 from ..analysis.tracer import clone_model
+from ..engine.bare import without_random_weights
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import ModelConfig
 from ..engine.matching import (THETA, check_gate_meta, check_gates,
@@ -49,7 +50,8 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
                          'none; pass one that was trained with GDPModel and '
                          'GDPHook')
     check_gate_meta(meta)
-    dense = revert_sync_batchnorm(MODELS.build(config.ungated))
+    with without_random_weights():
+        dense = revert_sync_batchnorm(MODELS.build(config.ungated))
     load_strictly(dense, {
         key: value
         for key, value in state.items() if not key.startswith('gdp.')
@@ -103,7 +105,8 @@ def load_exported(folder: Path, name: str) -> nn.Module:
     """
     cfg = Config.fromfile(folder / f'{name}_pruned.py')
     enter_scope(cfg)
-    model = revert_sync_batchnorm(MODELS.build(cfg.model))
+    with without_random_weights():
+        model = revert_sync_batchnorm(MODELS.build(cfg.model))
     state, _ = read_checkpoint(str(folder / f'{name}_pruned.pth'))
     load_strictly(model, state)
     return model.eval()

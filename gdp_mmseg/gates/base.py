@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .blocks import Blocks
+
 
 class CostFunction(Protocol):
     """Interface of a cost, as far as a gate method uses it."""
@@ -152,22 +154,27 @@ class GateMethod(nn.Module, abc.ABC):
         self.theta.masked_fill_(gates, 0)
 
     @torch.no_grad()
-    def strongest(self, group_of: Tensor, sizes: Tensor,
-                  numbers: Tensor) -> Tensor:
+    def strongest(self,
+                  group_of: Tensor,
+                  numbers: Tensor,
+                  worth: Tensor | None = None) -> Tensor:
         """Select the open gates of greatest worth in each group.
 
         Args:
             group_of (Tensor): ``(G,)`` index of each gate's group.
-            sizes (Tensor): ``(S,)`` number of gates of each group.
             numbers (Tensor): ``(S,)`` number of gates to select per group.
+            worth (Tensor, optional): ``(G,)``. Defaults to :meth:`worth`.
 
         Returns:
             Tensor: ``(G,)`` bool.
         """
         closed = self.is_closed()
-        order = self.worth().masked_fill(closed,
-                                         -torch.inf).argsort(descending=True)
+        worth = self.worth() if worth is None else worth
+        order = worth.masked_fill(closed, -torch.inf).argsort(descending=True)
         order = order[group_of[order].argsort(stable=True)]
+        # Not bincount, for which the host waits on a GPU.
+        sizes = torch.zeros_like(numbers).index_add(0, group_of,
+                                                    torch.ones_like(group_of))
         first = sizes.cumsum(0) - sizes
         place = torch.arange(len(order), device=order.device)
         chosen = torch.zeros_like(order, dtype=torch.bool)
@@ -229,7 +236,8 @@ class GateMethod(nn.Module, abc.ABC):
               lr: float,
               channel_weight: float = 0.5,
               protected: Tensor | None = None,
-              scarcity: Tensor | float = 1.) -> None:
+              scarcity: Tensor | float = 1.,
+              blocks: Blocks | None = None) -> None:
         """Move the gates so that the cost after it is within the budget.
 
         Called in each step of the pruning phase, after :meth:`observe_`. On a
@@ -247,6 +255,8 @@ class GateMethod(nn.Module, abc.ABC):
                 close in this step.
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
                 worth of each gate by how little is left of its group.
+            blocks (Blocks, optional): Gates that close together. Defaults to
+                each gate by itself.
         """
 
     def agree_(self) -> None:
@@ -267,8 +277,10 @@ class GateMethod(nn.Module, abc.ABC):
         """
 
 
-def held_cost(cost: CostFunction, openness: Tensor,
-              channel_weight: float) -> Tensor:
+def held_cost(cost: CostFunction,
+              openness: Tensor,
+              channel_weight: float,
+              channels: Tensor | None = None) -> Tensor:
     """Cost that is held against the budget, a scalar.
 
     Args:
@@ -276,8 +288,11 @@ def held_cost(cost: CostFunction, openness: Tensor,
         openness (Tensor): ``(G,)``.
         channel_weight (float): Share in [0, 1] by which a gate that is not
             closed counts as a full channel; the rest counts as its openness.
+        channels (Tensor, optional): ``(G,)`` number of channels that each
+            gate counts for. Defaults to 1 for each gate that is not closed.
     """
-    channels = (openness > 0).to(openness)
+    if channels is None:
+        channels = (openness > 0).to(openness)
     return ((1 - channel_weight) * cost(openness) +
             channel_weight * cost(channels))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import CostFunction, GateMethod, held_cost, solve_multiplier
+from .blocks import Blocks
 
 # Weight of the root mean square of dL/dg in the gain of an open gate. Once the
 # weights have settled, the mean of dL/dg is about zero, and only its square
@@ -234,7 +235,8 @@ class GDPGates(GateMethod):
               lr: float,
               channel_weight: float = 0.5,
               protected: Tensor | None = None,
-              scarcity: Tensor | float = 1.) -> None:
+              scarcity: Tensor | float = 1.,
+              blocks: Blocks | None = None) -> None:
         """Solve for the multiplier, move the gates and close some, in place.
 
         Args:
@@ -249,8 +251,12 @@ class GDPGates(GateMethod):
                 zero in this step, so that they cannot close.
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
                 gains.
+            blocks (Blocks, optional): Gates that close together: one that is
+                below ``close_below`` waits there until its block is. Defaults
+                to each gate by itself.
         """
         closed = self.is_closed()
+        surplus = self._surplus(blocks, protected)
         unbiased, noise = self._means()
         noise = noise * scarcity**2
         gain = (unbiased * scarcity).clamp(max=0) - _RMS_SHARE * noise.sqrt()
@@ -264,15 +270,21 @@ class GDPGates(GateMethod):
             push = multiplier * price
             # A gate with neither gain nor price stays where it is.
             scale = (noise + push * push).sqrt().clamp(min=_LEAST_SCALE)
+            step = (gain + push) / scale
+            if surplus is not None:
+                step = step.masked_fill(surplus, 1)
             # Above one the openness is flat: a gate that moved far beyond
             # could not come back in time.
-            theta = (self.theta - travel * (gain + push) / scale).clamp(0, 1)
+            theta = (self.theta - travel * step).clamp(0, 1)
             value = openness(theta, self.epsilon)
             stays = (value >= self.close_below).to(value)
             return theta * stays, value * stays
 
         def spent(multiplier: Tensor) -> Tensor:
-            return held_cost(cost, moved(multiplier)[1], channel_weight)
+            theta, value = moved(multiplier)
+            channels = None if blocks is None else blocks.channels(
+                ~closed, theta > 0, protected)
+            return held_cost(cost, value, channel_weight, channels)
 
         # The order of the gains over the order of the prices: a first guess.
         scale = (
@@ -281,8 +293,39 @@ class GDPGates(GateMethod):
         multiplier = solve_multiplier(spent, budget, scale)
         self.multiplier.copy_(multiplier)
         theta, _ = moved(multiplier)
+        if blocks is not None:
+            theta = self._whole_blocks(theta, blocks, protected)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+
+    def _surplus(self, blocks: Blocks | None,
+                 protected: Tensor | None) -> Tensor | None:
+        """Mask ``(G,)`` of the weakest gates beyond the last whole block.
+
+        They close whatever they are worth, because no multiple has room for
+        them.
+        """
+        if blocks is None:
+            return None
+        # What a gate contributes now: a half-open one goes on closing.
+        worth = self.worth() * self.openness()**2
+        return ~self.is_closed() & ~self.strongest(
+            blocks.group_of, blocks.full(~self.is_closed(), protected), worth)
+
+    def _whole_blocks(self, theta: Tensor, blocks: Blocks,
+                      protected: Tensor | None) -> Tensor:
+        """Hold some gates ``(G,)`` of value 0 open, so that blocks are whole.
+
+        They get the least openness of a gate that is not closed.
+        """
+        closed = self.is_closed()
+        worth = self.worth().masked_fill(theta > 0, torch.inf)
+        held = self.strongest(blocks.group_of,
+                              blocks.left(~closed, theta > 0, protected),
+                              worth)
+        least = theta_of(
+            torch.full_like(theta, self.close_below), self.epsilon)
+        return torch.where(held & (theta == 0), least, theta)
 
     def _means(self) -> tuple[Tensor, Tensor]:
         """Mean and mean square ``(G,)`` of the gain.

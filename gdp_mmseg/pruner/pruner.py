@@ -1,10 +1,6 @@
 """The pruner: gates of a model, held to a budget by cost and schedule."""
 from __future__ import annotations
 
-import dataclasses
-import math
-from typing import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +8,10 @@ from ..analysis.liveness import constant_channels, kept_channels
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import LatencyCost, Stopwatch, measure, stopwatch
-from ..gates.base import GateMethod, held_cost
+from ..gates.base import GateMethod
+from ..gates.blocks import Blocks
+from .figures import Figures, read, state_of
+from .multiples import min_kept, too_large
 from .schedule import Schedule
 from .settings import Settings
 
@@ -24,39 +23,6 @@ _MISSED = 0.01
 # Steps of the warm-up, at its end, in which the gains are observed: those of
 # before would count less than a thousandth, as 0.99^700 < 0.001.
 _OBSERVED_WARMUP = 700
-# Openness of a gate that counts as half open in :class:`Figures`.
-HALF_OPEN = (0.01, 0.5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Figures:
-    """State of the gates of a model, in numbers.
-
-    Args:
-        flops (float): Share of the dense FLOPs in channels that are not
-            closed.
-        flops_by_openness (float): The same, each channel counted by its
-            openness.
-        cost (float): Share of the target's resource in channels that are not
-            closed.
-        budget (float): Share of the resource that is allowed.
-        held_cost (float): Cost that is held against the budget.
-        undecided (float): Share of the gates whose openness is between the
-            limits of ``HALF_OPEN``.
-        multiplier (float): Price multiplier of the last step.
-        openness (tuple[float, ...]): ``(S,)`` mean openness of each group.
-        moved (bool): False if the gates did not move in the step before,
-            because their gradient was not finite.
-    """
-    flops: float
-    flops_by_openness: float
-    cost: float
-    budget: float
-    held_cost: float
-    undecided: float
-    multiplier: float
-    openness: tuple[float, ...]
-    moved: bool = True
 
 
 class Pruner(nn.Module):
@@ -98,12 +64,12 @@ class Pruner(nn.Module):
             self.cost = ParameterCost(analysis)
         elif settings.target.type == 'latency':
             self.cost = LatencyCost(analysis)
+        self.blocks: Blocks | None = None
+        if settings.multiple > 1:
+            self.blocks = Blocks(analysis, settings.multiple)
         self.register_buffer(
             'min_kept',
-            torch.tensor([
-                math.ceil(settings.min_keep_ratio * len(group.gates))
-                for group in analysis.groups
-            ]),
+            min_kept(analysis, settings.min_keep_ratio, self.blocks),
             persistent=False)
         if not self.unmeasured:
             self.check_target()
@@ -162,8 +128,7 @@ class Pruner(nn.Module):
     def _least_cost(self, numbers: Tensor) -> float:
         """Share of the cost with so many channels ``(groups,)`` in each group.
         """
-        kept = self.gates.strongest(self.cost.group_of, self.cost.sizes,
-                                    numbers)
+        kept = self.gates.strongest(self.cost.group_of, numbers)
         kept = kept_channels(self.analysis, kept.float())
         return float(self.cost(kept.to(self.gates.theta)))
 
@@ -198,35 +163,12 @@ class Pruner(nn.Module):
         Args:
             progress (float): Share of the training that is over, in [0, 1].
         """
-        return self._figures(progress, _read(self._state(progress)))
+        return Figures.of(read(self._state(progress)), self.budget(progress))
 
     def _state(self, progress: float) -> dict[str, Tensor]:
         """Compute what :class:`Figures` tells, on the device of the gates."""
-        openness = self.gates.openness()
-        channels = (openness > 0).to(openness)
-        low, high = HALF_OPEN
-        return dict(
-            flops=self.flops(channels),
-            flops_by_openness=self.flops(openness),
-            cost=self.cost(channels),
-            held_cost=held_cost(self.cost, openness,
-                                self.schedule.channel_weight_at(progress)),
-            undecided=((openness > low) & (openness < high)).float().mean(),
-            multiplier=self.gates.multiplier,
-            openness=self.cost.group_sums(openness) / self.cost.sizes)
-
-    def _figures(self, progress: float,
-                 state: Mapping[str, list[float]]) -> Figures:
-        """Compose the figures of a state that was read."""
-        return Figures(
-            openness=tuple(state['openness']),
-            budget=self.budget(progress),
-            moved=bool(state.get('moved', [True])[0]),
-            **{
-                name: state[name][0]
-                for name in ('flops', 'flops_by_openness', 'cost', 'held_cost',
-                             'undecided', 'multiplier')
-            })
+        return state_of(self.gates, self.flops, self.cost,
+                        self.schedule.channel_weight_at(progress))
 
     # -- the training ------------------------------------------------------
 
@@ -326,7 +268,7 @@ class Pruner(nn.Module):
             self.gates.settle_()
         self.gates.agree_()
         died = (alive & ~self._alive_groups()).any()
-        state = _read(
+        state = read(
             dict(
                 self._state(progress),
                 moved=finite,
@@ -335,8 +277,8 @@ class Pruner(nn.Module):
         self.gates.note_open_(bool(state['are_open'][0]))
         if state['died'][0]:
             self._close_dead_()
-            state |= _read(self._state(progress))
-        return self._figures(progress, state)
+            state |= read(self._state(progress))
+        return Figures.of(state, self.budget(progress))
 
     def _move_(self, progress: float, steps: int) -> None:
         """Move all gates by one step of the pruning phase, in place."""
@@ -346,10 +288,10 @@ class Pruner(nn.Module):
             self.settings.gate_travel /
             max(steps * self.schedule.phases[1], 1),
             self.schedule.channel_weight_at(progress),
-            self._protected(progress), self._scarcity())
+            self._protected(progress), self._scarcity(), self.blocks)
 
     def _rounding(self) -> Tensor:
-        """Half of the price of the dearest open gate, a scalar.
+        """Half of the price of the dearest open gate or block, a scalar.
 
         It rounds the budget to the nearest channel. A budget that is never
         exceeded would be missed by up to one channel, which is more than a
@@ -357,21 +299,29 @@ class Pruner(nn.Module):
         """
         openness = self.gates.openness()
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
+        if self.blocks is not None:
+            price = price * self.blocks.sizes[self.blocks.group_of]
         return (price.max() / 2).clamp(max=_LARGEST_ROUNDING)
 
     def _protected(self, progress: float) -> Tensor | None:
         """Mask ``(G,)`` of the gates that must not close in this step.
 
         They are the strongest gates of each group, as many as
-        ``min_keep_ratio`` asks for; late in the phase at least one.
+        ``min_keep_ratio`` asks for; late in the phase at least one, or one
+        block.
         """
-        numbers = self.min_kept
+        numbers, blocks = self.min_kept, self.blocks
         if self.schedule.protects_groups(progress):
             numbers = numbers.clamp(min=1)
-        elif not self.settings.min_keep_ratio:
+        elif not self.settings.min_keep_ratio and blocks is None:
             return None
-        return self.gates.strongest(self.cost.group_of, self.cost.sizes,
-                                    numbers)
+        if blocks is None:
+            return self.gates.strongest(self.cost.group_of, numbers)
+        is_open = self.gates.openness() > 0
+        return too_large(self.cost, blocks, is_open,
+                         self.settings.target.ratio -
+                         _LARGEST_ROUNDING) | self.gates.strongest(
+                             blocks.group_of, blocks.rounded_up(numbers))
 
     def _scarcity(self) -> Tensor:
         """Factor ``(G,)`` of the worth of a channel as its group shrinks.
@@ -404,13 +354,3 @@ class Pruner(nn.Module):
         with torch.no_grad():
             keep = kept_channels(self.analysis, self.gates.decided())
         return keep.to(self.gates.theta)
-
-
-def _read(state: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Copy small tensors to the host in one transfer."""
-    flat = torch.cat([tensor.reshape(-1).float() for tensor in state.values()])
-    values = iter(flat.tolist())
-    return {
-        name: [next(values) for _ in range(tensor.numel())]
-        for name, tensor in state.items()
-    }

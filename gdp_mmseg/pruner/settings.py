@@ -92,6 +92,8 @@ class Settings:
             that must not change.
         only (tuple[str, ...], optional): Names or patterns of the modules
             that may lose channels of their own. Defaults to all.
+        multiple (int): Number of which each group keeps a multiple of
+            channels, e.g. 4, with which a runtime is faster.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -106,6 +108,7 @@ class Settings:
     min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -133,6 +136,11 @@ class Settings:
             raise ValueError('gdp.min_keep_ratio: expected the least share of '
                              'the channels of each group, in [0, 1), but got '
                              f'{self.min_keep_ratio!r}')
+        if (not isinstance(self.multiple, int)
+                or isinstance(self.multiple, bool) or self.multiple < 1):
+            raise ValueError('gdp.multiple: expected a whole number of '
+                             'channels above 0, e.g. 4, but got '
+                             f'{self.multiple!r}')
         for name in ('ignore', 'only'):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, tuple) or not all(

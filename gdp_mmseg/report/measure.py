@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def count_flops(model: nn.Module, input_shape: tuple[int, ...],
@@ -33,6 +34,8 @@ def count_flops(model: nn.Module, input_shape: tuple[int, ...],
     """
     for device in ('meta', 'cpu'):
         shadow = clone_model(model, device).eval()
+        if device == 'meta':
+            shadow = _without_norms(shadow)
         try:
             # The counter misses the fused attention kernels of a CPU.
             with torch.no_grad(), sdpa_kernel(
@@ -47,16 +50,31 @@ def count_flops(model: nn.Module, input_shape: tuple[int, ...],
     return counter.get_total_flops() // 2
 
 
+def _without_norms(model: nn.Module) -> nn.Module:
+    """Replace batch norms by the identity, in place, and return the model.
+
+    They have no multiply-adds that count, and on the meta device they take
+    longer than all other layers together.
+    """
+    if type(model) in _NORMS:
+        return nn.Identity()
+    for name, child in model.named_children():
+        setattr(model, name, _without_norms(child))
+    return model
+
+
 def count_parameters(model: nn.Module) -> int:
     """Count all parameters, those that only training uses included."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def paired_latency_ms(models: Sequence[nn.Module],
-                      input_shape: tuple[int, ...],
-                      forward: Forward,
-                      repeats: int = 7,
-                      seconds: float = 6.) -> list[float]:
+def paired_latency_ms(
+    models: Sequence[nn.Module],
+    input_shape: tuple[int, ...],
+    forward: Forward,
+    repeats: int = 7,
+    seconds: float = 6.,
+    known: Sequence[Sequence[float]] = ()) -> list[float]:
     """Measure the median time of a forward pass of each model.
 
     The models alternate, so a machine that slows down slows all of them:
@@ -68,6 +86,9 @@ def paired_latency_ms(models: Sequence[nn.Module],
         forward (Forward): Called with a model and an input.
         repeats (int): Largest number of timed rounds, after one untimed.
         seconds (float): No third timed round starts after this time.
+        known (Sequence[Sequence[float]]): Rounds that were timed before, each
+            with milliseconds in the order of the models. They count, and no
+            untimed round is made.
 
     Returns:
         list[float]: Milliseconds, in the order of the models.
@@ -85,11 +106,11 @@ def paired_latency_ms(models: Sequence[nn.Module],
             torch.cuda.synchronize(device)
         return (time.perf_counter() - start) * 1e3
 
-    end = time.perf_counter() + seconds
-    runs: list[list[float]] = []
+    # The first round allocates memory and chooses algorithms.
+    runs = [list(times) for times in (*known[:1], *known)]
+    end = time.perf_counter() + seconds - sum(map(sum, runs)) / 1e3
     with torch.no_grad():
         while len(runs) <= 2 or (len(runs) <= repeats
                                  and time.perf_counter() < end):
             runs.append([once(model) for model in models])
-    # The first round allocates memory and chooses algorithms.
     return [statistics.median(times) for times in zip(*runs[1:])]

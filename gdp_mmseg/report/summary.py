@@ -9,11 +9,14 @@ from typing import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
+from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis, Group, Layer
 from ..gates.layers import slot_values
 
 # Most parts that the numbered modules of one container become.
 _MOST = 12
+# Most layers that a note names.
+_MOST_SHOWN = 5
 # Share of all channels from which on a part is divided further.
 _LARGE = 1 / 3
 
@@ -209,6 +212,50 @@ def frozen_by_kind(frozen: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     for reason, channels in frozen:
         counts[kind_of_reason(reason)] += channels
     return counts.most_common()
+
+
+def other_widths(analysis: Analysis, keep: Tensor,
+                 multiple: int) -> dict[str, int]:
+    """Number of output channels of layers where it is no multiple.
+
+    Args:
+        analysis (Analysis): Analysis of the network.
+        keep (Tensor): ``(G,)`` bool, the gates whose channels were kept.
+        multiple (int): Number of which the widths were to be multiples.
+
+    Returns:
+        dict[str, int]: Width by the name of the layer, for layers that
+        inference runs and that have gates on their outputs.
+    """
+    widths = {
+        layer.name: int(kept_slots(layer.outputs, keep).sum())
+        for layer in analysis.layers
+        if layer.in_inference and bool((layer.outputs >= 0).any())
+    }
+    return {name: width for name, width in widths.items() if width % multiple}
+
+
+def note_on_widths(analysis: Analysis, keep: Tensor,
+                   multiple: int) -> str | None:
+    """Compose a note on layers whose width is no multiple.
+
+    Args:
+        analysis (Analysis): See :func:`other_widths`.
+        keep (Tensor): See :func:`other_widths`.
+        multiple (int): See :func:`other_widths`.
+
+    Returns:
+        str, optional: None if all widths are multiples.
+    """
+    widths = other_widths(analysis, keep, multiple)
+    if not widths:
+        return None
+    shown = [f'{name} ({width})' for name, width in widths.items()]
+    more = len(shown) - _MOST_SHOWN
+    return (f'gdp.multiple is {multiple}, but the outputs of {len(shown)} '
+            f'layer(s) are no multiple of it: '
+            f'{", ".join(shown[:_MOST_SHOWN])}' +
+            (f' and {more} more' if more > 0 else ''))
 
 
 def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:

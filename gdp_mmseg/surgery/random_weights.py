@@ -80,14 +80,7 @@ def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
             parameter.data.normal_(0, 0.5 * gain)
         else:
             parameter.data.uniform_(0.5 * gain, 1.5 * gain)
-    for inputs, parameters in kernels.items():
-        longest = max(parameter.numel() for parameter in parameters)
-        numbers = parameters[0].new_empty(longest + _SHIFT * len(parameters))
-        numbers.normal_(0, gain * inputs**-0.5)
-        for index, parameter in enumerate(parameters):
-            start = _SHIFT * index
-            parameter.data = numbers[start:start + parameter.numel()].view(
-                parameter.shape)
+    _fill_(kernels, gain)
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             if module.running_mean is not None:
@@ -95,6 +88,34 @@ def randomise_(model: nn.Module, gain: float = 1.) -> nn.Module:
             if module.running_var is not None:
                 module.running_var.uniform_(0.5, 1.5)
     return model
+
+
+def _fill_(kernels: dict[float, list[nn.Parameter]], gain: float) -> None:
+    """Fill kernels with numbers of variance ``gain^2 / inputs``, in place.
+
+    Args:
+        kernels (dict[float, list[nn.Parameter]]): Kernels by their number of
+            inputs.
+        gain (float): See :func:`randomise_`.
+    """
+    everything = [one for group in kernels.values() for one in group]
+    if not everything:
+        return
+    # Drawn once, because that takes longer than to scale the numbers.
+    drawn = everything[0].new_empty(
+        max(one.numel() for one in everything) +
+        _SHIFT * len(everything)).normal_(0, gain)
+    start = 0
+    for inputs, parameters in kernels.items():
+        longest = max(one.numel() for one in parameters)
+        numbers = inputs**-0.5 * drawn[start:start + longest +
+                                       _SHIFT * len(parameters)]
+        for index, parameter in enumerate(parameters):
+            first = _SHIFT * index
+            parameter.data = numbers[first:first + parameter.numel()].view(
+                parameter.shape)
+        # No kernel begins where another one does.
+        start += _SHIFT * len(parameters)
 
 
 @torch.no_grad()

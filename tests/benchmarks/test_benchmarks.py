@@ -21,7 +21,8 @@ from helpers.toys import Net
 
 
 @pytest.mark.parametrize('name, options', [
-    ('budget', ['--models', 'SegFormer', '--targets', '0.3', '0.6']),
+    ('budget',
+     ['--models', 'SegFormer', '--targets', '0.3', '0.6', '--multiple', '4']),
     ('controllers', [
         '--models', 'DeepLabV3Plus-ResNet18', '--targets', '0.6', '--seeds',
         '1', '--loss-weights', '10'
@@ -44,6 +45,7 @@ def test_budget_is_measured_run_by_run(name: str, options: list[str],
     # SegFormer cannot be pruned to 0.3.
     assert runs and all(one['run']['target'] == 0.6 for one in runs)
     assert all(0 < one['flops'] <= 1 and one['loss'] > 0 for one in runs)
+    assert not any(one['other_widths'] for one in runs)
 
 
 def test_reports_of_the_repository_become_the_results_page(

@@ -12,8 +12,10 @@ from mmcv.transforms import BaseTransform
 from mmengine.config import Config
 from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
+from torch import Tensor, nn
 
 from gdp_mmseg.export.compare import _batches
+from gdp_mmseg.report.measure import paired_latency_ms
 
 
 class MountedDataset(BaseDataset):
@@ -95,3 +97,20 @@ def test_error_of_the_users_code_is_not_taken_for_missing_data(
     with pytest.raises(error):
         _batches(config(step, **dataset).test_dataloader, False, notes.append)
     assert not notes
+
+
+def test_forwards_of_the_comparison_count_as_rounds_of_the_latency() -> None:
+    """They are not run again, and neither is an untimed round."""
+    calls: list[str] = []
+
+    def forward(model: nn.Linear, inputs: Tensor) -> Tensor:
+        calls.append(model.name)
+        return model(inputs)
+
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    for model, name in zip(models, 'ab'):
+        model.name = name
+    known = [(1e9, 3e9)]
+    times = paired_latency_ms(models, (1, 2), forward, known=known)
+    assert calls == ['a', 'b']
+    assert times == pytest.approx([5e8, 1.5e9], rel=1e-3)

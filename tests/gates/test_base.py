@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.gates.base import CostFunction, GateMethod
+from gdp_mmseg.gates.blocks import Blocks
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings, Target
@@ -52,7 +53,8 @@ class HardGates(GateMethod):
               lr: float,
               channel_weight: float = 0.5,
               protected: Tensor | None = None,
-              scarcity: Tensor | float = 1.) -> None:
+              scarcity: Tensor | float = 1.,
+              blocks: Blocks | None = None) -> None:
         free = ~self.is_closed()
         if protected is not None:
             free &= ~protected
@@ -107,6 +109,9 @@ def test_an_unknown_method_is_an_error_that_names_the_known_ones() -> None:
     (dict(gate_travel=-1.), 'gdp.gate_travel'),
     (dict(close_below=2.), 'gdp.close_below'),
     (dict(min_keep_ratio=1.), 'gdp.min_keep_ratio'),
+    (dict(multiple=0), 'gdp.multiple'),
+    (dict(multiple=2.), 'gdp.multiple'),
+    (dict(multiple=True), 'gdp.multiple'),
     (dict(ignore=['head']), 'gdp.ignore'),
 ])
 def test_settings_made_in_python_are_checked_too(change: dict,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gdp_mmseg.analysis.analyse import analyse
+from gdp_mmseg.analysis.tracer import copy_model
 from gdp_mmseg.surgery.constant import Constant
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.verify import verify
@@ -110,3 +111,13 @@ def test_exported_constant_takes_any_batch_and_size() -> None:
     for number, height, width in SHAPES[1:]:
         inputs: Tensor = torch.randn(number, 3, height, width)
         assert torch.equal(program.module()(inputs), pruned(inputs))
+
+
+def test_copies_have_hooks_and_containers_of_their_own() -> None:
+    net = nn.Sequential(*block(3, 4))
+    net[0].seen, net[1].seen = {}, {}
+    copied = copy_model(net)
+    copied[0].register_forward_pre_hook(lambda *_: copied[0].seen.update(a=1))
+    copied(torch.ones(1, 3, 4, 4))
+    assert copied[0].seen == dict(a=1) and copied[1].seen == {}
+    assert net[0].seen == {} and not net[0]._forward_pre_hooks

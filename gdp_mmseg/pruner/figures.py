@@ -1,0 +1,91 @@
+"""State of the gates of a model in numbers, read from their device at once."""
+from __future__ import annotations
+
+import dataclasses
+from typing import Mapping
+
+import torch
+from torch import Tensor
+
+from ..cost.counts import Cost
+from ..gates.base import GateMethod, held_cost
+
+# Openness of a gate that counts as half open in :class:`Figures`.
+HALF_OPEN = (0.01, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """State of the gates of a model, in numbers.
+
+    Args:
+        flops (float): Share of the dense FLOPs in channels that are not
+            closed.
+        flops_by_openness (float): The same, each channel counted by its
+            openness.
+        cost (float): Share of the target's resource in channels that are not
+            closed.
+        budget (float): Share of the resource that is allowed.
+        held_cost (float): Cost that is held against the budget.
+        undecided (float): Share of the gates whose openness is between the
+            limits of ``HALF_OPEN``.
+        multiplier (float): Price multiplier of the last step.
+        openness (tuple[float, ...]): ``(S,)`` mean openness of each group.
+        moved (bool): False if the gates did not move in the step before,
+            because their gradient was not finite.
+    """
+    flops: float
+    flops_by_openness: float
+    cost: float
+    budget: float
+    held_cost: float
+    undecided: float
+    multiplier: float
+    openness: tuple[float, ...]
+    moved: bool = True
+
+    @classmethod
+    def of(cls, state: Mapping[str, list[float]], budget: float) -> Figures:
+        """Compose the figures of a state that was read."""
+        return cls(
+            openness=tuple(state['openness']),
+            budget=budget,
+            moved=bool(state.get('moved', [True])[0]),
+            **{
+                name: state[name][0]
+                for name in ('flops', 'flops_by_openness', 'cost', 'held_cost',
+                             'undecided', 'multiplier')
+            })
+
+
+def state_of(gates: GateMethod, flops: Cost, cost: Cost,
+             channel_weight: float) -> dict[str, Tensor]:
+    """Compute what :class:`Figures` tells, on the device of the gates.
+
+    Args:
+        gates (GateMethod): ``G`` gates.
+        flops (Cost): Share of the dense FLOPs.
+        cost (Cost): Share of the target's resource.
+        channel_weight (float): See :func:`gdp_mmseg.gates.base.held_cost`.
+    """
+    openness = gates.openness()
+    channels = (openness > 0).to(openness)
+    low, high = HALF_OPEN
+    return dict(
+        flops=flops(channels),
+        flops_by_openness=flops(openness),
+        cost=cost(channels),
+        held_cost=held_cost(cost, openness, channel_weight),
+        undecided=((openness > low) & (openness < high)).float().mean(),
+        multiplier=gates.multiplier,
+        openness=cost.group_sums(openness) / cost.sizes)
+
+
+def read(state: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Copy small tensors to the host in one transfer."""
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in state.values()])
+    values = iter(flat.tolist())
+    return {
+        name: [next(values) for _ in range(tensor.numel())]
+        for name, tensor in state.items()
+    }
