@@ -138,8 +138,8 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
             raise FloatingPointError(f'a loss of {float(loss)}')
 
     whole = max(sides)
-    small = [] if batches or whole <= _SMALL else [_SMALL]
-    for side in [*small, whole]:
+    tried = [whole] if batches else [min(_SMALL, whole), whole]
+    for side in dict.fromkeys(tried):
         try:
             return step(exported, side)
         except Exception as error:  # a user's forward can raise anything

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
+Rounds = Sequence[Sequence[float]]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -68,13 +69,12 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def paired_latency_ms(
-    models: Sequence[nn.Module],
-    input_shape: tuple[int, ...],
-    forward: Forward,
-    repeats: int = 7,
-    seconds: float = 6.,
-    known: Sequence[Sequence[float]] = ()) -> list[float]:
+def paired_latency_ms(models: Sequence[nn.Module],
+                      input_shape: tuple[int, ...],
+                      forward: Forward,
+                      repeats: int = 7,
+                      seconds: float = 6.,
+                      known: Rounds = ()) -> list[float]:
     """Measure the median time of a forward pass of each model.
 
     The models alternate, so a machine that slows down slows all of them:
@@ -86,7 +86,7 @@ def paired_latency_ms(
         forward (Forward): Called with a model and an input.
         repeats (int): Largest number of timed rounds, after one untimed.
         seconds (float): No third timed round starts after this time.
-        known (Sequence[Sequence[float]]): Rounds that were timed before, each
+        known (Rounds): Rounds that were timed before, each
             with milliseconds in the order of the models. They count, and no
             untimed round is made.
 
