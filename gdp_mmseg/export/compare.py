@@ -61,7 +61,7 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
     Raises:
         RuntimeError: If the outputs are not equal.
     """
-    batches = _batches(
+    batches = load_batches(
         cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data,
         progress)
     if batches is None:
@@ -69,7 +69,7 @@ def compare(cfg: Config, gated: nn.Module, exported: nn.Module,
         images = [torch.randn(shape) for _ in range(_BATCHES)]
         source = f'{_BATCHES} random inputs (no data set found)'
     else:
-        images = _preprocessed(batches, gated)
+        images = preprocessed(batches, gated)
         source = f'{len(images)} inputs of the test set'
     difference = max(
         *(_difference(_logits, gated, exported, image) for image in images),
@@ -98,7 +98,7 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
     """
     settings = cfg.get('train_dataloader')
     # Norms need two images in training.
-    batches = _batches(
+    batches = load_batches(
         settings and dict(settings, batch_size=2), False, progress)
     _, *shape = find_pruner(gated).analysis.input_shape
 
@@ -148,8 +148,8 @@ def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
                 'Please report this with the config')
 
 
-def _batches(settings: Any, needs_data: bool,
-             progress: Progress) -> list[Any] | None:
+def load_batches(settings: Any, needs_data: bool,
+                 progress: Progress) -> list[Any] | None:
     """Load the first batches of a loader; None if there is no data.
 
     Args:
@@ -199,7 +199,7 @@ def _in_this_process(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def _preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
+def preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
     """Inputs ``(1, C, H, W)`` of some batches."""
     preprocess: Any = model.data_preprocessor
     images: list[Tensor] = []

@@ -23,6 +23,7 @@ from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
 from ..engine.pruned_config import pruned_config, write_config
+from ..packages import check_packages
 from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
@@ -34,8 +35,10 @@ from ..surgery.widths import Widths
 from ..version import __version__
 from .compare import (Comparison, Progress, check_metrics, check_trainable,
                       compare)
+from .deploy import deploy
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_dense, load_exported
+from .onnx import PACKAGES
 
 _PICTURE = 'gates.png'
 # A network and the config whose test loop evaluates it.
@@ -48,7 +51,8 @@ def export(cfg: Config,
            name: str,
            evaluate: bool = True,
            progress: Progress = print,
-           dense_checkpoint: str | None = None) -> Report:
+           dense_checkpoint: str | None = None,
+           onnx: Mapping[str, bool] | None = None) -> Report:
     """Prune a gated checkpoint, verify and evaluate the result, write it.
 
     Args:
@@ -65,6 +69,9 @@ def export(cfg: Config,
         dense_checkpoint (str, optional): Checkpoint of a training of the same
             model without gates. It is evaluated too, and fills the metrics of
             the dense network.
+        onnx (Mapping[str, bool], optional): ``dynamic`` and ``argmax`` of an
+            ONNX file that is written too, see
+            :func:`gdp_mmseg.export.onnx.to_onnx`. Defaults to none.
 
     Raises:
         ValueError: If config, checkpoint and folder do not fit together.
@@ -74,6 +81,8 @@ def export(cfg: Config,
     """
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
+    if onnx is not None:
+        check_packages('--onnx', *PACKAGES)
     if evaluate and not cfg.get('test_dataloader'):
         raise ValueError(
             'config: expected test_dataloader, test_evaluator and test_cfg to '
@@ -104,6 +113,12 @@ def export(cfg: Config,
                          dict(dense=dense, gated=gated, pruned=pruned),
                          comparison)
         _note_target(report, pruner, progress)
+        if onnx is not None:
+            with writing(out_dir):
+                report = deploy(
+                    report, partial, cfg,
+                    dict(dense=dense, gated=gated, pruned=exported), onnx,
+                    progress)
         if evaluate:
             files = Config.fromfile(partial / f'{name}_pruned.py')
             report = _evaluated(

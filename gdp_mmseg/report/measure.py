@@ -1,9 +1,11 @@
 """FLOPs, parameters and latency of a network."""
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
+Call = Callable[[], Any]
 
 
 def count_flops(model: nn.Module, input_shape: tuple[int, ...],
@@ -59,37 +62,134 @@ def paired_latency_ms(models: Sequence[nn.Module],
                       seconds: float = 6.) -> list[float]:
     """Measure the median time of a forward pass of each model.
 
-    The models alternate, so a machine that slows down slows all of them:
-    ratios can be compared where times cannot.
-
     Args:
         models (Sequence[nn.Module]): Models on one device, in eval mode.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
         forward (Forward): Called with a model and an input.
-        repeats (int): Largest number of timed rounds, after one untimed.
-        seconds (float): No third timed round starts after this time.
+        repeats (int): See :func:`median_ms`.
+        seconds (float): See :func:`median_ms`.
 
     Returns:
         list[float]: Milliseconds, in the order of the models.
     """
     device = next(models[0].parameters()).device
     inputs = torch.rand(input_shape, device=device)
+    calls = [functools.partial(forward, model, inputs) for model in models]
+    return median_ms(calls, repeats, seconds, device)
 
-    def once(model: nn.Module) -> float:
-        # Kernels of a GPU run after the call that starts them.
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        forward(model, inputs)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) * 1e3
 
+def median_ms(
+    calls: Sequence[Call],
+    repeats: int = 7,
+    seconds: float = 6.,
+    device: torch.device = torch.device('cpu')
+) -> list[float]:
+    """Measure the median time of each call.
+
+    The calls alternate, so a machine that slows down slows all of them:
+    ratios can be compared where times cannot.
+
+    Args:
+        calls (Sequence[Call]): Functions without arguments.
+        repeats (int): Largest number of timed rounds, after one untimed.
+        seconds (float): No third timed round starts after this time.
+        device (torch.device): Device that is waited for.
+
+    Returns:
+        list[float]: Milliseconds, in the order of the calls.
+    """
+
+    def once(call: Call) -> float:
+        start = _now_ms(device)
+        call()
+        return _now_ms(device) - start
+
+    runs = _rounds([functools.partial(once, call) for call in calls], repeats,
+                   seconds)
+    return [statistics.median(times) for times in zip(*runs)]
+
+
+def layer_ms(models: Sequence[nn.Module],
+             input_shape: tuple[int, ...],
+             forward: Forward,
+             repeats: int = 5,
+             seconds: float = 6.) -> list[dict[str, float]]:
+    """Measure the median time of each layer of each model.
+
+    Args:
+        models (Sequence[nn.Module]): Models on one device, in eval mode.
+        input_shape (tuple[int, ...]): ``(N, C, H, W)``.
+        forward (Forward): Called with a model and an input.
+        repeats (int): See :func:`median_ms`.
+        seconds (float): See :func:`median_ms`.
+
+    Returns:
+        list[dict[str, float]]: For each model, milliseconds of the modules
+        that have no modules of their own, by name; under the empty name those
+        of the whole model.
+    """
+    device = next(models[0].parameters()).device
+    inputs = torch.rand(input_shape, device=device)
+
+    def once(model: nn.Module) -> dict[str, float]:
+        times: dict[str, float] = {}
+        with _timed_layers(model, times, device):
+            start = _now_ms(device)
+            forward(model, inputs)
+            times[''] = _now_ms(device) - start
+        return times
+
+    runs = _rounds([functools.partial(once, model) for model in models],
+                   repeats, seconds)
+    return [{
+        name: statistics.median(times[name] for times in rounds)
+        for name in rounds[0]
+    } for rounds in zip(*runs)]
+
+
+@contextlib.contextmanager
+def _timed_layers(model: nn.Module, times: dict[str, float],
+                  device: torch.device) -> Iterator[None]:
+    """Add the milliseconds of each leaf module to a map, in place."""
+    starts: dict[str, float] = {}
+
+    def before(name: str, *_: Any) -> None:
+        starts[name] = _now_ms(device)
+
+    def after(name: str, *_: Any) -> None:
+        times[name] = times.get(name, 0.) + _now_ms(device) - starts[name]
+
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            hooks += [
+                module.register_forward_pre_hook(
+                    functools.partial(before, name)),
+                module.register_forward_hook(functools.partial(after, name))
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounds(runs: Sequence[Callable[[], Any]], repeats: int,
+            seconds: float) -> list[list[Any]]:
+    """Call functions in turns and collect what they return, by round."""
     end = time.perf_counter() + seconds
-    runs: list[list[float]] = []
+    rounds: list[list[Any]] = []
     with torch.no_grad():
-        while len(runs) <= 2 or (len(runs) <= repeats
-                                 and time.perf_counter() < end):
-            runs.append([once(model) for model in models])
+        while len(rounds) <= 2 or (len(rounds) <= repeats
+                                   and time.perf_counter() < end):
+            rounds.append([run() for run in runs])
     # The first round allocates memory and chooses algorithms.
-    return [statistics.median(times) for times in zip(*runs[1:])]
+    return rounds[1:]
+
+
+def _now_ms(device: torch.device) -> float:
+    """Read the clock, after what a GPU still has to do."""
+    # Kernels of a GPU run after the call that starts them.
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return time.perf_counter() * 1e3
