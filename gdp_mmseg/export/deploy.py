@@ -99,8 +99,8 @@ def images_of(cfg: Config, network: nn.Module, size: Sequence[int] | None,
 
 
 def deploy(report: Report, folder: Path, cfg: Config,
-              networks: Mapping[str, nn.Module], options: Mapping[str, bool],
-              progress: Progress) -> Report:
+           networks: Mapping[str, nn.Module], options: Mapping[str, bool],
+           progress: Progress) -> Report:
     """Write the ONNX file and the chart of an export, and measure both.
 
     Args:
@@ -166,43 +166,38 @@ def _slowest_layers(networks: Mapping[str, nn.Module],
                     shape: tuple[int, ...]) -> list[LayerRow]:
     """Time the layers of the pruned network beside those of the dense one."""
     models = [Deployed(networks[name]).eval() for name in ('dense', 'pruned')]
-    dense, pruned = layer_ms(models, shape, lambda model, image: model(image))
+    times = layer_ms(models, shape, lambda model, image: model(image))
     kernels = [{
         name: module.weight.numel()
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, _ConvNd))
-    } for model in models]
-    layers = [
-        LayerRow(
-            name.removeprefix('network.'), dense.get(name, 0.), time,
-            kernels[1][name] / kernels[0][name])
-        for name, time in sorted(pruned.items(), key=lambda item: -item[1])
-        if name in kernels[1] and name in kernels[0]
-    ]
+        if name in found and isinstance(module, (nn.Linear, _ConvNd))
+    } for model, found in zip(models, times)]
+    dense, pruned = times
+    slowest = sorted(kernels[1], key=lambda name: -pruned[name])[:_SLOWEST]
 
-    def others(name: str, *keys: set[str]) -> LayerRow:
+    def summed(title: str, *names: set[str]) -> LayerRow:
         return LayerRow(
-            name,
-            *(sum(times[key] for key in chosen)
-              for times, chosen in zip((dense, pruned), keys)))
+            title,
+            *(sum(found[name] for name in chosen)
+              for found, chosen in zip(times, names)))
 
-    def between(times: Mapping[str, float]) -> float:
-        return 2 * times[''] - sum(times.values())
-
-    slow, rest = layers[:_SLOWEST], layers[_SLOWEST:]
-    with_work = [{*times} & {*weights}
-                 for times, weights in zip((dense, pruned), kernels)]
-    return [
-        *slow,
-        LayerRow(f'{len(rest)} other layers with FLOPs',
-                 sum(row.dense_ms for row in rest),
-                 sum(row.pruned_ms for row in rest)),
-        others(
+    rows = [
+        LayerRow(
+            name.removeprefix('network.'), dense[name], pruned[name],
+            kernels[1][name] / kernels[0][name]) for name in slowest
+    ]
+    rows += [
+        summed('all other layers with FLOPs',
+               *({*found} - {*slowest} for found in kernels)),
+        summed(
             'norms, activations, pooling',
-            *({*times} - work - {''}
-              for times, work in zip((dense, pruned), with_work))),
-        LayerRow('between the modules (resizing, addition, concatenation)',
-                 between(dense), between(pruned))
+            *({*found} - {*layers, ''}
+              for found, layers in zip(times, kernels)))
+    ]
+    between = [2 * found[''] - sum(found.values()) for found in times]
+    return [
+        *rows,
+        LayerRow('between the modules: resizing, addition, ...', *between)
     ]
 
 

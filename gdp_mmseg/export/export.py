@@ -83,15 +83,7 @@ def export(cfg: Config,
     check_out_dir(out_dir)
     if onnx is not None:
         check_packages('--onnx', *PACKAGES)
-    if evaluate and not cfg.get('test_dataloader'):
-        raise ValueError(
-            'config: expected test_dataloader, test_evaluator and test_cfg to '
-            'evaluate with, but got no test_dataloader; add them, e.g. '
-            'test_dataloader = val_dataloader, or pass --no-eval')
-    if dense_checkpoint is not None and not evaluate:
-        raise ValueError('--dense: expected an evaluation, which is all that '
-                         'it is for, but got --no-eval too; leave one of the '
-                         'two out')
+    _check_evaluation(cfg, evaluate, dense_checkpoint)
     enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
     dense, gated = build_networks(cfg, state, meta)
@@ -132,6 +124,24 @@ def export(cfg: Config,
             report.write(partial / 'report.json')
             (partial / 'report.md').write_text(markdown(report))
     return report
+
+
+def _check_evaluation(cfg: Config, evaluate: bool,
+                      dense_checkpoint: str | None) -> None:
+    """Check that the networks can be evaluated, if they are to be.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if evaluate and not cfg.get('test_dataloader'):
+        raise ValueError(
+            'config: expected test_dataloader, test_evaluator and test_cfg to '
+            'evaluate with, but got no test_dataloader; add them, e.g. '
+            'test_dataloader = val_dataloader, or pass --no-eval')
+    if dense_checkpoint is not None and not evaluate:
+        raise ValueError('--dense: expected an evaluation, which is all that '
+                         'it is for, but got --no-eval too; leave one of the '
+                         'two out')
 
 
 def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,

@@ -227,7 +227,7 @@ def _by_trace(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
     Raises:
         _Refused: If this does not work.
     """
-    file = io.BytesIO()
+    file: Any = io.BytesIO()  # torch's annotation lacks streams
     axes = {INPUT: _AXES} if dynamic else None
     try:
         with _quiet():

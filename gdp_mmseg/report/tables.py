@@ -125,14 +125,11 @@ class Report:
         """Pruned network's FLOPs, parameters and latencies over the dense's.
         """
         dense, pruned = (self.network(name) for name in ('dense', 'pruned'))
-        return {
-            'FLOPs': self.share('flops'),
-            'parameters': self.share('params'),
-            **{
-                f'latency, {runtime}': time / dense.latency_ms[runtime]
-                for runtime, time in pruned.latency_ms.items() if runtime in dense.latency_ms
-            }
-        }
+        shares = dict(
+            FLOPs=self.share('flops'), parameters=self.share('params'))
+        for runtime, time in pruned.latency_ms.items():
+            shares[f'latency, {runtime}'] = time / dense.latency_ms[runtime]
+        return shares
 
     def write(self, path: Path) -> None:
         """Write the report as JSON: a complete file or none."""
