@@ -16,6 +16,8 @@ from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
 Call = Callable[[], Any]
+Clock = Callable[[], float]
+_CPU = torch.device('cpu')
 
 
 def count_flops(model: nn.Module, input_shape: tuple[int, ...],
@@ -78,12 +80,11 @@ def paired_latency_ms(models: Sequence[nn.Module],
     return median_ms(calls, repeats, seconds, device)
 
 
-def median_ms(
-    calls: Sequence[Call],
-    repeats: int = 7,
-    seconds: float = 6.,
-    device: torch.device = torch.device('cpu')
-) -> list[float]:
+def median_ms(calls: Sequence[Call],
+              repeats: int = 7,
+              seconds: float = 6.,
+              device: torch.device = _CPU,
+              clock: Clock = time.perf_counter) -> list[float]:
     """Measure the median time of each call.
 
     The calls alternate, so a machine that slows down slows all of them:
@@ -94,15 +95,17 @@ def median_ms(
         repeats (int): Largest number of timed rounds, after one untimed.
         seconds (float): No third timed round starts after this time.
         device (torch.device): Device that is waited for.
+        clock (Clock): Function that returns seconds; ``time.process_time``
+            for those of this process alone, where others use the machine.
 
     Returns:
         list[float]: Milliseconds, in the order of the calls.
     """
 
     def once(call: Call) -> float:
-        start = _now_ms(device)
+        start = _now_ms(device, clock)
         call()
-        return _now_ms(device) - start
+        return _now_ms(device, clock) - start
 
     runs = _rounds([functools.partial(once, call) for call in calls], repeats,
                    seconds)
@@ -187,9 +190,9 @@ def _rounds(runs: Sequence[Callable[[], Any]], repeats: int,
     return rounds[1:]
 
 
-def _now_ms(device: torch.device) -> float:
+def _now_ms(device: torch.device, clock: Clock = time.perf_counter) -> float:
     """Read the clock, after what a GPU still has to do."""
     # Kernels of a GPU run after the call that starts them.
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
-    return time.perf_counter() * 1e3
+    return clock() * 1e3
