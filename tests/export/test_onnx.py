@@ -3,6 +3,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +12,23 @@ import pytest
 
 pytest.importorskip('mmseg')
 
+import numpy as np
 import torch
 from mmengine.config import Config
+from mmseg.apis import inference_model
+from PIL import Image
 from torch import Tensor, nn
 
 from gdp_mmseg import packages
 from gdp_mmseg.export import deploy as deploying
 from gdp_mmseg.export import onnx as exporting
-from gdp_mmseg.export.deploy import deploy, write_onnx
+from gdp_mmseg.export.deploy import deploy, export_onnx, write_onnx
 from gdp_mmseg.export.onnx import INPUT, PACKAGES, Deployed, to_onnx
 from gdp_mmseg.report.deployment import Deployment, LayerRow, OnnxFile
 from gdp_mmseg.report.tables import Report, markdown
 
-from helpers.project import NAME, Exported, run_tool
+from helpers import ROOT
+from helpers.project import NAME, Exported, Project, run_tool
 
 needs_onnx = pytest.mark.skipif(
     not all(map(packages.is_installed, PACKAGES)),
@@ -197,6 +203,28 @@ def test_command_writes_what_the_exported_pair_computes(
     assert [*tmp_path.iterdir()] == [tmp_path / 'new.onnx']
     done = run_tool('to_onnx.py', *arguments, cwd=tmp_path)
     assert done.status == 2 and 'expected a new file, but' in done.stderr
+
+
+@needs_onnx
+def test_program_of_the_page_finds_the_classes(
+        exported: Exported, project: Project, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / 'docs' / 'deploy.md').read_text()
+    program = re.findall(r'^```python\n(.*?)^```', page, re.M | re.S)[0]
+    assert program.count('\n') <= 20
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(exported.config)
+    export_onnx(cfg, str(exported.checkpoint), Path('segment.onnx'), True,
+                True)
+    shutil.copy(project.images()[0], 'image.jpg')
+    exec(program, {})
+    model: Any = exported.model()
+    model.cfg = cfg
+    result = inference_model(model, 'image.jpg')
+    wanted = result.pred_sem_seg.data[0].numpy()
+    found = np.asarray(Image.open('classes.png'))
+    assert found.shape == wanted.shape
+    assert (found != wanted).mean() < 1e-3
 
 
 @needs_onnx
