@@ -140,7 +140,8 @@ def deploy(report: Report, folder: Path, cfg: Config,
         picture=_PICTURE)
     report = dataclasses.replace(report, networks=rows, deployment=deployment)
     draw_shares(report.shares(),
-                f'{report.name}: what was saved').savefig(folder / _PICTURE)
+                f'{report.name}: shares of the dense network').savefig(
+                    folder / _PICTURE)
     return report
 
 

@@ -252,8 +252,8 @@ def _by_program(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
         _Refused: If this does not work; names the operator and the module.
     """
     image = _example(image, dynamic)
-    shapes = {INPUT: {axis: torch.export.Dim.AUTO for axis in _AXES}}
     try:
+        shapes = {INPUT: {axis: torch.export.Dim.AUTO for axis in _AXES}}
         with _quiet():
             program = torch.export.export(
                 deployed, (image, ),

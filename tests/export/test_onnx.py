@@ -28,7 +28,7 @@ from gdp_mmseg.report.deployment import Deployment, LayerRow, OnnxFile
 from gdp_mmseg.report.tables import Report, markdown
 
 from helpers import ROOT
-from helpers.project import NAME, Exported, Project, run_tool
+from helpers.project import NAME, Exported, Project, Trained, run_tool
 
 needs_onnx = pytest.mark.skipif(
     not all(map(packages.is_installed, PACKAGES)),
@@ -185,6 +185,19 @@ def test_flags_of_an_onnx_file_need_one(exported: Exported,
         'new',
         cwd=tmp_path)
     assert done.status == 2 and 'expected --onnx with --dyn' in done.stderr
+
+
+@needs_onnx
+def test_gated_config_is_refused(trained: Trained, tmp_path: Path) -> None:
+    done = run_tool(
+        'to_onnx.py',
+        trained.config,
+        trained.checkpoint,
+        '--out',
+        'new.onnx',
+        cwd=tmp_path)
+    assert done.status == 2 and 'expected an exported config' in done.stderr
+    assert not [*tmp_path.iterdir()]
 
 
 @needs_onnx
