@@ -3,6 +3,9 @@ from __future__ import annotations
 
 import importlib.util
 
+# Packages that an ONNX file needs.
+ONNX = ('onnx', 'onnxruntime', 'onnxscript')
+
 
 def check_packages(asked_by: str, *names: str) -> None:
     """Check that optional packages are installed.

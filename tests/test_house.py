@@ -43,7 +43,7 @@ ARROWS: dict[str, set[str]] = {
         'registry', 'files', 'spelling', 'analysis', 'gates', 'cost',
         'surgery', 'report', 'engine', 'export'
     },
-    'demo': {'files', 'report', 'cli'},
+    'demo': {'files', 'packages', 'report', 'cli'},
     # The commands themselves are found by their names.
     '__main__': {'version', 'spelling', 'cli'},
     '__init__':

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..engine.checkpoint import read_checkpoint
 from ..engine.config import ModelConfig
 from ..files import write_whole
-from ..packages import check_packages
+from ..packages import ONNX, check_packages
 from ..report.deployment import Deployment, LayerRow, OnnxFile
 from ..report.measure import Call, layer_ms, median_ms
 from ..report.plots import draw_shares
@@ -25,7 +25,7 @@ from ..report.tables import Report
 from ..surgery.saved import load_strictly
 from .compare import Progress, load_batches, preprocessed
 from .networks import enter_scope
-from .onnx import PACKAGES, Deployed, resized, to_onnx
+from .onnx import Deployed, resized, to_onnx
 
 _PICTURE = 'shares.png'
 # Number of layers that a report lists.
@@ -56,7 +56,7 @@ def export_onnx(cfg: Config,
     Raises:
         ValueError: See :func:`to_onnx`.
     """
-    check_packages('onnx', *PACKAGES)
+    check_packages('onnx', *ONNX)
     enter_scope(cfg)
     config = ModelConfig.of(cfg).without_pretrained()
     if config.kind == 'gated':

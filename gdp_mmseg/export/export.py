@@ -23,7 +23,7 @@ from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
 from ..engine.pruned_config import pruned_config, write_config
-from ..packages import check_packages
+from ..packages import ONNX, check_packages
 from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
@@ -38,7 +38,6 @@ from .compare import (Comparison, Progress, check_metrics, check_trainable,
 from .deploy import deploy
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_dense, load_exported
-from .onnx import PACKAGES
 
 _PICTURE = 'gates.png'
 # A network and the config whose test loop evaluates it.
@@ -82,7 +81,7 @@ def export(cfg: Config,
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
     if onnx is not None:
-        check_packages('--onnx', *PACKAGES)
+        check_packages('--onnx', *ONNX)
     _check_evaluation(cfg, evaluate, dense_checkpoint)
     enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.forwards import inference_forward
-from ..packages import check_packages
+from ..packages import ONNX, check_packages
 from ..report.deployment import OnnxFile
 from ..report.runtimes import onnxruntime_session
 from ..surgery.outputs import TOLERANCE, first_line, largest_difference
@@ -35,7 +35,6 @@ _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # Sides of the second input of a dynamic file: a multiple of this, because
 # many networks halve their input five times.
 _STEP = 32
-PACKAGES = ('onnx', 'onnxruntime', 'onnxscript')
 
 
 class Deployed(nn.Module):
@@ -107,7 +106,7 @@ def to_onnx(network: nn.Module,
         ValueError: If a package or an operator is missing, or the outputs
             differ.
     """
-    check_packages('onnx', *PACKAGES)
+    check_packages('onnx', *ONNX)
     deployed, inputs = Deployed(network).eval(), [*images]
     if dynamic:
         inputs.append(_at_another_size(deployed, inputs))

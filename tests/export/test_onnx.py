@@ -23,7 +23,7 @@ from gdp_mmseg import packages
 from gdp_mmseg.export import deploy as deploying
 from gdp_mmseg.export import onnx as exporting
 from gdp_mmseg.export.deploy import deploy, export_onnx, write_onnx
-from gdp_mmseg.export.onnx import INPUT, PACKAGES, Deployed, to_onnx
+from gdp_mmseg.export.onnx import INPUT, Deployed, to_onnx
 from gdp_mmseg.report.deployment import Deployment, LayerRow, OnnxFile
 from gdp_mmseg.report.tables import Report, markdown
 
@@ -31,7 +31,7 @@ from helpers import ROOT
 from helpers.project import NAME, Exported, Project, Trained, run_tool
 
 needs_onnx = pytest.mark.skipif(
-    not all(map(packages.is_installed, PACKAGES)),
+    not all(map(packages.is_installed, packages.ONNX)),
     reason='needs requirements/deploy.txt')
 
 
