@@ -111,6 +111,7 @@ def measure(folder: Path, calibration: int) -> dict[str, Any]:
     plain, integer = median_ms(calls, 20, 20.)
     return dict(
         name=NAME,
+        iterations=cfg.train_cfg.max_iters,
         miou={
             name: miou(cfg, network, file)
             for name, file in files.items()
@@ -129,9 +130,11 @@ def markdown(report: dict[str, Any]) -> str:
     plain, small = report['bytes']
     return '\n'.join([
         table(rows), '',
-        f'Calibrated on {report["calibration"]} images of the training set. '
-        f'The file has {small / plain:.2f} of the size, and takes '
-        f'{report["latency"]:.2f} of the time, of the one in single precision '
+        f'Trained for {report["iterations"]} iterations, and calibrated '
+        f'on {report["calibration"]} images of the training set. '
+        'Of the file in single precision, the one of integers has '
+        f'{small / plain:.0%} of the size and takes {report["latency"]:.0%} of '
+        'the time '
         f'({report["machine"]}, {torch.get_num_threads()} thread, ONNX '
         f'Runtime {report["onnxruntime"]}; this depends on the instructions '
         'of the processor).'

