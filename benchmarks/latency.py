@@ -217,8 +217,8 @@ def markdown(report: dict[str, Any]) -> str:
         '',
         table(rows), '',
         'No network was trained: channels were removed at random, another '
-        f'share of each group, until {TARGET} of the FLOPs were left, and each '
-        'width was then rounded up. The time of a network is the same '
+        f'share of each group, until {TARGET} of the FLOPs were left, and '
+        'each width was then rounded up. The time of a network is the same '
         'whichever of its channels were removed. Process time of one thread, '
         'one image, from the normalised image to logits of its size; medians '
         f'of {report["rounds"]} rounds in which all networks and runtimes '
