@@ -26,8 +26,8 @@ class OnnxFile:
     def sentence(self) -> str:
         """Describe the file and its check."""
         sizes = 'any batch and size' if self.dynamic else 'one size'
-        return (f'{self.file}: normalised images of {sizes} to {self.output} '
-                'of the same size. Largest difference between ONNX Runtime '
+        return (f'{self.file}: normalised images of {sizes} to {self.output}. '
+                'Largest difference between ONNX Runtime '
                 'and PyTorch, relative to the largest logit: '
                 f'{self.max_rel_diff:.1e} on {self.compared_on}.')
 

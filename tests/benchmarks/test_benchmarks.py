@@ -297,7 +297,9 @@ def test_training_that_is_killed_ends_as_the_one_that_is_not(
 
 def test_random_widths_are_at_the_target_and_round_up() -> None:
     import latency
+
     from gdp_mmseg.cost.counts import FlopCost
+
     from helpers.toys import TOYS
     analysis = TOYS['interpolate and concat'].analyse()[1]
     cost = FlopCost(analysis)

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from gdp_mmseg.analysis.structure import Group
-from gdp_mmseg.report.plots import (draw_path, draw_shares, draw_widths,
-                                    pixels)
+from gdp_mmseg.report.plots import draw_path, draw_shares, draw_widths, pixels
 
 from helpers.stages import is_drawn
 
