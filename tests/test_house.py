@@ -14,21 +14,20 @@ PACKAGE = ROOT / 'gdp_mmseg'
 
 # Folders, and modules beside them, in the order in which data passes them:
 # none imports what stands below it here.
-ORDER = ('version', 'registry', 'files', 'spelling', 'packages', 'analysis',
-         'gates', 'cost', 'surgery', 'pruner', 'report', 'gated', 'engine',
-         'export', 'cli', 'demo', '__main__', '__init__')
+ORDER = ('version', 'registry', 'files', 'packages', 'analysis', 'gates',
+         'cost', 'surgery', 'pruner', 'report', 'gated', 'engine', 'export',
+         'cli', 'demo', '__main__', '__init__')
 # What each of them imports of the others: no more and no less.
 ARROWS: dict[str, set[str]] = {
     'version': set(),
     'registry': set(),
     'files': set(),
-    'spelling': set(),
     'packages': set(),
-    'analysis': {'spelling'},
+    'analysis': set(),
     'gates': {'analysis'},
     'cost': {'packages', 'analysis'},
     'surgery': {'version', 'files', 'analysis', 'gates'},
-    'pruner': {'spelling', 'analysis', 'gates', 'cost'},
+    'pruner': {'analysis', 'gates', 'cost'},
     'report': {'files', 'packages', 'analysis', 'gates'},
     'gated': {'analysis', 'gates', 'cost', 'surgery', 'pruner', 'report'},
     'engine': {
@@ -40,12 +39,12 @@ ARROWS: dict[str, set[str]] = {
         'report', 'engine'
     },
     'cli': {
-        'registry', 'files', 'spelling', 'analysis', 'gates', 'cost',
-        'surgery', 'report', 'engine', 'export'
+        'registry', 'files', 'analysis', 'gates', 'cost', 'surgery', 'report',
+        'engine', 'export'
     },
     'demo': {'files', 'packages', 'report', 'cli'},
     # The commands themselves are found by their names.
-    '__main__': {'version', 'spelling', 'cli'},
+    '__main__': {'version', 'analysis', 'cli'},
     '__init__':
     {'version', 'analysis', 'surgery', 'gated', 'engine', 'export'},
 }
@@ -55,7 +54,6 @@ LIBRARIES: dict[str, set[str]] = {
     'version': set(),
     'registry': {'mmengine'},
     'files': set(),
-    'spelling': set(),
     'packages': set(),
     'analysis': {'torch', 'scipy', 'numpy'},
     'gates': {'torch'},
