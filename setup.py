@@ -97,6 +97,7 @@ setup(
     extras_require={
         'onedl': requirements('mminstall'),
         'optional': requirements('optional'),
+        'deploy': requirements('deploy'),
         'tests': requirements('tests'),
     },
     zip_safe=False,

@@ -48,7 +48,7 @@ _MODULES = dict(
 _COMMANDS = [
     f'{__name__}.{name}'
     for name in ('__main__', 'cli.check', 'cli.export', 'cli.groups',
-                 'cli.test', 'cli.train', 'demo.data', 'demo.demo')
+                 'cli.onnx', 'cli.test', 'cli.train', 'demo.data', 'demo.demo')
 ]
 
 

@@ -22,6 +22,8 @@ COMMANDS = dict(
     train=('gdp_mmseg.cli.train:main', 'train the model of a config'),
     export=('gdp_mmseg.cli.export:main',
             'write the pruned network of a gated checkpoint, and a report'),
+    onnx=('gdp_mmseg.cli.onnx:main',
+          'write a pruned network as ONNX, checked in ONNX Runtime'),
     test=('gdp_mmseg.cli.test:main', 'evaluate a checkpoint'),
     demo=('gdp_mmseg.demo.demo:main',
           'train, export and compare on drawn shapes, about 8 minutes on a '

@@ -14,31 +14,35 @@ PACKAGE = ROOT / 'gdp_mmseg'
 
 # Folders, and modules beside them, in the order in which data passes them:
 # none imports what stands below it here.
-ORDER = ('version', 'registry', 'files', 'analysis', 'gates', 'cost',
-         'surgery', 'pruner', 'report', 'gated', 'engine', 'export', 'cli',
-         'demo', '__main__', '__init__')
+ORDER = ('version', 'registry', 'files', 'packages', 'analysis', 'gates',
+         'cost', 'surgery', 'pruner', 'report', 'gated', 'engine', 'export',
+         'cli', 'demo', '__main__', '__init__')
 # What each of them imports of the others: no more and no less.
 ARROWS: dict[str, set[str]] = {
     'version': set(),
     'registry': set(),
     'files': set(),
+    'packages': set(),
     'analysis': set(),
     'gates': {'analysis'},
-    'cost': {'analysis'},
+    'cost': {'packages', 'analysis'},
     'surgery': {'version', 'files', 'analysis', 'gates'},
     'pruner': {'analysis', 'gates', 'cost'},
-    'report': {'files', 'analysis', 'gates'},
+    'report': {'files', 'packages', 'analysis', 'gates'},
     'gated': {'analysis', 'gates', 'cost', 'surgery', 'pruner', 'report'},
     'engine': {
         'version', 'registry', 'files', 'analysis', 'gates', 'cost', 'surgery',
         'pruner', 'report'
     },
-    'export': {'version', 'analysis', 'surgery', 'pruner', 'report', 'engine'},
+    'export': {
+        'version', 'files', 'packages', 'analysis', 'surgery', 'pruner',
+        'report', 'engine'
+    },
     'cli': {
         'registry', 'files', 'analysis', 'gates', 'cost', 'surgery', 'report',
         'engine', 'export'
     },
-    'demo': {'files', 'report', 'cli'},
+    'demo': {'files', 'packages', 'report', 'cli'},
     # The commands themselves are found by their names.
     '__main__': {'version', 'analysis', 'cli'},
     '__init__':
@@ -50,15 +54,16 @@ LIBRARIES: dict[str, set[str]] = {
     'version': set(),
     'registry': {'mmengine'},
     'files': set(),
+    'packages': set(),
     'analysis': {'torch', 'scipy', 'numpy'},
     'gates': {'torch'},
-    'cost': {'torch', 'scipy', 'numpy'},
+    'cost': {'torch', 'scipy', 'numpy', 'onnx', 'onnxruntime'},
     'surgery': {'torch'},
     'pruner': {'torch'},
-    'report': {'torch', 'matplotlib', 'numpy'},
+    'report': {'torch', 'matplotlib', 'numpy', 'onnxruntime', 'openvino'},
     'gated': {'torch'},
     'engine': {'torch', 'numpy', 'mmengine', 'mmseg', 'mmpretrain'},
-    'export': {'torch', 'numpy', 'mmengine'},
+    'export': {'torch', 'numpy', 'mmengine', 'onnx'},
     'cli': {'torch', 'mmengine', 'mmseg', 'PIL'},
     'demo': {'torch', 'mmseg', 'matplotlib', 'numpy', 'PIL'},
     '__main__': set(),

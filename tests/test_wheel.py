@@ -21,7 +21,7 @@ IN_MIM = 'gdp_mmseg/.mim'
 TOOLS = {
     f'{name}.py'
     for name in ('check', 'demo', 'export', 'groups', 'make_demo_data', 'test',
-                 'train')
+                 'to_onnx', 'train')
 } | {
     f'{kind}_{name}.sh'
     for kind in ('dist', 'slurm')

@@ -9,6 +9,7 @@ from mmengine.config import DictAction
 from .checks import check_checkpoint, load_config
 from .data_checks import check_paths
 from .errors import one_line_errors
+from .onnx import add_onnx_flags
 
 
 def parse_args() -> argparse.Namespace:
@@ -29,11 +30,21 @@ def parse_args() -> argparse.Namespace:
         help='checkpoint of the same model, trained without gates: it is '
         'evaluated too, for the comparison in the report')
     parser.add_argument(
+        '--onnx',
+        action='store_true',
+        help='also write an ONNX file, and measure the latency in all '
+        'installed runtimes')
+    add_onnx_flags(parser)
+    parser.add_argument(
         '--cfg-options',
         nargs='+',
         action=DictAction,
         help='settings that override the config, as key=value')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.onnx and (args.dynamic or args.argmax):
+        parser.error('expected --onnx with --dynamic and --argmax, but got '
+                     'no --onnx; add it')
+    return args
 
 
 @one_line_errors()
@@ -54,7 +65,9 @@ def main() -> None:
         args.out_dir,
         Path(args.config).stem,
         not args.no_eval,
-        dense_checkpoint=args.dense)
+        dense_checkpoint=args.dense,
+        onnx=dict(dynamic=args.dynamic, argmax=args.argmax)
+        if args.onnx else None)
     print(comparison(report))
     print(f'wrote {args.out_dir}')
 

@@ -1,8 +1,9 @@
 """Measurement of how the time of each layer depends on its widths.
 
 Each distinct layer that inference runs is timed alone, on the device of the
-training, at a few numbers of inputs and outputs. A function that cannot be
-negative at any width is fitted to the times:
+training or in the runtime that the target names, at a few numbers of inputs
+and outputs. A function that cannot be negative at any width is fitted to the
+times:
 
 .. code-block:: text
 
@@ -14,7 +15,6 @@ Letters: ``L`` layers of inference, ``P`` points (widths of a layer).
 """
 from __future__ import annotations
 
-import dataclasses
 import statistics
 import time
 from typing import Callable, Sequence
@@ -23,10 +23,11 @@ import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..analysis.structure import Analysis, Layer, LayerCall
 from .counts import ONE, Cost, CostTerm, inference_layers, term_of
+from .onnx_layers import OnnxStopwatch
+from .workload import Workload
 
 
 class LatencyCost(Cost):
@@ -69,59 +70,6 @@ ROUNDS = 20
 # that several calls in a row are timed there.
 _CALLS = {'cuda': 20}
 
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """One call of a layer at chosen widths.
-
-    Args:
-        call (LayerCall): The call of the dense layer.
-        inputs (int): Number of slots on the kernel's axis of inputs.
-        outputs (int): Number of output channels.
-        blockwise (bool): Whether outputs are removed with the inputs that
-            they read (see :class:`gdp_mmseg.analysis.structure.Layer`).
-    """
-    call: LayerCall
-    inputs: int
-    outputs: int
-    blockwise: bool
-
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Create an input and a kernel of ones."""
-        call = self.call
-        kernel, size, options = call.kernel, call.size, call.options
-        if not options:
-            shapes: tuple[Sequence[int], ...] = ((*size, self.inputs),
-                                                 (self.outputs, self.inputs))
-        else:
-            images, *sides = size
-            transposed, groups = options[3], self.groups
-            if self.blockwise:
-                channels, narrow = groups * kernel[1], (self.outputs,
-                                                        kernel[1])
-            else:
-                channels = groups * self.inputs
-                narrow = ((channels, self.outputs // groups) if transposed else
-                          (self.outputs, self.inputs))
-            shapes = (images, channels, *sides), (*narrow, *kernel[2:])
-        inputs, weight = (torch.ones(shape, device=device) for shape in shapes)
-        return inputs, weight
-
-    @property
-    def groups(self) -> int:
-        """Groups of the convolution; a blockwise one has lost some."""
-        groups: int = self.call.options[5]
-        return (self.outputs * groups //
-                self.call.kernel[0] if self.blockwise else groups)
-
-    def __call__(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """Run the layer once."""
-        if not self.call.options:
-            return F.linear(inputs, weight)
-        return torch.ops.aten.convolution(inputs, weight, None,
-                                          *self.call.options[:5], self.groups)
-
-
 Stopwatch = Callable[[Workload, torch.device], float]
 
 
@@ -136,6 +84,11 @@ def stopwatch(workload: Workload, device: torch.device) -> float:
         workload(inputs, weight)
     _wait(device)
     return (time.perf_counter() - start) * 1e3 / calls
+
+
+# Functions that make the stopwatch of each runtime.
+STOPWATCHES: dict[str, Callable[[], Stopwatch]] = dict(
+    torch=lambda: stopwatch, onnxruntime=OnnxStopwatch)
 
 
 def _wait(device: torch.device) -> None:

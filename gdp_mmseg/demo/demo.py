@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from ..cli.checks import load_config
 from ..cli.errors import fail, one_line_errors
+from ..packages import ONNX, is_installed
 from .commands import Command, run_together
 from .data import make_demo_data
 from .picture import draw
@@ -114,15 +115,17 @@ def checkpoint_of(folder: Path, stage: str, iterations: int) -> Path:
 def export(folder: Path, clock: Clock) -> None:
     """Export the gated checkpoint by a command."""
 
+    onnx = ['--onnx'] if all(map(is_installed, ONNX)) else []
+
     def see(line: str) -> None:
-        if line.startswith(('comparing', 'evaluating')):
+        if line.startswith(('comparing', 'exporting', 'evaluating')):
             clock.show('export', clock.iterations + AROUND / 3, line)
 
     run_together([
         Command(
             arguments=_called('export', GATED,
                               checkpoint_of(folder, 'gated', clock.iterations),
-                              '--out-dir', folder / 'export'),
+                              '--out-dir', folder / 'export', *onnx),
             log=folder / 'export.log',
             see=see)
     ])

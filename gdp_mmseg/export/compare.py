@@ -74,14 +74,14 @@ def compare(cfg: Config,
         RuntimeError: If the outputs are not equal.
     """
     shape = find_pruner(gated).analysis.input_shape
-    batches = _batches(
+    batches = load_batches(
         cfg.get('test_dataloader') or cfg.get('val_dataloader'), needs_data,
         progress)
     if batches is None:
         images = [torch.randn(shape) for _ in range(_BATCHES)]
         source = f'{_BATCHES} random inputs (no data set found)'
     else:
-        images = _preprocessed(batches, gated)
+        images = preprocessed(batches, gated)
         source = f'{len(images)} inputs of the test set'
     timed = _Timed(_logits)
     rounds = []
@@ -119,7 +119,7 @@ def check_trainable(cfg: Config, gated: nn.Module, exported: nn.Module,
     """
     settings = cfg.get('train_dataloader')
     # Norms need two images in training.
-    batches = _batches(
+    batches = load_batches(
         settings and dict(settings, batch_size=2), False, progress)
     _, channels, *sides = find_pruner(gated).analysis.input_shape
 
@@ -173,8 +173,8 @@ def check_metrics(gated: Mapping[str, float], pruned: Mapping[str,
                 'Please report this with the config')
 
 
-def _batches(settings: Any, needs_data: bool,
-             progress: Progress) -> list[Any] | None:
+def load_batches(settings: Any, needs_data: bool,
+                 progress: Progress) -> list[Any] | None:
     """Load the first batches of a loader; None if there is no data.
 
     Args:
@@ -224,7 +224,7 @@ def _in_this_process(settings: Any) -> dict[str, Any]:
     return plain
 
 
-def _preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
+def preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
     """Inputs ``(1, C, H, W)`` of some batches."""
     preprocess: Any = model.data_preprocessor
     images: list[Tensor] = []

@@ -23,6 +23,7 @@ from ..engine.checkpoint import other_versions, read_checkpoint, save_exported
 from ..engine.forwards import count_inference_flops, inference_forward
 from ..engine.model import find_pruner
 from ..engine.pruned_config import pruned_config, write_config
+from ..packages import ONNX, check_packages
 from ..pruner.pruner import Pruner
 from ..report.measure import count_parameters, paired_latency_ms
 from ..report.plots import draw_record
@@ -35,6 +36,7 @@ from ..surgery.widths import Widths
 from ..version import __version__
 from .compare import (Comparison, Progress, check_metrics, check_trainable,
                       compare)
+from .deploy import deploy
 from .folder import check_out_dir, new_folder, writing
 from .networks import build_networks, enter_scope, load_dense, load_exported
 
@@ -49,7 +51,8 @@ def export(cfg: Config,
            name: str,
            evaluate: bool = True,
            progress: Progress = print,
-           dense_checkpoint: str | None = None) -> Report:
+           dense_checkpoint: str | None = None,
+           onnx: Mapping[str, bool] | None = None) -> Report:
     """Prune a gated checkpoint, verify and evaluate the result, write it.
 
     Args:
@@ -66,6 +69,9 @@ def export(cfg: Config,
         dense_checkpoint (str, optional): Checkpoint of a training of the same
             model without gates. It is evaluated too, and fills the metrics of
             the dense network.
+        onnx (Mapping[str, bool], optional): ``dynamic`` and ``argmax`` of an
+            ONNX file that is written too, see
+            :func:`gdp_mmseg.export.onnx.to_onnx`. Defaults to none.
 
     Raises:
         ValueError: If config, checkpoint and folder do not fit together.
@@ -75,15 +81,9 @@ def export(cfg: Config,
     """
     out_dir = Path(out_dir)
     check_out_dir(out_dir)
-    if evaluate and not cfg.get('test_dataloader'):
-        raise ValueError(
-            'config: expected test_dataloader, test_evaluator and test_cfg to '
-            'evaluate with, but got no test_dataloader; add them, e.g. '
-            'test_dataloader = val_dataloader, or pass --no-eval')
-    if dense_checkpoint is not None and not evaluate:
-        raise ValueError('--dense: expected an evaluation, which is all that '
-                         'it is for, but got --no-eval too; leave one of the '
-                         'two out')
+    if onnx is not None:
+        check_packages('--onnx', *ONNX)
+    _check_evaluation(cfg, evaluate, dense_checkpoint)
     enter_scope(cfg)
     state, meta = read_checkpoint(checkpoint)
     dense, gated = build_networks(cfg, state, meta)
@@ -105,6 +105,12 @@ def export(cfg: Config,
                          dict(dense=dense, gated=gated, pruned=pruned),
                          comparison)
         _note_misses(report, pruner, progress)
+        if onnx is not None:
+            with writing(out_dir):
+                report = deploy(
+                    report, partial, cfg,
+                    dict(dense=dense, gated=gated, pruned=exported), onnx,
+                    progress)
         if evaluate:
             files = Config.fromfile(partial / f'{name}_pruned.py')
             report = _evaluated(
@@ -118,6 +124,24 @@ def export(cfg: Config,
             report.write(partial / 'report.json')
             (partial / 'report.md').write_text(markdown(report))
     return report
+
+
+def _check_evaluation(cfg: Config, evaluate: bool,
+                      dense_checkpoint: str | None) -> None:
+    """Check that the networks can be evaluated, if they are to be.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    if evaluate and not cfg.get('test_dataloader'):
+        raise ValueError(
+            'config: expected test_dataloader, test_evaluator and test_cfg to '
+            'evaluate with, but got no test_dataloader; add them, e.g. '
+            'test_dataloader = val_dataloader, or pass --no-eval')
+    if dense_checkpoint is not None and not evaluate:
+        raise ValueError('--dense: expected an evaluation, which is all that '
+                         'it is for, but got --no-eval too; leave one of the '
+                         'two out')
 
 
 def _write_pair(folder: Path, name: str, cfg: Config, pruned: nn.Module,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from ..analysis.liveness import constant_channels, kept_channels
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
-from ..cost.latency import LatencyCost, Stopwatch, measure, stopwatch
+from ..cost.latency import STOPWATCHES, LatencyCost, Stopwatch, measure
 from ..gates.base import GateMethod
 from ..gates.blocks import Blocks
 from .figures import Figures, read, state_of
@@ -81,15 +81,20 @@ class Pruner(nn.Module):
         """True until :meth:`measure_` has measured the cost."""
         return isinstance(self.cost, LatencyCost) and not self.cost.measured
 
-    def measure_(self, stopwatch: Stopwatch = stopwatch) -> None:
+    def measure_(self, stopwatch: Stopwatch | None = None) -> None:
         """Measure the latency of the model's layers on its device, in place.
 
         Args:
-            stopwatch (Stopwatch): See :func:`gdp_mmseg.cost.latency.measure`.
+            stopwatch (Stopwatch, optional): See
+                :func:`gdp_mmseg.cost.latency.measure`. Defaults to that of
+                the target's runtime.
+
+        Raises:
+            ValueError: If that runtime is not installed.
         """
         coefficients = measure(
-            inference_layers(self.analysis), self.gates.theta.device,
-            stopwatch)
+            inference_layers(self.analysis), self.gates.theta.device, stopwatch
+            or STOPWATCHES[self.settings.target.runtime]())
         self.cost.weigh_(coefficients.flatten())
 
     def check_target(self) -> None:

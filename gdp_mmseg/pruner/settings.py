@@ -6,6 +6,7 @@ import math
 from typing import Any, Mapping, Sequence
 
 from ..analysis.spelling import did_you_mean
+from ..cost.latency import STOPWATCHES
 from ..gates import METHODS, GateMethod
 from ..gates.gdp import check_epsilon
 from .schedule import Schedule
@@ -24,12 +25,15 @@ class Target:
     Args:
         ratio (float): Share of the dense cost to keep, in (0, 1).
         type (str): ``'flops'``, ``'params'`` or ``'latency'``.
+        runtime (str): Runtime in which the layers are timed for a latency, a
+            key of :data:`gdp_mmseg.cost.latency.STOPWATCHES`.
 
     Raises:
         ValueError: If a value is out of its range.
     """
     ratio: float
     type: str = 'flops'
+    runtime: str = 'torch'
 
     def __post_init__(self) -> None:
         if self.type not in [*COSTS]:
@@ -42,9 +46,20 @@ class Target:
                              f'{COSTS[self.type]} to keep, in (0, 1), '
                              f'but got {self.ratio!r}')
 
+        if self.runtime not in [*STOPWATCHES]:
+            raise ValueError('gdp.target.runtime: expected one of '
+                             f'{[*STOPWATCHES]}, but got {self.runtime!r}' +
+                             did_you_mean(self.runtime, STOPWATCHES))
+        if self.runtime != 'torch' and self.type != 'latency':
+            raise ValueError(
+                "gdp.target.runtime: expected type='latency' with it, but got "
+                f'type={self.type!r}; leave runtime out')
+
     @classmethod
     def from_config(cls, config: Any) -> Target:
         """Read ``target=0.4`` or ``target=dict(type='params', ratio=0.4)``.
+
+        A latency may name its ``runtime`` too.
 
         Raises:
             ValueError: If a key is unknown or missing, or a value is out of
@@ -54,7 +69,7 @@ class Target:
             return config
         if not isinstance(config, Mapping):
             return cls(config)
-        if set(config) != {'type', 'ratio'}:
+        if {*config} - {'runtime'} != {'type', 'ratio'}:
             raise ValueError(
                 f'gdp.target: expected dict(type=..., ratio=...), but got '
                 f'{dict(config)}; change the keys of gdp.target')
@@ -63,7 +78,8 @@ class Target:
     @property
     def resource(self) -> str:
         """Name of the resource in messages, e.g. ``'FLOPs'``."""
-        return COSTS[self.type]
+        place = '' if self.runtime == 'torch' else f' in {self.runtime}'
+        return COSTS[self.type] + place
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """FLOPs, parameters and latency of a network."""
 from __future__ import annotations
 
+import contextlib
+import functools
 import statistics
 import time
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,9 @@ from ..analysis.tracer import clone_model
 Forward = Callable[[nn.Module, Tensor], Any]
 Rounds = Sequence[Sequence[float]]
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+Call = Callable[[], Any]
+Clock = Callable[[], float]
+_CPU = torch.device('cpu')
 
 
 def count_flops(model: nn.Module, input_shape: tuple[int, ...],
@@ -77,40 +82,150 @@ def paired_latency_ms(models: Sequence[nn.Module],
                       known: Rounds = ()) -> list[float]:
     """Measure the median time of a forward pass of each model.
 
-    The models alternate, so a machine that slows down slows all of them:
-    ratios can be compared where times cannot.
-
     Args:
         models (Sequence[nn.Module]): Models on one device, in eval mode.
         input_shape (tuple[int, ...]): ``(N, C, H, W)``.
         forward (Forward): Called with a model and an input.
-        repeats (int): Largest number of timed rounds, after one untimed.
-        seconds (float): No third timed round starts after this time.
-        known (Rounds): Rounds that were timed before, each
-            with milliseconds in the order of the models. They count, and no
-            untimed round is made.
+        repeats (int): See :func:`median_ms`.
+        seconds (float): See :func:`median_ms`.
+        known (Rounds): See :func:`median_ms`.
 
     Returns:
         list[float]: Milliseconds, in the order of the models.
     """
     device = next(models[0].parameters()).device
     inputs = torch.rand(input_shape, device=device)
+    calls = [functools.partial(forward, model, inputs) for model in models]
+    return median_ms(calls, repeats, seconds, device, known=known)
 
-    def once(model: nn.Module) -> float:
-        # Kernels of a GPU run after the call that starts them.
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        forward(model, inputs)
-        if device.type == 'cuda':
-            torch.cuda.synchronize(device)
-        return (time.perf_counter() - start) * 1e3
 
+def median_ms(
+    calls: Sequence[Call],
+    repeats: int = 7,
+    seconds: float = 6.,
+    device: torch.device = _CPU,
+    clock: Clock = time.perf_counter,
+    known: Rounds = ()) -> list[float]:
+    """Measure the median time of each call.
+
+    The calls alternate, so a machine that slows down slows all of them:
+    ratios can be compared where times cannot.
+
+    Args:
+        calls (Sequence[Call]): Functions without arguments.
+        repeats (int): Largest number of timed rounds, after one untimed.
+        seconds (float): No third timed round starts after this time.
+        device (torch.device): Device that is waited for.
+        clock (Clock): Function that returns seconds; ``time.process_time``
+            for those of this process alone, where others use the machine.
+        known (Rounds): Rounds that were timed before, each with milliseconds
+            in the order of the calls. They count, in time too, and no untimed
+            round is made.
+
+    Returns:
+        list[float]: Milliseconds, in the order of the calls.
+    """
+
+    def once(call: Call) -> float:
+        start = _now_ms(device, clock)
+        call()
+        return _now_ms(device, clock) - start
+
+    runs = _rounds([functools.partial(once, call) for call in calls], repeats,
+                   seconds)
+    return [statistics.median(times) for times in zip(*runs)]
+
+
+def layer_ms(models: Sequence[nn.Module],
+             input_shape: tuple[int, ...],
+             forward: Forward,
+             repeats: int = 5,
+             seconds: float = 6.) -> list[dict[str, float]]:
+    """Measure the median time of each layer of each model.
+
+    Args:
+        models (Sequence[nn.Module]): Models on one device, in eval mode.
+        input_shape (tuple[int, ...]): ``(N, C, H, W)``.
+        forward (Forward): Called with a model and an input.
+        repeats (int): See :func:`median_ms`.
+        seconds (float): See :func:`median_ms`.
+
+    Returns:
+        list[dict[str, float]]: For each model, milliseconds of the modules
+        that have no modules of their own, by name; under the empty name those
+        of what runs between them.
+    """
+    device = next(models[0].parameters()).device
+    inputs = torch.rand(input_shape, device=device)
+
+    def once(model: nn.Module) -> dict[str, float]:
+        times: dict[str, float] = {}
+        with _timed_layers(model, times, device):
+            start = _now_ms(device)
+            forward(model, inputs)
+            whole = _now_ms(device) - start
+        # In each round: medians of the whole and of its parts do not add up
+        # on a busy machine.
+        times[''] = whole - sum(times.values())
+        return times
+
+    runs = _rounds([functools.partial(once, model) for model in models],
+                   repeats, seconds)
+    return [{
+        name: statistics.median(times[name] for times in rounds)
+        for name in rounds[0]
+    } for rounds in zip(*runs)]
+
+
+@contextlib.contextmanager
+def _timed_layers(model: nn.Module, times: dict[str, float],
+                  device: torch.device) -> Iterator[None]:
+    """Add the milliseconds of each leaf module to a map, in place."""
+    starts: dict[str, float] = {}
+
+    def before(name: str, *_: Any) -> None:
+        starts[name] = _now_ms(device)
+
+    def after(name: str, *_: Any) -> None:
+        times[name] = times.get(name, 0.) + _now_ms(device) - starts[name]
+
+    hooks = []
+    for name, module in model.named_modules():
+        if not any(True for _ in module.children()):
+            hooks += [
+                module.register_forward_pre_hook(
+                    functools.partial(before, name)),
+                module.register_forward_hook(functools.partial(after, name))
+            ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounds(runs: Sequence[Callable[[], Any]],
+            repeats: int,
+            seconds: float,
+            known: int = 0) -> list[list[Any]]:
+    """Call functions in turns and collect what they return, by round.
+
+    At least two rounds count, those that are known included.
+    """
+    end = time.perf_counter() + seconds
+    rounds: list[list[Any]] = []
     # The first round allocates memory and chooses algorithms.
-    runs = [list(times) for times in (*known[:1], *known)]
-    end = time.perf_counter() + seconds - sum(map(sum, runs)) / 1e3
+    untimed = 0 if known else 1
     with torch.no_grad():
-        while len(runs) <= 2 or (len(runs) <= repeats
-                                 and time.perf_counter() < end):
-            runs.append([once(model) for model in models])
-    return [statistics.median(times) for times in zip(*runs[1:])]
+        while len(rounds) + known < untimed + 2 or (
+                len(rounds) < untimed + repeats and time.perf_counter() < end):
+            rounds.append([run() for run in runs])
+    return rounds[untimed:]
+
+
+def _now_ms(device: torch.device, clock: Clock = time.perf_counter) -> float:
+    """Read the clock, after what a GPU still has to do."""
+    # Kernels of a GPU run after the call that starts them.
+    if device.type == 'cuda':
+        torch.cuda.synchronize(device)
+    return clock() * 1e3

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Mapping, Sequence
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -176,6 +176,31 @@ def draw_widths(groups: Sequence[Group], keep: Tensor, title: str) -> Figure:
         'groups, by the part that writes them; line: share of the part, '
         'cross: none kept',
         fontsize=_FONT)
+    axes.set_title(title, fontsize=_FONT + 2)
+    return figure
+
+
+def draw_shares(shares: Mapping[str, float], title: str) -> Figure:
+    """Draw the pruned network's share of each quantity as a bar.
+
+    Args:
+        shares (Mapping[str, float]): Pruned over dense, by quantity.
+        title (str): Title of the figure.
+    """
+    figure = _figure(7, 0.9 + 0.34 * len(shares))
+    axes = figure.subplots()
+    colours = ['C0' if 'latency' in name else 'grey' for name in shares]
+    bars = axes.barh(range(len(shares)), [*shares.values()], color=colours)
+    axes.bar_label(
+        bars, [f'{share:.3f}' for share in shares.values()],
+        padding=3,
+        fontsize=_FONT)
+    axes.set_yticks(range(len(shares)), [*shares], fontsize=_FONT)
+    axes.invert_yaxis()
+    axes.axvline(1, color='black', linewidth=0.8)
+    axes.set_xlim(0, max(1.1, *(1.15 * share for share in shares.values())))
+    axes.tick_params(labelsize=_FONT)
+    axes.set_xlabel('pruned over dense network', fontsize=_FONT)
     axes.set_title(title, fontsize=_FONT + 2)
     return figure
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Mapping, Sequence
 
 from ..files import write_json
+from .deployment import Deployment
 from .summary import GroupRow, Part, kept_share
 
 # Metrics that stand for a whole evaluation, best known first.
@@ -63,6 +64,8 @@ class Report:
         torch (str): Version of torch.
         gdp_mmseg (str): Version of this package.
         gates_picture (str, optional): File name of the picture of the gates.
+        deployment (Deployment, optional): ONNX file and what it was measured
+            by; None without one.
     """
     name: str
     target: float
@@ -79,6 +82,7 @@ class Report:
     torch: str
     gdp_mmseg: str
     gates_picture: str | None = None
+    deployment: Deployment | None = None
 
     def network(self, name: str) -> NetworkRow:
         """Return the row of a network by its name."""
@@ -117,6 +121,16 @@ class Report:
             for name in ('dense', 'pruned'))
         return pruned / dense
 
+    def shares(self) -> dict[str, float]:
+        """Pruned network's FLOPs, parameters and latencies over the dense's.
+        """
+        dense, pruned = (self.network(name) for name in ('dense', 'pruned'))
+        shares = dict(
+            FLOPs=self.share('flops'), parameters=self.share('params'))
+        for runtime, time in pruned.latency_ms.items():
+            shares[f'latency, {runtime}'] = time / dense.latency_ms[runtime]
+        return shares
+
     def write(self, path: Path) -> None:
         """Write the report as JSON: a complete file or none."""
         write_json(path, dataclasses.asdict(self))
@@ -136,6 +150,8 @@ class Report:
         }
         for key, row in rows.items():
             fields[key] = [row(**one) for one in fields[key]]
+        if fields.get('deployment') is not None:
+            fields['deployment'] = Deployment.parse(fields['deployment'])
         return cls(**fields)
 
 
@@ -218,14 +234,43 @@ def markdown(report: Report) -> str:
         f'on {report.compared_on}.',
         'Latency: median of alternating runs of one forward pass, '
         f'{", ".join(report.networks[0].latency_ms)}, torch {report.torch}. '
-        'Only the ratio can be compared with other machines.', '', '## Gates',
-        '', *picture,
+        'Only the ratio can be compared with other machines.', '',
+        *_deployed(report), '## Gates', '', *picture,
         table([['part', 'channels', 'kept', 'kept share'],
                *(_kept(row.name, row)
                  for row in report.parts)]), '', *dead, '', '## Groups', '',
         table([['group (written by)', 'channels', 'kept', 'kept share'],
                *(_kept(_writers(row), row) for row in report.groups)]), ''
     ])
+
+
+def _deployed(report: Report) -> list[str]:
+    """Section on the ONNX file, the shares, and the slowest layers."""
+    deployment = report.deployment
+    if deployment is None:
+        return []
+    whole = sum(row.pruned_ms for row in deployment.layers)
+    rows = [[
+        row.name, f'{row.pruned_ms / whole:.1%}',
+        f'{row.pruned_ms / row.dense_ms:.2f}' if row.dense_ms else '-',
+        '-' if row.work is None else f'{row.work:.2f}'
+    ] for row in deployment.layers]
+    return [
+        '## Deployment', '',
+        deployment.onnx.sentence(), '',
+        f'![Pruned over dense network]({deployment.picture})', '',
+        table([['quantity', 'pruned / dense'],
+               *([name, f'{share:.3f}']
+                 for name, share in report.shares().items())]), '',
+        'Latency of one image, from the input to outputs of its size, '
+        f'{deployment.threads} thread{"s" * (deployment.threads > 1)}. Where '
+        'it fell less than the FLOPs, these layers of the pruned network tell '
+        'why (measured one by one in PyTorch):', '',
+        table([[
+            'layers of the pruned network', 'share of its time',
+            'time, pruned / dense', 'FLOPs, pruned / dense'
+        ], *rows]), ''
+    ]
 
 
 def _kept(name: str, row: Part | GroupRow) -> list[str]:

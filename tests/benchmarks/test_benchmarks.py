@@ -295,3 +295,20 @@ def test_training_that_is_killed_ends_as_the_one_that_is_not(
     assert any(end['killed'] for end in training['ends'])
     assert written['exports'][0]['left'] in ('nothing', 'complete')
     assert written['left_by_killed_exports'] == 0
+
+
+def test_random_widths_are_at_the_target_and_round_up() -> None:
+    import latency
+
+    from gdp_mmseg.cost.counts import FlopCost
+
+    from helpers.toys import TOYS
+    analysis = TOYS['interpolate and concat'].analyse()[1]
+    cost = FlopCost(analysis)
+    openness = latency.random_widths(analysis, cost)
+    assert cost.fixed_share() < float(cost(openness)) <= latency.TARGET
+    rounded = latency.rounded_up(openness, analysis, 2)
+    assert bool((rounded >= openness).all())
+    for group in analysis.groups:
+        kept = int(rounded[group.gates].sum())
+        assert kept % 2 == 0 or kept == len(group.gates)

@@ -120,7 +120,9 @@ def test_error_about_a_file_names_the_command(
 def test_tool_is_the_same_command(name: str, monkeypatch: pytest.MonkeyPatch,
                                   capsys: pytest.CaptureFixture[str]) -> None:
     shown = {}
-    for path, usage in ((TOOLS / f'{name}.py', f'usage: {name}.py '),
+    # A file named onnx.py would be imported in place of the package.
+    tool = dict(onnx='to_onnx').get(name, name)
+    for path, usage in ((TOOLS / f'{tool}.py', f'usage: {tool}.py '),
                         (PACKAGE / '__main__.py',
                          f'usage: python -m gdp_mmseg {name} ')):
         arguments = [name] if path.name == '__main__.py' else []

@@ -2,18 +2,21 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from gdp_mmseg import packages
 from gdp_mmseg.analysis.structure import Layer, LayerCall
 from gdp_mmseg.cost.counts import inference_layers
-from gdp_mmseg.cost.latency import (ROUNDS, LatencyCost, Workload, fit,
-                                    measure, stopwatch)
+from gdp_mmseg.cost.latency import ROUNDS, LatencyCost, fit, measure, stopwatch
+from gdp_mmseg.cost.onnx_layers import layer_model
+from gdp_mmseg.cost.workload import Workload
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.pruner.settings import Settings
+from gdp_mmseg.pruner.settings import Settings, Target
 
 from helpers.toys import TOYS
 
@@ -123,13 +126,72 @@ def test_fit_is_never_negative_where_times_fall_with_width() -> None:
                                             0])
 
 
+# -- in ONNX Runtime --------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', [
+    'stride and dilation without padding', 'depthwise of two per channel',
+    'transposed convolution', 'transposed grouped convolution',
+    'grouped convolution of few groups', 'linear on tokens', 'attention'
+])
+def test_onnx_layer_computes_what_the_layer_does(name: str) -> None:
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    for layer in inference_layers(TOYS[name].analyse()[1]):
+        clock = Clock()
+        measure([layer], CPU, clock, seconds=-1)
+        for workload in dict.fromkeys(clock.asked):
+            session = onnxruntime.InferenceSession(layer_model(workload))
+            inputs, weight = workload.tensors(CPU)
+            inputs = torch.randn_like(inputs)
+            found = session.run(None, dict(inputs=inputs.numpy()))[0]
+            torch.testing.assert_close(
+                torch.from_numpy(found), workload(inputs, weight))
+
+
+def test_layers_are_measured_in_onnx_runtime() -> None:
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxruntime')
+    pruner = pruner_of('residual', runtime='onnxruntime')
+    pruner.measure_()
+    assert float(pruner.cost(torch.ones(
+        pruner.analysis.num_gates))) == pytest.approx(1)
+    assert pruner.settings.target.resource == 'latency in onnxruntime'
+
+
+def test_missing_runtime_is_refused_before_anything_is_measured(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, 'is_installed', 'onnx'.__eq__)
+    pruner = pruner_of('residual', runtime='onnxruntime')
+    with pytest.raises(
+            ValueError,
+            match="gdp.target.runtime='onnxruntime': "
+            'expected the packages onnx, onnxruntime, but got no '
+            'onnxruntime; install them by: pip install onnxrunt'):
+        pruner.measure_()
+    assert pruner.unmeasured
+
+
+@pytest.mark.parametrize('target, reason', [
+    (dict(type='latency', runtime='onnxruntme'),
+     r"expected one of \['torch', 'onnxruntime'\], but got 'onnxruntme'; did "
+     "you mean 'onnxruntime'"),
+    (dict(type='latency', runtime=None), 'but got None'),
+    (dict(type='flops', runtime='onnxruntime'), "expected type='latency'"),
+])
+def test_bad_runtime_is_refused(target: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=f'gdp.target.runtime: .*{reason}'):
+        Target.from_config(dict(target, ratio=0.4))
+
+
 # -- in a pruner ------------------------------------------------------------
 
 
-def pruner_of(name: str, ratio: float = 0.6) -> Pruner:
+def pruner_of(name: str, ratio: float = 0.6, **target: str) -> Pruner:
     return Pruner(
         TOYS[name].analyse()[1],
-        Settings.from_config(dict(target=dict(type='latency', ratio=ratio))))
+        Settings.from_config(
+            dict(target=dict(type='latency', ratio=ratio, **target))))
 
 
 def test_nothing_is_measured_when_a_pruner_is_made() -> None:

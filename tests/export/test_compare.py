@@ -14,7 +14,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
-from gdp_mmseg.export.compare import _batches
+from gdp_mmseg.export.compare import load_batches
 from gdp_mmseg.report.measure import paired_latency_ms
 
 
@@ -63,7 +63,7 @@ def config(step: dict[str, Any], **dataset: Any) -> Config:
 
 def test_batches_of_the_test_set_are_read() -> None:
     notes: list[str] = []
-    batches = _batches(config({}).test_dataloader, False, notes.append)
+    batches = load_batches(config({}).test_dataloader, False, notes.append)
     assert batches is not None and not notes
     assert [int(batch['inputs'][0]) for batch in batches] == [0, 1]
 
@@ -71,16 +71,16 @@ def test_batches_of_the_test_set_are_read() -> None:
 def test_missing_data_is_noted_with_its_error() -> None:
     notes: list[str] = []
     cfg = config({}, data_root='unmounted')
-    assert _batches(cfg.test_dataloader, False, notes.append) is None
+    assert load_batches(cfg.test_dataloader, False, notes.append) is None
     assert len(notes) == 1 and 'the share is not mounted' in notes[0]
     with pytest.raises(RuntimeError, match='not mounted'):
-        _batches(cfg.test_dataloader, True, notes.append)
+        load_batches(cfg.test_dataloader, True, notes.append)
 
 
 def test_missing_image_is_noted_with_its_error() -> None:
     notes: list[str] = []
     cfg = config(dict(running=FileNotFoundError('no 3.png')))
-    assert _batches(cfg.test_dataloader, False, notes.append) is None
+    assert load_batches(cfg.test_dataloader, False, notes.append) is None
     assert 'no 3.png' in notes[0]
 
 
@@ -95,7 +95,8 @@ def test_error_of_the_users_code_is_not_taken_for_missing_data(
         error: type[Exception]) -> None:
     notes: list[str] = []
     with pytest.raises(error):
-        _batches(config(step, **dataset).test_dataloader, False, notes.append)
+        load_batches(
+            config(step, **dataset).test_dataloader, False, notes.append)
     assert not notes
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gdp_mmseg.analysis.structure import Group
-from gdp_mmseg.report.plots import draw_path, draw_widths, pixels
+from gdp_mmseg.report.plots import draw_path, draw_shares, draw_widths, pixels
 
 from helpers.stages import is_drawn
 
@@ -77,3 +77,11 @@ def test_drawing_leaves_pyplot_alone() -> None:
     pixels(draw_widths(*half_kept(['backbone.layer1']), 'title'))
     assert matplotlib.get_backend() == backend
     assert pyplot.get_fignums() == figures
+
+
+def test_shares_are_bars_as_long_as_they_are() -> None:
+    shares = {'FLOPs': 0.4, 'latency, torch': 1.25}
+    axes = draw_shares(shares, 'title').axes[0]
+    assert [bar.get_width() for bar in axes.patches] == [0.4, 1.25]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [*shares]
+    assert axes.get_xlim()[1] > 1.25
