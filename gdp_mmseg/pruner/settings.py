@@ -92,6 +92,9 @@ class Settings:
             that must not change.
         only (tuple[str, ...], optional): Names or patterns of the modules
             that may lose channels of their own. Defaults to all.
+        shrink (bool): Whether closed channels leave the model while an
+            mmengine runner trains it, which saves time and memory. Defaults
+            to True.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -106,6 +109,7 @@ class Settings:
     min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -140,6 +144,9 @@ class Settings:
                 raise ValueError(f'gdp.{name}: expected a list of names or '
                                  "patterns of modules, e.g. ['decode_head'], "
                                  f'but got {value!r}')
+        if not isinstance(self.shrink, bool):
+            raise ValueError('gdp.shrink: expected True or False, but got '
+                             f'{self.shrink!r}')
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:

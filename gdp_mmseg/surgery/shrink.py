@@ -203,9 +203,9 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
 
     Args:
         states (Mapping[Any, Any]): State of each parameter, by any key.
-        names (Mapping[Any, str]): Name of the parameter by that key; states
-            of others are returned as they are.
-        shapes (Mapping[str, torch.Size]): Shape of each named parameter.
+        names (Mapping[Any, str]): Name of the parameter by that key.
+        shapes (Mapping[str, torch.Size]): Shape of each parameter that
+            changes, by name; states of others are returned as they are.
         change (Callable): The change, of tensors by name.
 
     Returns:
@@ -215,7 +215,7 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
     for key, state in states.items():
         name = names.get(key)
         changed[key] = dict(state)
-        if name is not None:
+        if name in shapes:
             changed[key].update((item, change({name: value})[name])
                                 for item, value in state.items()
                                 if isinstance(value, Tensor)
