@@ -1,0 +1,180 @@
+"""Whole trainings of DeepLabV3Plus-R50, dense and gated: time and memory.
+
+    python benchmarks/whole_run.py --size 192 --iterations 40
+
+Each training is a run of mmengine's runner in a process of its own, on random
+images. Prints the process time of its iterations and the peak memory of the
+process. ``benchmarks/speed.py`` has the results in its report.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, init_default_scope
+from mmengine.runner import Runner
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch.utils.data import Dataset
+
+from gdp_mmseg.engine.config import ModelConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
+TARGET = 0.4
+# Settings of the gates in each training; None for a dense one.
+RUNS: dict[str, dict[str, Any] | None] = {
+    'dense': None,
+    'short phases': dict(phases=(0.1, 0.2, 0.7)),
+    'short phases, closed channels stay': dict(
+        phases=(0.1, 0.2, 0.7), shrink=False),
+    'default phases': dict(),
+    'default phases, closed channels stay': dict(shrink=False),
+}
+
+
+@DATASETS.register_module()
+class RandomImages(Dataset):
+    """Images of noise, with labels of noise in squares of 8 x 8.
+
+    Args:
+        size (int): Height and width of an image.
+        number (int): Number of images. Defaults to 64.
+    """
+
+    metainfo: dict[str, Any] = {}
+
+    def __init__(self, size: int, number: int = 64) -> None:
+        self.size = size
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        draw = torch.Generator().manual_seed(index)
+        size = self.size
+        image = torch.randint(256, (3, size, size), generator=draw)
+        squares = torch.randint(21, (1, size // 8, size // 8), generator=draw)
+        labels = squares.repeat_interleave(8, 1).repeat_interleave(8, 2)
+        sample = SegDataSample(gt_sem_seg=PixelData(data=labels))
+        return dict(inputs=image.to(torch.uint8), data_samples=sample)
+
+
+class Clock(Hook):
+    """Hook that takes the process time of the iterations.
+
+    Attributes:
+        seconds (float): From the first iteration to the end of the last one.
+    """
+
+    # Before all other hooks.
+    priority = 0
+    seconds = 0.
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Start the clock."""
+        self._start = time.process_time()
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Stop the clock."""
+        self.seconds = time.process_time() - self._start
+
+
+def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
+              work_dir: str) -> Config:
+    """Return the config of a training.
+
+    Args:
+        gdp (dict[str, Any], optional): Settings of the gates; None for a
+            dense training.
+        size (int): Height and width of an image.
+        iterations (int): Length of the training.
+        work_dir (str): Folder for its log.
+    """
+    cfg = Config.fromfile(CONFIG)
+    init_default_scope(cfg.default_scope)
+    cfg.model.pretrained = None
+    cfg.model.data_preprocessor.size = (size, size)
+    for part in ('backbone', 'decode_head', 'auxiliary_head'):
+        cfg.model[part].norm_cfg = dict(type='BN', requires_grad=True)
+    if gdp is None:
+        cfg.model = ModelConfig.of(cfg).ungated
+        cfg.default_hooks.pop('gdp')
+    else:
+        cfg.model.gdp = dict(target=TARGET, input_shape=(size, size), **gdp)
+    cfg.train_dataloader = dict(
+        batch_size=2,
+        num_workers=0,
+        sampler=dict(type='InfiniteSampler', shuffle=True),
+        dataset=dict(type='RandomImages', size=size))
+    cfg.train_cfg = dict(
+        type='IterBasedTrainLoop',
+        max_iters=iterations,
+        val_interval=iterations + 1)
+    for key in ('val', 'test'):
+        for part in ('dataloader', 'cfg', 'evaluator'):
+            cfg.pop(f'{key}_{part}', None)
+    cfg.default_hooks.checkpoint.interval = iterations + 1
+    cfg.default_hooks.checkpoint.save_last = False
+    cfg.merge_from_dict(
+        dict(work_dir=work_dir, log_level='WARNING', randomness=dict(seed=0)))
+    return cfg
+
+
+def train(name: str, size: int, iterations: int) -> dict[str, float]:
+    """Train in this process; return its time and peak memory."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = config_of(RUNS[name], size, iterations, folder)
+        runner, clock = Runner.from_cfg(cfg), Clock()
+        runner.register_hook(clock)
+        runner.train()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return dict(seconds=clock.seconds, peak_kb=peak)
+
+
+def measure(size: int, iterations: int) -> dict[str, Any]:
+    """Train each of :data:`RUNS` in a process of its own."""
+    found = {}
+    for name in RUNS:
+        output = subprocess.run([
+            sys.executable, '-W', 'ignore', __file__, '--only', name, '--size',
+            str(size), '--iterations',
+            str(iterations)
+        ],
+                                check=True,
+                                text=True,
+                                stdout=subprocess.PIPE).stdout
+        found[name] = json.loads(output.splitlines()[-1])
+        print(f'{name}: {found[name]["seconds"]:.1f} s, '
+              f'{found[name]["peak_kb"] / 1e6:.2f} GB')
+    return dict(size=size, iterations=iterations, target=TARGET, runs=found)
+
+
+def main() -> None:
+    """Measure all trainings, or one of them in this process."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--size', type=int, default=192)
+    parser.add_argument('--iterations', type=int, default=40)
+    parser.add_argument('--only', choices=RUNS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(train(args.only, args.size, args.iterations)))
+    else:
+        measure(args.size, args.iterations)
+
+
+if __name__ == '__main__':
+    main()
