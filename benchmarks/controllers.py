@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Callable
 from unittest import mock
 
+import torch
+from torch import Tensor
+
 from gdp_mmseg.files import write_json
 from gdp_mmseg.gates import gdp
 
 from small_models import Run, conditions, train_once
 
 # Arguments: cost after a step at a multiplier, budget, order of magnitude of
-# the multiplier. Result: a multiplier.
-Controller = Callable[[Callable[[float], float], float, float], float]
+# the multiplier. Result: a multiplier. All are scalars.
+Controller = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
 
 
 @dataclasses.dataclass
@@ -41,11 +44,12 @@ class DualAscent:
     multiplier: float = 0.
     excess: float = 0.
 
-    def __call__(self, spent: Callable[[float], float], budget: float,
-                 scale: float) -> float:
+    def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
+                 scale: Tensor) -> Tensor:
         self.multiplier = max(0., self.multiplier + self.rate * self.excess)
-        self.excess = spent(self.multiplier) - budget
-        return self.multiplier
+        found = torch.full_like(scale, self.multiplier)
+        self.excess = float(spent(found) - budget)
+        return found
 
 
 @dataclasses.dataclass
@@ -68,12 +72,12 @@ class ProportionalIntegral:
     total: float = 0.
     excess: float = 0.
 
-    def __call__(self, spent: Callable[[float], float], budget: float,
-                 scale: float) -> float:
+    def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
+                 scale: Tensor) -> Tensor:
         self.total = max(0., self.total + self.excess)
         multiplier = scale * max(
             0., self.proportional * self.excess + self.integral * self.total)
-        self.excess = spent(multiplier) - budget
+        self.excess = float(spent(multiplier) - budget)
         return multiplier
 
 

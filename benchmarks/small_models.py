@@ -153,8 +153,8 @@ class Watch(Hook):
             openness = pruner.gates.openness()
             self.flops.append(float(pruner.cost(pruner.channels())))
             if pruner.schedule.phase_at(progress) == 'pruning':
-                self.excess.append(
-                    pruner.held_cost(progress) - pruner.budget(progress))
+                figures = pruner.figures(progress)
+                self.excess.append(figures.held_cost - figures.budget)
         self.losses.append(float((outputs or {})['loss']))
         self.end = dict(
             half_open=float(

@@ -186,7 +186,6 @@ class GatedModel(nn.Module):
                 'but the optimizer has already moved the gates; change the '
                 'order of the two')
         self.pruner.step_(min(index / self.num_steps, 1.), self.num_steps)
-        gates.agree_()
 
     def flops(self) -> float:
         """Share of the dense multiply-adds that an export would have now."""

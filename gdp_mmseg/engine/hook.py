@@ -10,7 +10,7 @@ from mmengine.dist import broadcast, is_main_process
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
-from ..pruner.pruner import Pruner
+from ..pruner.pruner import Figures, Pruner
 from ..registry import HOOKS
 from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
@@ -58,6 +58,8 @@ class GDPHook(ResumeHook):
         self._undo: list[Callable[[], None]] = []
         # Name of the phase that was logged last.
         self._phase = ''
+        # State of the gates after their last step.
+        self._figures: Figures | None = None
         self._shrink = ShrinkHook()
 
     def before_run(self, runner: Runner) -> None:
@@ -102,19 +104,37 @@ class GDPHook(ResumeHook):
                 runner.iter)
         self._release_()
         handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
-            _gate_step(runner, pruner))
+            self._gate_step(runner, pruner))
         self._undo = [
             handle.remove,
             _exclude_from_clipping_(runner.optim_wrapper, pruner.gates.theta)
         ]
         log_start(runner, pruner)
-        self._phase = ''
+        self._phase, self._figures = '', None
 
     def _release_(self) -> None:
         """Detach from the optimizer, which another training may use."""
         for undo in self._undo:
             undo()
         self._undo = []
+
+    def _gate_step(self, runner: Runner,
+                   pruner: Pruner) -> Callable[..., None]:
+        """Make the pre-hook of the optimizer's step that moves the gates."""
+        steps = math.ceil(runner.max_iters /
+                          accumulated_gradients(runner.optim_wrapper))
+
+        # mmengine may compile its train_step. The gates' step is not a part
+        # of the network, and would be compiled anew at each step.
+        @torch.compiler.disable
+        def step(optimizer: Any, args: Any, kwargs: Any) -> None:
+            overflow = _unscale_(optimizer, pruner.gates.theta)
+            figures = pruner.step_(runner.iter / runner.max_iters, steps)
+            self._figures = figures or self._figures
+            if figures and not figures.moved and not bool(overflow):
+                _count_skipped(runner)
+
+        return step
 
     def before_train_iter(self,
                           runner: Runner,
@@ -144,22 +164,20 @@ class GDPHook(ResumeHook):
         """
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         pruner = find_pruner(runner.model)
-        values = scalars(pruner, runner.iter / runner.max_iters)
-        self._shrink.flops = values['flops']
+        figures = self._figures = self._figures or pruner.figures(
+            runner.iter / runner.max_iters)
+        self._shrink.flops = figures.flops
         # Each iteration, because mmengine logs the mean of the last ones.
-        for name, value in values.items():
+        for name, value in scalars(pruner, figures).items():
             runner.message_hub.update_scalar(f'train/gdp_{name}', value)
         if not is_main_process():
             return
         if self.every_n_train_iters(runner, self.interval):
-            openness = pruner.gates.openness().detach()
             append_row(
                 Path(runner.work_dir) / RECORD,
-                GateRow(runner.iter + 1, values['flops'], values['budget'],
-                        values['held_cost'], [
-                            round(float(openness[group.gates].mean()), 4)
-                            for group in pruner.analysis.groups
-                        ]))
+                GateRow(runner.iter + 1, figures.flops, figures.budget,
+                        figures.held_cost,
+                        [round(value, 4) for value in figures.openness]))
         if self.every_n_train_iters(runner, self.picture_interval):
             show_gates(runner, pruner, runner.iter + 1)
 
@@ -204,28 +222,6 @@ class GDPHook(ResumeHook):
             'closed, and stay closed')
 
 
-def _gate_step(runner: Runner, pruner: Pruner) -> Callable[..., None]:
-    """Make the pre-hook of the optimizer's step that moves the gates."""
-    steps = math.ceil(runner.max_iters /
-                      accumulated_gradients(runner.optim_wrapper))
-
-    # mmengine may compile its train_step. The gates' step is not a part of
-    # the network, and would be compiled anew at each step.
-    @torch.compiler.disable
-    def step(optimizer: Any, args: Any, kwargs: Any) -> None:
-        if (_unscale_(optimizer, pruner.gates.theta)
-                and not pruner.step_(runner.iter / runner.max_iters, steps)):
-            skipped = runner.message_hub.runtime_info.get('gdp_skipped', 0)
-            runner.message_hub.update_info('gdp_skipped', skipped + 1)
-            runner.logger.warning(
-                f'GDP: the gates do not move in iteration {runner.iter + 1}, '
-                'because their gradient is not finite; so far in '
-                f'{skipped + 1} iterations')
-        pruner.gates.agree_()
-
-    return step
-
-
 def _measure_(pruner: Pruner, runner: Runner) -> None:
     """Measure the latency in one process and share it with all, in place."""
     if is_main_process():
@@ -261,20 +257,34 @@ def _exclude_from_clipping_(optim_wrapper: Any,
     return undo
 
 
-def _unscale_(optimizer: Any, theta: torch.nn.Parameter) -> bool:
+def _unscale_(optimizer: Any,
+              theta: torch.nn.Parameter) -> torch.Tensor | bool:
     """Undo the loss scale that mixed precision leaves to a fused optimizer.
 
     A fused optimizer is stepped with scaled gradients, also at an overflow;
     it reads these attributes itself.
 
     Returns:
-        bool: False at an overflow, where the gradient is removed.
+        Tensor | bool: True at an overflow, where the gradient becomes nan, so
+        that the gates do not move. It is not read here, because the host
+        would wait for the GPU.
     """
-    overflow = getattr(optimizer, 'found_inf', None)
-    if overflow is not None and bool(overflow):
-        theta.grad = None
-        return False
     scale = getattr(optimizer, 'grad_scale', None)
-    if scale is not None and theta.grad is not None:
+    overflow = getattr(optimizer, 'found_inf', None)
+    if theta.grad is not None and scale is not None:
         theta.grad.div_(scale)
-    return True
+    if overflow is None:
+        return False
+    overflow = overflow > 0
+    if theta.grad is not None:
+        theta.grad.masked_fill_(overflow, torch.nan)
+    return overflow
+
+
+def _count_skipped(runner: Runner) -> None:
+    """Count and log an iteration in which the gates do not move."""
+    skipped = runner.message_hub.runtime_info.get('gdp_skipped', 0) + 1
+    runner.message_hub.update_info('gdp_skipped', skipped)
+    runner.logger.warning(
+        f'GDP: the gates do not move in iteration {runner.iter + 1}, because '
+        f'their gradient is not finite; so far in {skipped} iterations')

@@ -9,18 +9,15 @@ import textwrap
 from pathlib import Path
 from typing import Any, Sequence
 
-import torch
 from mmengine.runner import Runner
 
-from ..pruner.pruner import Pruner
+from ..pruner.pruner import HALF_OPEN, Figures, Pruner
 from ..pruner.schedule import Schedule
 from ..report.plots import draw_record, draw_widths, pixels
 from ..report.record import RECORD
 from ..report.summary import (dead_parts, frozen_by_kind, kept_by_part,
                               kept_share)
 
-# Openness of a gate that counts as half open in the log.
-_HALF_OPEN = (0.01, 0.5)
 # Most reasons that the start of the log gives for channels without a gate.
 _REASONS = 5
 _COLUMNS = 100
@@ -28,37 +25,24 @@ _NO_BREAK = '\u00a0'
 _PHASES = dict(warmup='warm-up', pruning='pruning', settling='settling')
 
 
-@torch.no_grad()
-def scalars(pruner: Pruner, progress: float) -> dict[str, float]:
+def scalars(pruner: Pruner, figures: Figures) -> dict[str, float]:
     """Shares of the cost and state of the gates, for the log.
 
     Args:
         pruner (Pruner): Pruner of the model.
-        progress (float): Share of the training that is over.
+        figures (Figures): State of its gates.
 
     Returns:
         dict[str, float]: Value of each scalar that :func:`log_start`
         explains.
     """
-    openness = pruner.gates.openness()
-    channels = (openness > 0).float()
-    low, high = _HALF_OPEN
-    found = dict(
-        flops=pruner.flops(channels),
-        flops_by_openness=pruner.flops(openness),
-        undecided=((openness > low) & (openness < high)).float().mean(),
-        multiplier=pruner.gates.multiplier,
-        budget=pruner.budget(progress),
-        held_cost=pruner.held_cost(progress))
-    if pruner.cost is not pruner.flops:
-        found['cost'] = pruner.cost(channels)
-    return {name: float(value) for name, value in found.items()}
+    return {name: getattr(figures, name) for name in _meanings(pruner)}
 
 
 def _meanings(pruner: Pruner) -> dict[str, str]:
     """Meaning of each scalar, in a few words."""
     resource = pruner.settings.target.resource
-    low, high = _HALF_OPEN
+    low, high = HALF_OPEN
     found = dict(
         flops='share of the FLOPs in channels that are not closed',
         flops_by_openness='the same, each channel counted by its openness',

@@ -17,7 +17,6 @@ from ..analysis.liveness import kept_channels
 from ..pruner.pruner import Pruner
 from ..surgery.shrink import Shrinkage, foreign_state, obstacle
 from .model import find_pruner
-from .monitor import scalars
 from .resume import network_of
 
 # Channels leave when the FLOPs have fallen to this share of what they were
@@ -70,7 +69,7 @@ class ShrinkHook(Hook):
         if reason is not None:
             _warn(runner, reason)
             return
-        self.flops = scalars(pruner, runner.iter / runner.max_iters)['flops']
+        self.flops = pruner.figures(runner.iter / runner.max_iters).flops
         networks = [
             network_of(runner.model),
             *(average.module for average in averaged_models(runner))

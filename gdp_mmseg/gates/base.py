@@ -150,7 +150,9 @@ class GateMethod(nn.Module, abc.ABC):
         order = self.worth().masked_fill(closed,
                                          -torch.inf).argsort(descending=True)
         order = order[group_of[order].argsort(stable=True)]
-        sizes = group_of.bincount(minlength=len(numbers))
+        # Not bincount, for which the host waits on a GPU.
+        sizes = torch.zeros_like(numbers).index_add(0, group_of,
+                                                    torch.ones_like(group_of))
         first = sizes.cumsum(0) - sizes
         place = torch.arange(len(order), device=order.device)
         chosen = torch.zeros_like(order, dtype=torch.bool)
@@ -179,13 +181,14 @@ class GateMethod(nn.Module, abc.ABC):
         """
 
     @abc.abstractmethod
-    def observe_(self) -> bool:
+    def observe_(self) -> Tensor:
         """Take the gradient of theta into account, in place.
 
         Called in each step of warm-up and pruning, before :meth:`anneal_`.
 
         Returns:
-            bool: False, with nothing changed, if the gradient is not finite.
+            Tensor: Scalar bool, False if the gradient is not finite. The
+            caller then restores the state of the gates as it was before.
 
         Raises:
             RuntimeError: If theta has no gradient.
@@ -194,19 +197,21 @@ class GateMethod(nn.Module, abc.ABC):
     @abc.abstractmethod
     def step_(self,
               cost: CostFunction,
-              budget: float,
+              budget: Tensor | float,
               lr: float,
               channel_weight: float = 0.5,
               protected: Tensor | None = None,
               scarcity: Tensor | float = 1.) -> None:
         """Move the gates so that the cost after it is within the budget.
 
-        Called in each step of the pruning phase, after :meth:`observe_`.
+        Called in each step of the pruning phase, after :meth:`observe_`. On a
+        GPU, a read of a value makes the host wait for all work that is queued
+        there, so an implementation should read none.
 
         Args:
             cost (CostFunction): Cost and its price.
-            budget (float): Upper bound of the held cost after this step, a
-                share of the dense cost.
+            budget (Tensor | float): Upper bound of the held cost after this
+                step, a share of the dense cost.
             lr (float): Distance that a gate may move in this step, in units
                 of theta.
             channel_weight (float): See :func:`held_cost`.
@@ -249,32 +254,54 @@ def held_cost(cost: CostFunction, openness: Tensor,
             channel_weight * cost(channels))
 
 
-def solve_multiplier(spent: Callable[[float], float], budget: float,
-                     scale: float) -> float:
+# Multipliers that are tried: a thousandth of the scale, four times that, and
+# so on, 16 of them. At the last one all gates move at full speed; more would
+# change nothing.
+_LEAST_FACTOR = 1e-3
+_FACTORS = 16
+# Twelve halvings: to one part in four thousand of the bracket.
+_HALVINGS = 12
+
+
+def solve_multiplier(spent: Callable[[Tensor], Tensor], budget: Tensor | float,
+                     scale: Tensor) -> Tensor:
     """Find the least multiplier at which ``spent`` is within ``budget``.
 
+    The search has a fixed number of steps and reads no value, so that no host
+    waits for a GPU.
+
     Args:
-        spent (Callable[[float], float]): Cost after a step at a multiplier;
-            it falls as the multiplier rises.
-        budget (float): In the unit of ``spent``.
-        scale (float): A multiplier of the expected order of magnitude.
+        spent (Callable[[Tensor], Tensor]): Cost, a scalar, after a step at a
+            multiplier, a scalar; it falls as the multiplier rises.
+        budget (Tensor | float): In the unit of ``spent``.
+        scale (Tensor): Multiplier of the expected order of magnitude, a
+            scalar.
 
     Returns:
-        float: Zero if the budget is met without a price. If no multiplier can
-        meet it in one step, one at which every gate moves as far as it can.
+        Tensor: Scalar. Zero if the budget is met without a price. If no
+        multiplier can meet it in one step, one at which every gate moves as
+        far as it can.
     """
-    if spent(0.) <= budget:
-        return 0.
+    scale = scale.double()
     # Without any gain to compare with, every multiplier is as good.
-    scale = scale or 1.
-    low, high = 0., scale * 1e-3
-    while spent(high) > budget:
-        low, high = high, high * 4
-        # All gates move at full speed from here on: more changes nothing.
-        if high > scale * 1e4:
-            return high
-    # Twelve halvings: to one part in four thousand of the bracket.
-    for _ in range(12):
+    scale = torch.where(scale > 0, scale, 1.)
+
+    def multiplier(power: Tensor) -> Tensor:
+        return scale * _LEAST_FACTOR * 4.**power
+
+    # Bisect the powers first, for the multipliers span many magnitudes.
+    below = torch.full_like(scale, -1)
+    power = below + _FACTORS
+    for _ in range(_FACTORS.bit_length() - 1):
+        middle = ((below + power) / 2).floor()
+        meets = spent(multiplier(middle)) <= budget
+        below = torch.where(meets, below, middle)
+        power = torch.where(meets, middle, power)
+    low = torch.where(power > 0, multiplier(power - 1), 0.)
+    high = multiplier(power)
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        low, high = (middle, high) if spent(middle) > budget else (low, middle)
-    return high
+        meets = spent(middle) <= budget
+        low = torch.where(meets, low, middle)
+        high = torch.where(meets, middle, high)
+    return torch.where(spent(torch.zeros_like(scale)) <= budget, 0., high)

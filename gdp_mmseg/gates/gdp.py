@@ -194,17 +194,19 @@ class GDPGates(GateMethod):
     @torch.no_grad()
     def _raise_epsilon_(self, epsilon: float) -> None:
         """Take a larger epsilon and move theta so that openness stays."""
-        value = self.epsilon.new_tensor(epsilon)
-        if value > self.epsilon:
-            self.theta.copy_(theta_of(self.openness(), value))
-            self.epsilon.copy_(value)
+        value = torch.full_like(self.epsilon, epsilon)
+        self.theta.copy_(
+            torch.where(value > self.epsilon, theta_of(self.openness(), value),
+                        self.theta))
+        self.epsilon.copy_(torch.maximum(value, self.epsilon))
 
     @torch.no_grad()
-    def observe_(self) -> bool:
+    def observe_(self) -> Tensor:
         """Update the running means of the gain by the gradient of theta.
 
         Returns:
-            bool: False, with nothing changed, if the gradient is not finite.
+            Tensor: Scalar bool, False if the gradient is not finite. A single
+            nan or inf would stay in the means for good.
 
         Raises:
             RuntimeError: If theta has no gradient.
@@ -220,19 +222,16 @@ class GDPGates(GateMethod):
                            self.theta.grad / slope.clamp(min=_LEAST_SLOPE),
                            torch.zeros_like(slope))
         square = gain * gain
-        # A single nan or inf would stay in the running means for good.
-        if not square.isfinite().all():
-            return False
         mean_decay, square_decay = self.betas
         self.gain.lerp_(gain, 1 - mean_decay)
         self.gain_square.lerp_(square, 1 - square_decay)
         self.observed += 1
-        return True
+        return square.isfinite().all()
 
     @torch.no_grad()
     def step_(self,
               cost: CostFunction,
-              budget: float,
+              budget: Tensor | float,
               lr: float,
               channel_weight: float = 0.5,
               protected: Tensor | None = None,
@@ -241,7 +240,8 @@ class GDPGates(GateMethod):
 
         Args:
             cost (CostFunction): Cost and its price.
-            budget (float): Upper bound of the held cost after this step.
+            budget (Tensor | float): Upper bound of the held cost after this
+                step.
             lr (float): Distance that a theta moves where gain and price do
                 not oppose each other. Under a steady gain it is 1.3 times
                 that.
@@ -251,17 +251,15 @@ class GDPGates(GateMethod):
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
                 gains.
         """
-        mean_decay, square_decay = self.betas
-        seen = int(self.observed)
         closed = self.is_closed()
-        noise = self.gain_square / (1 - square_decay**seen) * scarcity**2
-        gain = (self.gain / (1 - mean_decay**seen) * scarcity).clamp(max=0)
-        gain -= _RMS_SHARE * noise.sqrt()
+        unbiased, noise = self._means()
+        noise = noise * scarcity**2
+        gain = (unbiased * scarcity).clamp(max=0) - _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
         if protected is not None:
             price = price.masked_fill(protected, 0)
 
-        def moved(multiplier: float) -> Tensor:
+        def moved(multiplier: Tensor) -> Tensor:
             push = multiplier * price
             # A gate with neither gain nor price stays where it is.
             scale = (noise + push * push).sqrt().clamp(min=_LEAST_SCALE)
@@ -272,18 +270,31 @@ class GDPGates(GateMethod):
             low = openness(theta, self.epsilon) < self.close_below
             return theta.masked_fill(low | closed, 0)
 
-        def spent(theta: Tensor) -> float:
-            return float(
-                held_cost(cost, openness(theta, self.epsilon), channel_weight))
+        def spent(multiplier: Tensor) -> Tensor:
+            return held_cost(cost, openness(moved(multiplier), self.epsilon),
+                             channel_weight)
 
         # The order of the gains over the order of the prices: a first guess.
-        scale = float(noise[~closed].sqrt().sum() /
-                      price.sum().clamp(min=_LEAST_SCALE))
-        multiplier = solve_multiplier(lambda x: spent(moved(x)), budget, scale)
-        self.multiplier.fill_(multiplier)
+        scale = (
+            noise.masked_fill(closed, 0).sqrt().sum() /
+            price.sum().clamp(min=_LEAST_SCALE))
+        multiplier = solve_multiplier(spent, budget, scale)
+        self.multiplier.copy_(multiplier)
         theta = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
+
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """Mean and mean square ``(G,)`` of the gain.
+
+        The running means begin at zero, and this undoes the bias of it.
+        """
+        means = []
+        for running, decay in zip((self.gain, self.gain_square), self.betas):
+            begun = 1 - torch.full_like(
+                self.epsilon, decay, dtype=torch.double)**self.observed
+            means.append(running / begun)
+        return means[0], means[1]
 
 
 def check_epsilon(epsilon: object) -> None:

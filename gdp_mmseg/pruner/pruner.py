@@ -1,7 +1,9 @@
 """The pruner: gates of a model, held to a budget by cost and schedule."""
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +21,39 @@ from .settings import Settings
 _LARGEST_ROUNDING = 0.009
 # Difference from the target above which logs and exports say so: a point.
 _MISSED = 0.01
+# Openness of a gate that counts as half open in :class:`Figures`.
+HALF_OPEN = (0.01, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Figures:
+    """State of the gates of a model, in numbers.
+
+    Args:
+        flops (float): Share of the dense FLOPs in channels that are not
+            closed.
+        flops_by_openness (float): The same, each channel counted by its
+            openness.
+        cost (float): Share of the target's resource in channels that are not
+            closed.
+        budget (float): Share of the resource that is allowed.
+        held_cost (float): Cost that is held against the budget.
+        undecided (float): Share of the gates whose openness is between the
+            limits of ``HALF_OPEN``.
+        multiplier (float): Price multiplier of the last step.
+        openness (tuple[float, ...]): ``(S,)`` mean openness of each group.
+        moved (bool): False if the gates did not move in the step before,
+            because their gradient was not finite.
+    """
+    flops: float
+    flops_by_openness: float
+    cost: float
+    budget: float
+    held_cost: float
+    undecided: float
+    multiplier: float
+    openness: tuple[float, ...]
+    moved: bool = True
 
 
 class Pruner(nn.Module):
@@ -133,11 +168,42 @@ class Pruner(nn.Module):
         return self.schedule.budget_at(progress, self.settings.target.ratio)
 
     @torch.no_grad()
-    def held_cost(self, progress: float) -> float:
-        """Cost that is held against the budget at a progress in [0, 1]."""
-        return float(
-            held_cost(self.cost, self.gates.openness(),
-                      self.schedule.channel_weight_at(progress)))
+    def figures(self, progress: float) -> Figures:
+        """Return the state of the gates, read from their device at once.
+
+        Args:
+            progress (float): Share of the training that is over, in [0, 1].
+        """
+        return self._figures(progress, _read(self._state(progress)))
+
+    def _state(self, progress: float) -> dict[str, Tensor]:
+        """Compute what :class:`Figures` tells, on the device of the gates."""
+        openness = self.gates.openness()
+        channels = (openness > 0).to(openness)
+        low, high = HALF_OPEN
+        sums = self.cost.group_sums(openness)
+        return dict(
+            flops=self.flops(channels),
+            flops_by_openness=self.flops(openness),
+            cost=self.cost(channels),
+            held_cost=held_cost(self.cost, openness,
+                                self.schedule.channel_weight_at(progress)),
+            undecided=((openness > low) & (openness < high)).float().mean(),
+            multiplier=self.gates.multiplier,
+            openness=sums / self.cost.group_sums(torch.ones_like(openness)))
+
+    def _figures(self, progress: float,
+                 state: Mapping[str, list[float]]) -> Figures:
+        """Compose the figures of a state that was read."""
+        return Figures(
+            openness=tuple(state['openness']),
+            budget=self.budget(progress),
+            moved=bool(state.get('moved', [True])[0]),
+            **{
+                name: state[name][0]
+                for name in ('flops', 'flops_by_openness', 'cost', 'held_cost',
+                             'undecided', 'multiplier')
+            })
 
     # -- the training ------------------------------------------------------
 
@@ -150,54 +216,70 @@ class Pruner(nn.Module):
         self.gates.begin_(self.schedule.pruned_share(progress))
 
     @torch.no_grad()
-    def step_(self, progress: float, steps: int) -> bool:
+    def step_(self, progress: float, steps: int) -> Figures | None:
         """Move all gates by one step, in place, by the gradient of theta.
 
         The gradient is removed, so that no optimizer moves or decays theta,
-        and the next backward pass starts anew.
+        and the next backward pass starts anew. All processes take the gates
+        of the first one. The host reads from the device of the gates once,
+        at the end, and only if a whole group has closed a few times more.
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
             steps (int): Number of such steps in the whole training.
 
         Returns:
-            bool: False, with no gate moved, if the gradient is not finite.
+            Figures, optional: State of the gates after the step; None in the
+            settling phase, in which they are fixed.
 
         Raises:
-            RuntimeError: If the cost is not measured.
+            RuntimeError: If the cost is not measured, or theta has no
+                gradient.
         """
         if self.unmeasured:
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
-        moved = self._step_(progress, steps)
-        self.gates.theta.grad = None
-        return moved
-
-    def _step_(self, progress: float, steps: int) -> bool:
-        """Move all gates by one step (see :meth:`step_`), in place."""
         phase = self.schedule.phase_at(progress)
-        if phase == 'settling':
-            return True
+        figures = None
+        if phase != 'settling':
+            figures = self._step_(phase, progress, steps)
+        self.gates.theta.grad = None
+        return figures
+
+    def _step_(self, phase: str, progress: float, steps: int) -> Figures:
+        """Move all gates by one step (see :meth:`step_`), in place."""
         # The last step of the phase has the target for its budget, also where
         # gradients are accumulated and steps are many iterations apart.
         is_last = self.schedule.is_last_pruning_step(progress,
                                                      1 / max(steps, 1))
         if is_last:
             progress = self.schedule.end_of_pruning
+        alive = self._alive_groups()
+        before = {
+            name: tensor.clone()
+            for name, tensor in self.gates.state_dict().items()
+        }
         # First observe: the gradient belongs to the state of the forward pass.
-        if not self.gates.observe_():
-            return False
+        finite = self.gates.observe_()
         self.gates.anneal_(self.schedule.pruned_share(progress))
         if phase == 'pruning':
             self._move_(progress, steps)
+        # Undo the step instead of asking first, for which the host would wait.
+        for name, tensor in self.gates.state_dict().items():
+            tensor.copy_(torch.where(finite, tensor, before[name]))
         if is_last:
             self.gates.settle_()
-        return True
+        self.gates.agree_()
+        died = (alive & ~self._alive_groups()).any()
+        state = _read(dict(self._state(progress), moved=finite, died=died))
+        if state['died'][0]:
+            self._close_dead_()
+            state |= _read(self._state(progress))
+        return self._figures(progress, state)
 
     def _move_(self, progress: float, steps: int) -> None:
         """Move all gates by one step of the pruning phase, in place."""
-        alive = self._count_alive_groups()
         self.gates.step_(
             self.cost,
             self.budget(progress) + self._rounding(),
@@ -205,10 +287,9 @@ class Pruner(nn.Module):
             max(steps * self.schedule.phases[1], 1),
             self.schedule.channel_weight_at(progress),
             self._protected(progress), self._scarcity())
-        self._close_dead_(alive)
 
-    def _rounding(self) -> float:
-        """Half of the price of the dearest open gate.
+    def _rounding(self) -> Tensor:
+        """Half of the price of the dearest open gate, a scalar.
 
         It rounds the budget to the nearest channel. A budget that is never
         exceeded would be missed by up to one channel, which is more than a
@@ -216,7 +297,7 @@ class Pruner(nn.Module):
         """
         openness = self.gates.openness()
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
-        return min(float(price.max()) / 2, _LARGEST_ROUNDING)
+        return (price.max() / 2).clamp(max=_LARGEST_ROUNDING)
 
     def _protected(self, progress: float) -> Tensor | None:
         """Mask ``(G,)`` of the gates that must not close in this step.
@@ -242,29 +323,35 @@ class Pruner(nn.Module):
         left = self.cost.group_sums(openness).clamp(min=1)
         return (dense / left)[self.cost.group_of]
 
-    def _close_dead_(self, alive_before: int) -> None:
-        """Close gates that feed only closed layers or are fed by none.
-
-        Args:
-            alive_before (int): Number of groups that were alive before the
-                step; nothing is done unless one of them died.
-        """
-        # Closing one group may leave the next without readers or writers.
-        while (alive := self._count_alive_groups()) < alive_before:
-            alive_before = alive
+    def _close_dead_(self) -> None:
+        """Close gates that feed only closed layers or are fed by none."""
+        while True:
+            alive = self._alive_groups()
             openness = self.gates.openness()
             keep = kept_channels(self.analysis, openness)
             keep &= ~constant_channels(self.analysis, keep)
             self.gates.close_(~keep.to(openness.device))
+            # Closing one group may leave the next without readers or writers.
+            if torch.equal(alive, self._alive_groups()):
+                return
 
-    def _count_alive_groups(self) -> int:
-        """Number of groups with a gate that is not closed."""
-        is_open = (self.gates.openness() > 0).cpu()
-        return sum(
-            bool(is_open[group.gates].any()) for group in self.analysis.groups)
+    def _alive_groups(self) -> Tensor:
+        """Mask ``(S,)`` of the groups with a gate that is not closed."""
+        openness = self.gates.openness()
+        return self.cost.group_sums((openness > 0).to(openness)) > 0
 
     def channels(self) -> Tensor:
         """Mask ``(G,)`` of 0 and 1: the gates whose channels a cut keeps."""
         with torch.no_grad():
             keep = kept_channels(self.analysis, self.gates.decided())
         return keep.to(self.gates.theta)
+
+
+def _read(state: Mapping[str, Tensor]) -> dict[str, list[float]]:
+    """Copy small tensors to the host in one transfer."""
+    flat = torch.cat([tensor.reshape(-1).float() for tensor in state.values()])
+    values = iter(flat.tolist())
+    return {
+        name: [next(values) for _ in range(tensor.numel())]
+        for name, tensor in state.items()
+    }

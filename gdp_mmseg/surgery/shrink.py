@@ -23,7 +23,6 @@ from .prune import put_back, take
 from .widths import set_sizes_, whole_width, widths_of
 
 _Change = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
-_Layer = (nn.Linear, _ConvNd)
 # Learning rate of the trial steps of an optimizer.
 _TRIAL_LR = 0.1
 
@@ -213,7 +212,7 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
     """
     changed: dict[Any, dict[str, Any]] = {}
     for key, state in states.items():
-        name = names.get(key)
+        name = names.get(key, '')
         changed[key] = dict(state)
         if name in shapes:
             changed[key].update((item, change({name: value})[name])
@@ -270,7 +269,7 @@ def _forward_of(module: nn.Module) -> str:
     return '_conv_forward' if plain else 'forward'
 
 
-def _empty_(module: nn.Module) -> None:
+def _empty_(module: Any) -> None:
     """Let a layer or norm work without channels, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
@@ -285,9 +284,11 @@ def _fill_(module: nn.Module) -> None:
     """Undo :func:`_empty_`, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
-    if former is _same or isinstance(former, _EmptyLayer):
+    if former is _same:
         delattr(module, name)
-        if getattr(former, 'gated', None) is not None:
+    elif isinstance(former, _EmptyLayer):
+        delattr(module, name)
+        if former.gated is not None:
             setattr(module, name, former.gated)
 
 
@@ -307,8 +308,12 @@ def obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     Returns:
         str, optional: The reason; None if they can.
     """
-    kind = type(optimizer).__name__
+    kind, tried = type(optimizer).__name__, set[str]()
     for group in optimizer.param_groups:
+        options = repr([(key, group[key]) for key in group if key != 'params'])
+        if options in tried:
+            continue
+        tried.add(options)
         try:
             (whole, reason), (part, _) = (
                 _tried(optimizer, group, rows) for rows in (4, 2))

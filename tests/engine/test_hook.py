@@ -15,7 +15,7 @@ import torch
 from mmengine.hooks import EMAHook
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import Tensor, nn
 
 from gdp_mmseg.engine.hook import averages
@@ -26,10 +26,16 @@ from gdp_mmseg.report.record import read_rows
 
 from helpers.project import (ITERATIONS, PHASES, TARGET, Project, Recorder,
                              Trained, build, train)
+from helpers.reads import reads_of
 
 WARM = round(ITERATIONS * PHASES[0])
 SETTLED = round(ITERATIONS * (PHASES[0] + PHASES[1]))
 OVERFLOWS = (1, 10)
+# Modules at work in each iteration, but for the checks of labels and loss: the
+# labels are on the host still, and mmengine has read the loss itself.
+STEP = ('gdp_mmseg.gates', 'gdp_mmseg.cost', 'gdp_mmseg.pruner',
+        'gdp_mmseg.analysis.liveness', 'gdp_mmseg.engine.hook',
+        'gdp_mmseg.engine.monitor')
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -409,6 +415,26 @@ def test_averaged_checkpoint_exports_at_the_target(project: Project,
     assert share <= TARGET + 0.02
 
 
+def test_an_iteration_reads_once_from_the_device(
+        project: Project, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = project.load(tmp_path)
+    cfg.train_cfg.max_iters = 10
+    cfg.default_hooks.gdp.interval = 1
+    run_iter, reads = IterBasedTrainLoop.run_iter, []
+
+    def watched(loop: IterBasedTrainLoop, batch: Any) -> None:
+        with reads_of(*STEP) as found:
+            run_iter(loop, batch)
+        reads.append(found)
+
+    monkeypatch.setattr(IterBasedTrainLoop, 'run_iter', watched)
+    runner, _ = train(cfg)
+    phase_at = find_pruner(runner.model).schedule.phase_at
+    expected = [phase_at(index / 10) != 'settling' for index in range(10)]
+    assert [len(found) for found in reads] == expected and 0 < sum(expected)
+
+
 def test_training_leaves_the_optimizer_as_it_was(project: Project,
                                                  tmp_path: Path) -> None:
     """A second training with the same optimizer steps the gates once."""
@@ -418,7 +444,7 @@ def test_training_leaves_the_optimizer_as_it_was(project: Project,
     first, _ = train(copy.deepcopy(cfg))
     clip, steps = first.optim_wrapper.clip_func, []
     pruner = find_pruner(first.model)
-    pruner.step_ = lambda *_: steps.append(1) or True
+    pruner.step_ = lambda *_: steps.append(1)
     second = Runner(
         model=first.model,
         work_dir=str(tmp_path / 'second'),

@@ -25,7 +25,7 @@ from gdp_mmseg.report.record import (GateRow, append_row, begin_record,
                                      read_rows)
 from gdp_mmseg.report.summary import dead_parts, kept_by_part, kept_share
 
-from helpers.project import PHASES, TARGET, Exported, Project, Trained, train
+from helpers.project import TARGET, Exported, Project, Trained, train
 from helpers.stages import is_drawn, network
 
 
@@ -64,9 +64,8 @@ def test_tensorboard_gets_pictures_at_the_interval(project: Project,
         found = events.Scalars(f'gdp_{name}')
         assert [one.step for one in found] == [1, 2, 3]
     assert events.Scalars('gdp_flops')[0].value == 1
-    # The last iteration begins after two of three.
-    assert events.Scalars('gdp_budget')[-1].value == pytest.approx(
-        Schedule(PHASES).budget_at(2 / 3, TARGET))
+    # The last step of the pruning phase has the target for its budget.
+    assert events.Scalars('gdp_budget')[-1].value == pytest.approx(TARGET)
 
 
 def test_only_the_main_process_draws(trained: Trained,

@@ -1,6 +1,7 @@
 """The pruner holds each kind of cost to its target, on small networks."""
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.surgery.prune import prune
 
+from helpers.reads import reads_of
 from helpers.toys import block, gated, last, run
 
 RATIO = 0.5
@@ -52,6 +54,46 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
         pruner.step_(step / STEPS, STEPS)
         optimizer.step()
     return net, pruner
+
+
+@pytest.mark.parametrize('floor', [0., 0.3])
+def test_a_step_reads_once_from_the_device(floor: float) -> None:
+    _, pruner = trained_toy('flops', min_keep_ratio=floor)
+    gates = pruner.gates
+    for progress, reads in ((0.05, 1), (0.3, 1), (0.8, 1), (0.95, 0)):
+        gates.theta.grad = torch.ones_like(gates.theta)
+        with reads_of('gdp_mmseg') as found:
+            pruner.step_(progress, STEPS)
+        assert len(found) == reads, found
+
+
+@pytest.mark.parametrize('progress', [0.05, 0.5, 0.899])
+def test_a_gradient_that_is_not_finite_changes_no_gate(
+        progress: float) -> None:
+    _, pruner = trained_toy('flops')
+    gates = pruner.gates
+    before = copy.deepcopy(gates.state_dict())
+    for wrong in (torch.nan, torch.inf):
+        gates.theta.grad = torch.ones_like(gates.theta)
+        gates.theta.grad[gates.openness().argmax()] = wrong
+        figures = pruner.step_(progress, STEPS)
+        assert figures is not None and not figures.moved
+        for name, tensor in gates.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+def test_figures_are_the_state_of_the_gates() -> None:
+    _, pruner = trained_toy('params')
+    openness = pruner.gates.openness().detach()
+    figures = pruner.figures(1.)
+    assert figures.flops == pytest.approx(
+        float(pruner.flops((openness > 0).float())))
+    assert figures.cost == pytest.approx(float(pruner.cost(pruner.channels())))
+    assert figures.held_cost == pytest.approx(figures.cost)
+    assert figures.budget == RATIO
+    assert figures.openness == pytest.approx([
+        float(openness[group.gates].mean()) for group in pruner.analysis.groups
+    ])
 
 
 def test_a_training_takes_the_gates_of_another_as_they_are() -> None:
