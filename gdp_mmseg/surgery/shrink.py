@@ -310,7 +310,10 @@ def obstacle(optimizer: torch.optim.Optimizer) -> str | None:
     """
     kind, tried = type(optimizer).__name__, set[str]()
     for group in optimizer.param_groups:
-        options = repr([(key, group[key]) for key in group if key != 'params'])
+        options = repr([
+            item for item in group.items()
+            if item[0] not in ('params', 'lr', 'initial_lr')
+        ])
         if options in tried:
             continue
         tried.add(options)
