@@ -28,19 +28,22 @@ from mmseg.structures import SegDataSample
 from torch.utils.data import Dataset
 
 from gdp_mmseg.engine.config import ModelConfig
+from gdp_mmseg.report.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
 TARGET = 0.4
+SHORT = (0.1, 0.2, 0.7)
 # Settings of the gates in each training; None for a dense one.
 RUNS: dict[str, dict[str, Any] | None] = {
     'dense': None,
-    'short phases': dict(phases=(0.1, 0.2, 0.7)),
-    'short phases, closed channels stay': dict(
-        phases=(0.1, 0.2, 0.7), shrink=False),
+    'phases 0.1, 0.2, 0.7': dict(phases=SHORT),
+    'phases 0.1, 0.2, 0.7, shrink=False': dict(phases=SHORT, shrink=False),
     'default phases': dict(),
-    'default phases, closed channels stay': dict(shrink=False),
+    'default phases, shrink=False': dict(shrink=False),
 }
+# Our goals for the time, over that of the dense training.
+GOALS = {'phases 0.1, 0.2, 0.7': 0.7, 'default phases': 1.0}
 
 
 @DATASETS.register_module()
@@ -162,6 +165,36 @@ def measure(size: int, iterations: int) -> dict[str, Any]:
     return dict(size=size, iterations=iterations, target=TARGET, runs=found)
 
 
+def markdown(report: dict[str, Any]) -> str:
+    """Return the section of ``docs/speed.md``.
+
+    Args:
+        report (dict[str, Any]): Result of :func:`measure`.
+    """
+    runs = report['runs']
+    rows = [['whole training', 'time / dense', 'goal', 'peak memory / dense']]
+    for name, found in runs.items():
+        time_ratio, memory_ratio = (
+            found[key] / runs['dense'][key] for key in ('seconds', 'peak_kb'))
+        goal = GOALS.get(name)
+        missed = ', missed' if goal and time_ratio > goal else ''
+        rows.append([
+            name, f'{time_ratio:.2f}',
+            f'at most {goal:.2f}{missed}' if goal else '-',
+            f'{memory_ratio:.2f}'
+        ])
+    return '\n'.join([
+        table(rows), '',
+        f'{report["iterations"]} iterations of batch 2 of {report["size"]} x '
+        f'{report["size"]} by the runner of mmengine, target '
+        f'{report["target"]}; process time of the iterations, one thread; '
+        'peak memory of the process, which builds and analyses the model, too.'
+        f' The dense training took {runs["dense"]["seconds"]:.0f} s and '
+        f'{runs["dense"]["peak_kb"] / 1e6:.2f} GB. With `shrink=False`, closed '
+        'channels stay in the model.'
+    ])
+
+
 def main() -> None:
     """Measure all trainings, or one of them in this process."""
     parser = argparse.ArgumentParser(
@@ -173,7 +206,7 @@ def main() -> None:
     if args.only:
         print(json.dumps(train(args.only, args.size, args.iterations)))
     else:
-        measure(args.size, args.iterations)
+        print(markdown(measure(args.size, args.iterations)))
 
 
 if __name__ == '__main__':

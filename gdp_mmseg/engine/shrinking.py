@@ -94,8 +94,8 @@ class ShrinkHook(Hook):
             return
         pruner = find_pruner(runner.model)
         # The gates close no more.
-        self._done = 'settling' == pruner.schedule.phase_at(
-            runner.iter / runner.max_iters)
+        self._done = 'settling' == pruner.schedule.phase_at(runner.iter /
+                                                            runner.max_iters)
         if not self._done and (_compiles(runner)
                                or self.flops > _FALL * self._left):
             return

@@ -68,16 +68,13 @@ class Shrinkage:
             return take(tensors, self.analysis, keep, before)
 
         tensors = self._tensors()
-        widths = widths_of(
-            self.model, self.analysis,
-            change({name: one.detach()
-                    for name, one in tensors.items()}))
-        for name, width in widths.items():
+        data = change(_data_of(tensors))
+        for name, width in widths_of(self.model, self.analysis, data).items():
             if name not in tensors:
                 module = self.model.get_submodule(name)
-                self._set_width_(name, module, whole_width(
-                    name, module, width))
-        self._replace_(tensors, change, optimizer)
+                self._set_width_(name, module,
+                                 whole_width(name, module, width))
+        self._replace_(tensors, data, change, optimizer)
         select_slots_(self.model, self.analysis, keep)
         for name, tensor in tensors.items():
             if not tensor.numel() and tensor.requires_grad:
@@ -99,7 +96,8 @@ class Shrinkage:
             optimizer (torch.optim.Optimizer, optional): See :meth:`narrow_`.
         """
         tensors = self._tensors()
-        self._replace_(tensors, self.dense, optimizer)
+        self._replace_(tensors, self.dense(_data_of(tensors)), self.dense,
+                       optimizer)
         for name in self._without_entries:
             tensors[name].requires_grad_(True)
         for name, sizes in self._sizes.items():
@@ -121,9 +119,8 @@ class Shrinkage:
         """
         return put_back(tensors, self.analysis, self.present)
 
-    def dense_states(
-            self, states: Mapping[Any, Any],
-            names: Mapping[Any, str]) -> dict[Any, dict[str, Any]]:
+    def dense_states(self, states: Mapping[Any, Any],
+                     names: Mapping[Any, str]) -> dict[Any, dict[str, Any]]:
         """Return the states of an optimizer in dense shapes.
 
         Args:
@@ -143,11 +140,12 @@ class Shrinkage:
         named = [*self.model.named_parameters(), *self.model.named_buffers()]
         return {name: one for name, one in named if name in self._names}
 
-    def _replace_(self, tensors: Mapping[str, Tensor], change: _Change,
+    def _replace_(self, tensors: Mapping[str, Tensor],
+                  data: Mapping[str, Tensor], change: _Change,
                   optimizer: torch.optim.Optimizer | None) -> None:
-        """Replace the data, gradients and states of tensors, in place."""
+        """Replace the data of tensors, and change all that has their shape.
+        """
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        data = change({name: one.detach() for name, one in tensors.items()})
         grads = change({
             name: one.grad
             for name, one in tensors.items() if one.grad is not None
@@ -177,10 +175,15 @@ class Shrinkage:
 
     def _refresh_(self) -> None:
         """Let modules compute again what they derive from their tensors."""
-        for owner in {name.rpartition('.')[0] for name in self._names}:
+        owners = {name.rpartition('.')[0] for name in self._names}
+        for owner in sorted(owners):
             module = self.model.get_submodule(owner)
             if type(module).train is not nn.Module.train:
                 module.train(module.training)
+
+
+def _data_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _set_data_(tensor: Tensor, data: Tensor) -> None:
@@ -190,7 +193,7 @@ def _set_data_(tensor: Tensor, data: Tensor) -> None:
         # lives on where a loss or a wrapper still holds it. Only data of
         # another type makes autograd take a new one.
         other = (
-            torch.float32 if data.dtype == torch.float64 else torch.float64)
+            torch.float32 if data.dtype == torch.float16 else torch.float16)
         tensor.data = data.new_empty(0, dtype=other)
     tensor.data = data
 
@@ -215,10 +218,10 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
         name = names.get(key, '')
         changed[key] = dict(state)
         if name in shapes:
-            changed[key].update((item, change({name: value})[name])
-                                for item, value in state.items()
-                                if isinstance(value, Tensor)
-                                and value.shape == shapes[name])
+            changed[key].update(
+                (item, change({name: value})[name])
+                for item, value in state.items()
+                if isinstance(value, Tensor) and value.shape == shapes[name])
     return changed
 
 

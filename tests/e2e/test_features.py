@@ -208,8 +208,8 @@ def test_distributed_training_goes_on_to_an_export(name: str, project: Project,
                                                    tmp_path: Path) -> None:
     options = _short(**FEATURES_OF_PROCESSES[name])
     runner, recorder = _train(project.load_for_processes(tmp_path, **options))
-    assert (recorder.sizes[-1]
-            == recorder.sizes[0]) == (name in KEEPING_OF_PROCESSES)
+    assert (recorder.sizes[-1] == recorder.sizes[0]) == (
+        name in KEEPING_OF_PROCESSES)
     _check_the_whole_way(runner, _export(project, tmp_path, **WITHOUT_SYNC))
 
 

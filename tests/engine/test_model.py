@@ -452,7 +452,7 @@ def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
     (dict(shrink='no'), "gdp.shrink: expected True or False, but got 'no'"),
 ])
 def test_values_of_another_kind_are_refused(options: dict[str, Any],
-                                             message: str) -> None:
+                                            message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.from_config(dict(target=0.4, **options))
 

@@ -187,8 +187,7 @@ def test_resume_goes_on_as_if_nothing_had_happened(straight: Straight,
         for folder in (whole, tmp_path))
     assert _same(expected['state_dict'], got['state_dict'])
     assert _same(expected['optimizer'], got['optimizer'])
-    assert _same(
-        expected.get('ema_state_dict'), got.get('ema_state_dict'))
+    assert _same(expected.get('ema_state_dict'), got.get('ema_state_dict'))
     assert bool(expected['meta']['gdp']['cut'].any())
     assert _same(expected['meta']['random_state'], got['meta']['random_state'])
     assert list(resumed) == list(range(stop + 1, ITERATIONS + 1))

@@ -23,8 +23,7 @@ from gdp_mmseg.engine.model import find_pruner, known_gates
 from gdp_mmseg.engine.shrinking import ShrinkHook
 from gdp_mmseg.surgery.shrink import Shrinkage
 
-from helpers.project import (ITERATIONS, Project, Trained, build,
-                             build_runner)
+from helpers.project import ITERATIONS, Project, Trained, build, build_runner
 from helpers.toys import all_outputs
 
 INPUTS = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -280,7 +280,8 @@ class Recorder(Hook):
         self.gain_square.append(gates.gain_square.clone())
         self.observed.append(int(gates.observed))
         self.grads.append(gates.theta.grad)
-        self.sizes.append(sum(one.numel() for one in runner.model.parameters()))
+        self.sizes.append(
+            sum(one.numel() for one in runner.model.parameters()))
 
 
 @dataclasses.dataclass(frozen=True)

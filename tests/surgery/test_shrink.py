@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.surgery.shrink import Shrinkage, obstacle
 
@@ -61,10 +60,9 @@ class Training:
         found = []
         for _ in range(STEPS):
             self.optimizer.zero_grad()
-            loss = sum(
-                (leaf - 0.1).square().mean()
-                for leaf in tree_leaves(self.net(self.inputs))
-                if leaf.is_floating_point())
+            loss = sum((leaf - 0.1).square().mean()
+                       for leaf in tree_leaves(self.net(self.inputs))
+                       if leaf.is_floating_point())
             loss.backward()
             self.optimizer.step()
             self.gates.theta.grad = None
@@ -119,9 +117,7 @@ def test_losses_are_those_of_the_uncut_model(name: str, pattern: str,
 def test_graph_that_is_still_held_does_not_stop_the_next_step() -> None:
     """Autograd's nodes of the last step know the wide shapes."""
     training = Training('residual', SGD)
-    held = [
-        leaf.sum() for leaf in tree_leaves(training.net(training.inputs))
-    ]
+    held = [leaf.sum() for leaf in tree_leaves(training.net(training.inputs))]
     training.close_(open_of(training.analysis, 'more'))
     training.narrow_()
     assert len(training.losses()) == STEPS
