@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.dist import broadcast
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseAveragedModel, is_model_wrapper
 from mmengine.runner import Runner
@@ -22,6 +23,9 @@ from .resume import network_of
 # Channels leave when the FLOPs have fallen to this share of what they were
 # after the last ones left: a cut costs about as much as a tenth of a step.
 _FALL = 0.9
+# Most looks at the FLOPs in a training. Several processes agree at each look,
+# for which the host waits.
+_CHECKS = 1000
 
 
 class ShrinkHook(Hook):
@@ -96,12 +100,10 @@ class ShrinkHook(Hook):
         # The gates close no more.
         self._done = 'settling' == pruner.schedule.phase_at(runner.iter /
                                                             runner.max_iters)
-        if not self._done and (_compiles(runner)
-                               or self.flops > _FALL * self._left):
+        if not self._done and not self._is_due(runner):
             return
-        keep = _kept_in_all([pruner, *averages(runner)])
-        if torch.equal(keep, self._shrinkages[0].present) or (
-                not self._done and _share(pruner, keep) > _FALL * self._left):
+        keep = _kept_in_all(runner)
+        if torch.equal(keep, self._shrinkages[0].present):
             return
         reason = foreign_state(runner.optim_wrapper.optimizer)
         if reason is not None:
@@ -113,6 +115,20 @@ class ShrinkHook(Hook):
             f'GDP: {int((~keep).sum())} of {len(keep)} channels have left the '
             f'training, which goes on with {self._left:.3f} of the FLOPs; '
             'checkpoints have all channels')
+
+    def _is_due(self, runner: Runner) -> bool:
+        """Tell whether enough FLOPs can go; the first process decides."""
+        period = max(runner.max_iters // _CHECKS, 1)
+        if _compiles(runner) or runner.iter % period:
+            return False
+        limit = _FALL * self._left
+        # Channels that must stay although they are closed have FLOPs, too.
+        is_due = self.flops <= limit and _share(
+            find_pruner(runner.model), _kept_in_all(runner)) <= limit
+        # Sums on GPUs differ in the last bit between processes.
+        decision = torch.tensor([int(is_due)])
+        broadcast(decision)
+        return bool(decision)
 
     def before_save_checkpoint(self, runner: Runner,
                                checkpoint: dict[str, Any]) -> None:
@@ -167,11 +183,12 @@ def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
     ]
 
 
-def _kept_in_all(pruners: list[Pruner]) -> Tensor:
-    """Gates ``(G,)`` whose channels a model or one of its averages needs.
+def _kept_in_all(runner: Runner) -> Tensor:
+    """Gates ``(G,)`` whose channels the model or one of its averages needs.
 
     An average may be updated less often than the model.
     """
+    pruners = [find_pruner(runner.model), *averages(runner)]
     openness = torch.stack(
         [pruner.gates.openness().detach().cpu() for pruner in pruners])
     return kept_channels(pruners[0].analysis, openness.amax(0))
