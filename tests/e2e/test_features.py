@@ -127,10 +127,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     'closed-channels-stay': {
         'model.gdp.shrink': False
     },
-    'Adafactor': _optimizer('Adafactor'),
+    'optimizer-of-other-states': _optimizer('TorchAdafactor'),
 }
 # Features with which closed channels do not leave while the model trains.
-KEEPING = ('efficient_conv_bn_eval', 'closed-channels-stay', 'Adafactor')
+KEEPING = ('efficient_conv_bn_eval', 'closed-channels-stay',
+           'optimizer-of-other-states')
 # With a process group, which has one process here.
 FEATURES_OF_PROCESSES: dict[str, dict[str, Any]] = {
     'accumulation': {
