@@ -3,18 +3,19 @@
     python benchmarks/whole_run.py --size 192 --iterations 40
 
 Each training is a run of mmengine's runner in a process of its own, on random
-images. Prints the process time of its iterations and the peak memory of the
-process. ``benchmarks/speed.py`` has the results in its report.
+images. They take turns after each iteration, so that what else the machine
+does slows all of them alike. Prints the process time of the iterations and the
+peak memory of each process. ``benchmarks/speed.py`` has the results in its
+report.
 """
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import resource
-import subprocess
-import sys
 import tempfile
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -75,23 +76,44 @@ class RandomImages(Dataset):
 
 
 class Clock(Hook):
-    """Hook that takes the process time of the iterations.
+    """Hook that waits for its turn and takes the process time of iterations.
+
+    Args:
+        turns (Connection): Connection to the process that gives the turns.
 
     Attributes:
-        seconds (float): From the first iteration to the end of the last one.
+        seconds (float): Process time of all iterations.
     """
 
-    # Before all other hooks.
+    # Before all other hooks; the last of them is :class:`Stop`.
     priority = 0
-    seconds = 0.
 
-    def before_train_epoch(self, runner: Runner) -> None:
-        """Start the clock."""
-        self._start = time.process_time()
+    def __init__(self, turns: Connection) -> None:
+        self.turns = turns
+        self.seconds = 0.
 
-    def after_train_epoch(self, runner: Runner) -> None:
-        """Stop the clock."""
-        self.seconds = time.process_time() - self._start
+    def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Wait, and start the clock."""
+        self.turns.recv()
+        self.start = time.process_time()
+
+
+class Stop(Hook):
+    """Hook that stops a :class:`Clock` after an iteration.
+
+    Args:
+        clock (Clock): The clock.
+    """
+
+    priority = 100
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Stop the clock, and pass the turn on."""
+        self.clock.seconds += time.process_time() - self.clock.start
+        self.clock.turns.send(self.clock.seconds)
 
 
 def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
@@ -135,33 +157,35 @@ def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
     return cfg
 
 
-def train(name: str, size: int, iterations: int) -> dict[str, float]:
-    """Train in this process; return its time and peak memory."""
+def train(name: str, size: int, iterations: int, turns: Connection) -> None:
+    """Train in this process; send its time and peak memory at the end."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         cfg = config_of(RUNS[name], size, iterations, folder)
-        runner, clock = Runner.from_cfg(cfg), Clock()
+        runner, clock = Runner.from_cfg(cfg), Clock(turns)
         runner.register_hook(clock)
+        runner.register_hook(Stop(clock))
         runner.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return dict(seconds=clock.seconds, peak_kb=peak)
+    turns.send(dict(seconds=clock.seconds, peak_kb=peak))
 
 
 def measure(size: int, iterations: int) -> dict[str, Any]:
-    """Train each of :data:`RUNS` in a process of its own."""
-    found = {}
-    for name in RUNS:
-        output = subprocess.run([
-            sys.executable, '-W', 'ignore', __file__, '--only', name, '--size',
-            str(size), '--iterations',
-            str(iterations)
-        ],
-                                check=True,
-                                text=True,
-                                stdout=subprocess.PIPE).stdout
-        found[name] = json.loads(output.splitlines()[-1])
-        print(f'{name}: {found[name]["seconds"]:.1f} s, '
-              f'{found[name]["peak_kb"] / 1e6:.2f} GB')
+    """Train each of :data:`RUNS` in a process of its own.
+
+    They take turns after each iteration, so that what else the machine does
+    slows all of them alike.
+    """
+    context = multiprocessing.get_context('spawn')
+    ends = {name: context.Pipe() for name in RUNS}
+    for name, (_, end) in ends.items():
+        context.Process(
+            target=train, args=(name, size, iterations, end)).start()
+    for _ in range(iterations):
+        for name, (turns, _) in ends.items():
+            turns.send(None)
+            turns.recv()
+    found = {name: turns.recv() for name, (turns, _) in ends.items()}
     return dict(size=size, iterations=iterations, target=TARGET, runs=found)
 
 
@@ -187,26 +211,23 @@ def markdown(report: dict[str, Any]) -> str:
         table(rows), '',
         f'{report["iterations"]} iterations of batch 2 of {report["size"]} x '
         f'{report["size"]} by the runner of mmengine, target '
-        f'{report["target"]}; process time of the iterations, one thread; '
-        'peak memory of the process, which builds and analyses the model, too.'
-        f' The dense training took {runs["dense"]["seconds"]:.0f} s and '
+        f'{report["target"]}; process time of the iterations, one thread, all '
+        'trainings in turn; peak memory of the process, which builds and '
+        'analyses the model, too. The dense training took '
+        f'{runs["dense"]["seconds"]:.0f} s and '
         f'{runs["dense"]["peak_kb"] / 1e6:.2f} GB. With `shrink=False`, closed '
         'channels stay in the model.'
     ])
 
 
 def main() -> None:
-    """Measure all trainings, or one of them in this process."""
+    """Measure and print the section of the page."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--size', type=int, default=192)
     parser.add_argument('--iterations', type=int, default=40)
-    parser.add_argument('--only', choices=RUNS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.only:
-        print(json.dumps(train(args.only, args.size, args.iterations)))
-    else:
-        print(markdown(measure(args.size, args.iterations)))
+    print(markdown(measure(args.size, args.iterations)))
 
 
 if __name__ == '__main__':
