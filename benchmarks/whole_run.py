@@ -215,8 +215,8 @@ def markdown(report: dict[str, Any]) -> str:
         'trainings in turn; peak memory of the process, which builds and '
         'analyses the model, too. The dense training took '
         f'{runs["dense"]["seconds"]:.0f} s and '
-        f'{runs["dense"]["peak_kb"] / 1e6:.2f} GB. With `shrink=False`, closed '
-        'channels stay in the model.'
+        f'{runs["dense"]["peak_kb"] / 1e6:.2f} GB. With `shrink=False`, '
+        'closed channels stay in the model.'
     ])
 
 

@@ -213,15 +213,17 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
     Returns:
         dict[Any, dict[str, Any]]: New states; the given ones are unchanged.
     """
-    changed: dict[Any, dict[str, Any]] = {}
-    for key, state in states.items():
-        name = names.get(key, '')
-        changed[key] = dict(state)
-        if name in shapes:
-            changed[key].update(
-                (item, change({name: value})[name])
-                for item, value in state.items()
-                if isinstance(value, Tensor) and value.shape == shapes[name])
+    changed = {key: dict(state) for key, state in states.items()}
+    keys = {names[key]: key for key in changed if names.get(key, '') in shapes}
+    # All tensors of one item at once, such as all momenta.
+    items: dict[str, dict[str, Tensor]] = collections.defaultdict(dict)
+    for name, key in keys.items():
+        for item, value in changed[key].items():
+            if isinstance(value, Tensor) and value.shape == shapes[name]:
+                items[item][name] = value
+    for item, tensors in items.items():
+        for name, value in change(tensors).items():
+            changed[keys[name]][item] = value
     return changed
 
 
