@@ -50,7 +50,8 @@ class Group:
     """Channels that lie between the same layers.
 
     Args:
-        gates (Tensor): ``(n,)`` gates of the group, ascending.
+        gates (Tensor): ``(n,)`` gates of the group, consecutive numbers. The
+            first group has the first gates, the next one those after them.
         writers (tuple[str, ...]): Modules that write the channels.
         readers (tuple[str, ...]): Modules that read the channels through a
             gate.

@@ -52,6 +52,7 @@ class Cost(nn.Module):
     """
 
     group_of: Tensor
+    sizes: Tensor
     inputs: Tensor
     fixed_inputs: Tensor
     outputs: Tensor
@@ -70,6 +71,7 @@ class Cost(nn.Module):
         # over a group is enough to know the open channels of each axis.
         sizes = torch.tensor([len(group.gates) for group in analysis.groups])
         self.register_buffer('group_of', group_of, persistent=False)
+        self.register_buffer('sizes', sizes, persistent=False)
         for side in ('inputs', 'outputs'):
             slots = torch.zeros(len(terms), len(analysis.groups))
             fixed = torch.zeros(len(terms))
@@ -103,8 +105,10 @@ class Cost(nn.Module):
 
     def group_sums(self, openness: Tensor) -> Tensor:
         """Sum the openness ``(G,)`` over each group, ``(S,)``."""
-        return openness.new_zeros(self.inputs.shape[1]).index_add(
-            0, self.group_of, openness)
+        # A group is a range of gates. The sizes are not checked again, because
+        # the host would wait for a GPU.
+        return torch.segment_reduce(
+            openness, 'sum', lengths=self.sizes, unsafe=True)
 
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Open input and output channels of each term, ``(K,)`` twice."""

@@ -94,8 +94,10 @@ class GDPHook(ResumeHook):
                             accumulated_gradients(runner.optim_wrapper))
         if note:
             runner.logger.warning(f'GDP: {note}')
+        steps = math.ceil(runner.max_iters /
+                          accumulated_gradients(runner.optim_wrapper))
         for one in (pruner, *averages(runner)):
-            one.begin_(runner.iter / runner.max_iters)
+            one.begin_(runner.iter / runner.max_iters, steps)
         if pruner.unmeasured:
             _measure_(pruner, runner)
         if is_main_process():
@@ -104,7 +106,7 @@ class GDPHook(ResumeHook):
                 runner.iter)
         self._release_()
         handle = runner.optim_wrapper.optimizer.register_step_pre_hook(
-            self._gate_step(runner, pruner))
+            self._gate_step(runner, pruner, steps))
         self._undo = [
             handle.remove,
             _exclude_from_clipping_(runner.optim_wrapper, pruner.gates.theta)
@@ -118,12 +120,9 @@ class GDPHook(ResumeHook):
             undo()
         self._undo = []
 
-    def _gate_step(self, runner: Runner,
-                   pruner: Pruner) -> Callable[..., None]:
+    def _gate_step(self, runner: Runner, pruner: Pruner,
+                   steps: int) -> Callable[..., None]:
         """Make the pre-hook of the optimizer's step that moves the gates."""
-        steps = math.ceil(runner.max_iters /
-                          accumulated_gradients(runner.optim_wrapper))
-
         # mmengine may compile its train_step. The gates' step is not a part
         # of the network, and would be compiled anew at each step.
         @torch.compiler.disable

@@ -47,6 +47,8 @@ class GateMethod(nn.Module, abc.ABC):
             good. An average of models (EMA) may average this mask and keep a
             non-zero theta, so test ``closed > 0``, never ``theta == 0``.
         multiplier (Tensor): Scalar, the price multiplier of the last step.
+        heeded (bool): False if no step observes the gradient of theta that
+            the next passes compute. It may then be zero.
     """
 
     theta: nn.Parameter
@@ -57,6 +59,8 @@ class GateMethod(nn.Module, abc.ABC):
         super().__init__()
         # No buffers: an average of models would average these indices.
         self._slots: list[Tensor] = []
+        self._known_open = -1, False
+        self.heeded = True
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))
@@ -92,6 +96,27 @@ class GateMethod(nn.Module, abc.ABC):
         known = slots.clamp(min=0)
         return self.factors(known).masked_fill(self.closed[known] > 0,
                                                0).masked_fill(slots < 0, 1)
+
+    def note_open_(self, are_open: bool) -> None:
+        """Note what :meth:`are_open` returned; it holds until theta changes.
+        """
+        self._known_open = self.theta._version, are_open
+
+    @property
+    def known_open(self) -> bool | None:
+        """Result of :meth:`are_open` if it is known without reading it."""
+        version, are_open = self._known_open
+        return are_open if version == self.theta._version else None
+
+    @property
+    def neutral(self) -> bool:
+        """True if all factors are known to be 1 in this pass."""
+        # The theta of an average changes unseen, but it only evaluates.
+        return self.training and bool(self.known_open)
+
+    def are_open(self) -> Tensor:
+        """Return whether all factors are 1 in training, a scalar bool."""
+        return torch.zeros((), dtype=torch.bool, device=self.theta.device)
 
     @abc.abstractmethod
     def factors(self, gates: Tensor) -> Tensor:
@@ -136,11 +161,13 @@ class GateMethod(nn.Module, abc.ABC):
         self.theta.masked_fill_(gates, 0)
 
     @torch.no_grad()
-    def strongest(self, group_of: Tensor, numbers: Tensor) -> Tensor:
+    def strongest(self, group_of: Tensor, sizes: Tensor,
+                  numbers: Tensor) -> Tensor:
         """Select the open gates of greatest worth in each group.
 
         Args:
             group_of (Tensor): ``(G,)`` index of each gate's group.
+            sizes (Tensor): ``(S,)`` number of gates of each group.
             numbers (Tensor): ``(S,)`` number of gates to select per group.
 
         Returns:
@@ -150,9 +177,6 @@ class GateMethod(nn.Module, abc.ABC):
         order = self.worth().masked_fill(closed,
                                          -torch.inf).argsort(descending=True)
         order = order[group_of[order].argsort(stable=True)]
-        # Not bincount, for which the host waits on a GPU.
-        sizes = torch.zeros_like(numbers).index_add(0, group_of,
-                                                    torch.ones_like(group_of))
         first = sizes.cumsum(0) - sizes
         place = torch.arange(len(order), device=order.device)
         chosen = torch.zeros_like(order, dtype=torch.bool)
@@ -161,6 +185,19 @@ class GateMethod(nn.Module, abc.ABC):
         return chosen & ~closed
 
     # -- the training ------------------------------------------------------
+
+    def gradient(self) -> Tensor:
+        """Gradient ``(G,)`` of theta.
+
+        Raises:
+            RuntimeError: If theta has none.
+        """
+        if self.theta.grad is None:
+            raise RuntimeError(
+                'expected the loss to have passed a gradient to the gates, '
+                'but theta.grad is None: is the forward pass under no_grad, '
+                'or are the gated layers unused by the loss?')
+        return self.theta.grad
 
     def begin_(self, pruned_share: float) -> None:
         """Prepare gates that another training moved, in place.

@@ -173,6 +173,10 @@ class GDPGates(GateMethod):
         return openness(self.theta,
                         self.epsilon).masked_fill(self.is_closed(), 0)
 
+    def are_open(self) -> Tensor:
+        """Return whether the openness of all gates is 1, a scalar bool."""
+        return (self.openness().detach() == 1).all()
+
     def worth(self) -> Tensor:
         """Mean square gain ``(G,)``, an estimate of the cost of closing."""
         return self.gain_square
@@ -211,15 +215,10 @@ class GDPGates(GateMethod):
         Raises:
             RuntimeError: If theta has no gradient.
         """
-        if self.theta.grad is None:
-            raise RuntimeError(
-                'expected the loss to have passed a gradient to the gates, '
-                'but theta.grad is None: is the forward pass under no_grad, '
-                'or are the gated layers unused by the loss?')
+        gradient = self.gradient()
         slope = openness_slope(self.theta, self.epsilon)
         # The slope of a closed gate is 0, and its gain is never used again.
-        gain = torch.where(slope > 0,
-                           self.theta.grad / slope.clamp(min=_LEAST_SLOPE),
+        gain = torch.where(slope > 0, gradient / slope.clamp(min=_LEAST_SLOPE),
                            torch.zeros_like(slope))
         square = gain * gain
         mean_decay, square_decay = self.betas
@@ -258,21 +257,22 @@ class GDPGates(GateMethod):
         price = cost.price(self.openness())
         if protected is not None:
             price = price.masked_fill(protected, 0)
+        # Zero absorbs: a closed gate stays where it is.
+        travel = torch.full_like(gain, lr).masked_fill(closed, 0)
 
-        def moved(multiplier: Tensor) -> Tensor:
+        def moved(multiplier: Tensor) -> tuple[Tensor, Tensor]:
             push = multiplier * price
             # A gate with neither gain nor price stays where it is.
             scale = (noise + push * push).sqrt().clamp(min=_LEAST_SCALE)
-            theta = self.theta - lr * (gain + push) / scale
-            # Zero absorbs. Above one the openness is flat: a gate that moved
-            # far beyond could not come back in time.
-            theta = theta.clamp(0, 1)
-            low = openness(theta, self.epsilon) < self.close_below
-            return theta.masked_fill(low | closed, 0)
+            # Above one the openness is flat: a gate that moved far beyond
+            # could not come back in time.
+            theta = (self.theta - travel * (gain + push) / scale).clamp(0, 1)
+            value = openness(theta, self.epsilon)
+            stays = (value >= self.close_below).to(value)
+            return theta * stays, value * stays
 
         def spent(multiplier: Tensor) -> Tensor:
-            return held_cost(cost, openness(moved(multiplier), self.epsilon),
-                             channel_weight)
+            return held_cost(cost, moved(multiplier)[1], channel_weight)
 
         # The order of the gains over the order of the prices: a first guess.
         scale = (
@@ -280,7 +280,7 @@ class GDPGates(GateMethod):
             price.sum().clamp(min=_LEAST_SCALE))
         multiplier = solve_multiplier(spent, budget, scale)
         self.multiplier.copy_(multiplier)
-        theta = moved(multiplier)
+        theta, _ = moved(multiplier)
         self.close_(theta == 0)
         self.theta.copy_(theta)
 

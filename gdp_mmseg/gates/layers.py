@@ -13,6 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis
 from .base import GateMethod
+from .scaling import Product
 
 
 def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
@@ -107,11 +108,12 @@ class _GatedForward:
         self.layer = layer
         self.gates = gates
         self.index = gates.add_slots(slots)
+        self.product = Product()
 
     def gated(self, weight: Tensor) -> Tensor:
         """Kernel times the gates of its inputs."""
-        return weight * along(
-            self.gates.slot_factors(self.index), weight, self.axis)
+        return self.product(weight, self.gates.slot_factors(self.index),
+                            self.axis, self.gates.neutral, self.gates.heeded)
 
 
 class _GatedConvolution(_GatedForward):
@@ -147,13 +149,6 @@ class _GatedLinear(_GatedForward):
     def __call__(self, inputs: Tensor) -> Tensor:
         layer: Any = self.layer
         return F.linear(inputs, self.gated(layer.weight), layer.bias)
-
-
-def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
-    """Reshape ``(C,)`` so that it multiplies a kernel along an axis."""
-    shape = [1] * kernel.dim()
-    shape[axis] = -1
-    return values.reshape(shape)
 
 
 def slot_values(openness: Tensor, slots: Tensor) -> Tensor:

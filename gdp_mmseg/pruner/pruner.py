@@ -21,6 +21,9 @@ from .settings import Settings
 _LARGEST_ROUNDING = 0.009
 # Difference from the target above which logs and exports say so: a point.
 _MISSED = 0.01
+# Steps of the warm-up, at its end, in which the gains are observed: those of
+# before would count less than a thousandth, as 0.99^700 < 0.001.
+_OBSERVED_WARMUP = 700
 # Openness of a gate that counts as half open in :class:`Figures`.
 HALF_OPEN = (0.01, 0.5)
 
@@ -130,7 +133,8 @@ class Pruner(nn.Module):
         Raises:
             ValueError: If more than the target cannot be pruned.
         """
-        kept = self.gates.strongest(self.cost.group_of, self.min_kept)
+        kept = self.gates.strongest(self.cost.group_of, self.cost.sizes,
+                                    self.min_kept)
         kept = kept_channels(self.analysis, kept.float())
         least = float(self.cost(kept.to(self.gates.theta)))
         target = self.settings.target
@@ -181,7 +185,6 @@ class Pruner(nn.Module):
         openness = self.gates.openness()
         channels = (openness > 0).to(openness)
         low, high = HALF_OPEN
-        sums = self.cost.group_sums(openness)
         return dict(
             flops=self.flops(channels),
             flops_by_openness=self.flops(openness),
@@ -190,7 +193,7 @@ class Pruner(nn.Module):
                                 self.schedule.channel_weight_at(progress)),
             undecided=((openness > low) & (openness < high)).float().mean(),
             multiplier=self.gates.multiplier,
-            openness=sums / self.cost.group_sums(torch.ones_like(openness)))
+            openness=self.cost.group_sums(openness) / self.cost.sizes)
 
     def _figures(self, progress: float,
                  state: Mapping[str, list[float]]) -> Figures:
@@ -207,13 +210,16 @@ class Pruner(nn.Module):
 
     # -- the training ------------------------------------------------------
 
-    def begin_(self, progress: float) -> None:
+    def begin_(self, progress: float, steps: int) -> None:
         """Prepare gates that another training moved, in place.
 
         Args:
             progress (float): Share of this training that is over.
+            steps (int): Number of steps of the optimizer in it.
         """
         self.gates.begin_(self.schedule.pruned_share(progress))
+        self._heed_(
+            self.schedule.phase_at(progress) == 'settling', progress, steps)
 
     @torch.no_grad()
     def step_(self, progress: float, steps: int) -> Figures | None:
@@ -230,7 +236,8 @@ class Pruner(nn.Module):
 
         Returns:
             Figures, optional: State of the gates after the step; None in the
-            settling phase, in which they are fixed.
+            settling phase, and early in the warm-up of gates that are fully
+            open, where the gradient tells nothing that counts later.
 
         Raises:
             RuntimeError: If the cost is not measured, or theta has no
@@ -240,15 +247,42 @@ class Pruner(nn.Module):
             raise RuntimeError('expected a measured latency before the first '
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
-        phase = self.schedule.phase_at(progress)
         figures = None
-        if phase != 'settling':
-            figures = self._step_(phase, progress, steps)
+        is_over = self.schedule.phase_at(progress) == 'settling'
+        if not is_over:
+            self.gates.gradient()
+            is_over = self.schedule.is_last_pruning_step(
+                progress, 1 / max(steps, 1))
+            if self.gates.heeded and not self._is_early(progress, steps):
+                figures = self._step_(progress, steps)
         self.gates.theta.grad = None
+        self._heed_(is_over, progress, steps)
         return figures
 
-    def _step_(self, phase: str, progress: float, steps: int) -> Figures:
+    def _heed_(self, is_over: bool, progress: float, steps: int) -> None:
+        """Note whether a step observes the gradient from here on, in place.
+
+        Args:
+            is_over (bool): Whether the pruning phase is over.
+            progress (float): Share of the training that is over.
+            steps (int): Number of steps in the whole training.
+        """
+        # A step ahead, because a resume may begin between two steps.
+        ahead = progress + 2 / max(steps, 1)
+        self.gates.heeded = not is_over and not self._is_early(ahead, steps)
+
+    def _is_early(self, progress: float, steps: int) -> bool:
+        """Tell whether open gates need not observe their gains yet."""
+        observed = self.schedule.phases[0] - _OBSERVED_WARMUP / max(steps, 1)
+        if progress >= observed:
+            return False
+        if self.gates.known_open is None:
+            self.gates.note_open_(bool(self.gates.are_open()))
+        return bool(self.gates.known_open)
+
+    def _step_(self, progress: float, steps: int) -> Figures:
         """Move all gates by one step (see :meth:`step_`), in place."""
+        phase = self.schedule.phase_at(progress)
         # The last step of the phase has the target for its budget, also where
         # gradients are accumulated and steps are many iterations apart.
         is_last = self.schedule.is_last_pruning_step(progress,
@@ -272,7 +306,13 @@ class Pruner(nn.Module):
             self.gates.settle_()
         self.gates.agree_()
         died = (alive & ~self._alive_groups()).any()
-        state = _read(dict(self._state(progress), moved=finite, died=died))
+        state = _read(
+            dict(
+                self._state(progress),
+                moved=finite,
+                died=died,
+                are_open=self.gates.are_open()))
+        self.gates.note_open_(bool(state['are_open'][0]))
         if state['died'][0]:
             self._close_dead_()
             state |= _read(self._state(progress))
@@ -310,7 +350,8 @@ class Pruner(nn.Module):
             numbers = numbers.clamp(min=1)
         elif not self.settings.min_keep_ratio:
             return None
-        return self.gates.strongest(self.cost.group_of, numbers)
+        return self.gates.strongest(self.cost.group_of, self.cost.sizes,
+                                    numbers)
 
     def _scarcity(self) -> Tensor:
         """Factor ``(G,)`` of the worth of a channel as its group shrinks.
@@ -318,10 +359,8 @@ class Pruner(nn.Module):
         A gain tells what is lost with one channel while the others of its
         group can stand in for it. The fewer are left, the less they can.
         """
-        openness = self.gates.openness()
-        dense = self.cost.group_sums(torch.ones_like(openness))
-        left = self.cost.group_sums(openness).clamp(min=1)
-        return (dense / left)[self.cost.group_of]
+        left = self.cost.group_sums(self.gates.openness()).clamp(min=1)
+        return (self.cost.sizes / left)[self.cost.group_of]
 
     def _close_dead_(self) -> None:
         """Close gates that feed only closed layers or are fed by none."""

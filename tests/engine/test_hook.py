@@ -395,7 +395,7 @@ def test_averaged_gates_go_on_in_another_training_as_they_are(
         averaged: tuple[Runner, Path]) -> None:
     pruner, = copy.deepcopy(averages(averaged[0]))
     before = pruner.gates.openness()
-    pruner.begin_(0.)
+    pruner.begin_(0., ITERATIONS)
     assert float(pruner.gates.epsilon) == pytest.approx(0.1)
     assert torch.allclose(pruner.gates.openness(), before, atol=1e-5)
 

@@ -201,7 +201,8 @@ def test_strongest_are_the_open_gates_of_most_gain_in_each_group() -> None:
     gates.gain_square.copy_(torch.tensor([3., 1., 2., 9., 4., 5.]))
     gates.close_(torch.tensor([0, 0, 0, 1, 0, 0], dtype=torch.bool))
     chosen = gates.strongest(
-        torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([2, 3]))
+        torch.tensor([0, 1, 0, 1, 1, 0]), torch.tensor([3, 3]),
+        torch.tensor([2, 3]))
     assert chosen.tolist() == [True, True, False, False, True, True]
 
 

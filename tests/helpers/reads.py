@@ -15,6 +15,8 @@ _OPERATORS = ('_local_scalar_dense', 'nonzero', 'masked_select', 'bincount',
               '_unique2', 'equal', 'is_nonzero')
 # Methods that copy to the host without an operator if the tensor is there.
 _METHODS = ('tolist', 'cpu', 'numpy')
+# Modules that read on behalf of another.
+_OWN = ('torch', 'helpers', 'unittest')
 
 
 class _Watch(TorchDispatchMode):
@@ -38,6 +40,10 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _module(frame: Any) -> str:
+    return frame.f_globals.get('__name__', '')
+
+
 @contextlib.contextmanager
 def reads_of(*modules: str) -> Iterator[list[str]]:
     """List the reads that modules make, with their places.
@@ -49,10 +55,9 @@ def reads_of(*modules: str) -> Iterator[list[str]]:
 
     def note(name: str) -> None:
         frame: Any = sys._getframe(2)
-        while frame and frame.f_globals.get('__name__', '').startswith(
-            ('torch', 'helpers', 'unittest')):
+        while frame and _module(frame).startswith(_OWN):
             frame = frame.f_back
-        if frame and frame.f_globals['__name__'].startswith(modules):
+        if frame and _module(frame).startswith(modules):
             found.append(f'{name} in {frame.f_code.co_filename}:'
                          f'{frame.f_lineno}')
 

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -30,7 +30,9 @@ def times(layers: list[Layer], device: torch.device, *_: Any) -> Tensor:
     return torch.tensor([[1., 0., 0.01, 0.001]] * len(layers))
 
 
-def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
+def trained_toy(kind: str,
+                watch: Callable[[Pruner], None] = lambda pruner: None,
+                **settings: Any) -> tuple[nn.Module, Pruner]:
     """A chain, trained to a target on random inputs and random wishes."""
     torch.manual_seed(0)
     net = nn.Sequential(*block(3, 96), *block(96, 128, kernel=1), last(128))
@@ -51,6 +53,7 @@ def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
     for step in range(STEPS):
         optimizer.zero_grad()
         F.mse_loss(with_gates(inputs), wishes).backward()
+        watch(pruner)
         pruner.step_(step / STEPS, STEPS)
         optimizer.step()
     return net, pruner
@@ -61,6 +64,7 @@ def test_a_step_reads_once_from_the_device(floor: float) -> None:
     _, pruner = trained_toy('flops', min_keep_ratio=floor)
     gates = pruner.gates
     for progress, reads in ((0.05, 1), (0.3, 1), (0.8, 1), (0.95, 0)):
+        pruner.begin_(progress, STEPS)
         gates.theta.grad = torch.ones_like(gates.theta)
         with reads_of('gdp_mmseg') as found:
             pruner.step_(progress, STEPS)
@@ -72,14 +76,41 @@ def test_a_gradient_that_is_not_finite_changes_no_gate(
         progress: float) -> None:
     _, pruner = trained_toy('flops')
     gates = pruner.gates
-    before = copy.deepcopy(gates.state_dict())
     for wrong in (torch.nan, torch.inf):
+        pruner.begin_(progress, STEPS)
+        before = copy.deepcopy(gates.state_dict())
         gates.theta.grad = torch.ones_like(gates.theta)
         gates.theta.grad[gates.openness().argmax()] = wrong
         figures = pruner.step_(progress, STEPS)
         assert figures is not None and not figures.moved
         for name, tensor in gates.state_dict().items():
             assert torch.equal(tensor, before[name]), name
+
+
+def test_gains_are_computed_only_where_they_are_observed(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not early in the warm-up, nor in the settling phase."""
+    monkeypatch.setattr(pruner_module, '_OBSERVED_WARMUP', 4.5)
+    heeded, gains, plain = [], [], []
+
+    def watch(pruner: Pruner) -> None:
+        heeded.append(pruner.gates.heeded)
+        gains.append(bool(pruner.gates.gradient().any()))
+        plain.append(pruner.gates.neutral)
+
+    _, pruner = trained_toy('flops', watch)
+    warm, over = round(STEPS * 0.1), round(STEPS * 0.9)
+    # The first pass does not know yet, and one is a step ahead.
+    assert heeded == [
+        step in (0, warm - 5) or warm - 4 <= step < over
+        for step in range(STEPS)
+    ]
+    # Later on the ReLUs of the toy are dead.
+    assert gains[:warm + 4] == heeded[:warm + 4] and not any(gains[over:])
+    assert int(pruner.gates.observed) == over - warm + 4
+    # The first step of the pruning phase has a budget of 1 still.
+    assert plain == [0 < step <= warm + 1 for step in range(STEPS)]
+    assert RATIO - 0.01 <= pruner.figures(1.).flops <= RATIO + 0.01
 
 
 def test_figures_are_the_state_of_the_gates() -> None:
