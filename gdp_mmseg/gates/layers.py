@@ -57,6 +57,8 @@ def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
             if isinstance(gated, _GatedForward):
                 gated.gates.set_slots_(
                     gated.index, layer.inputs[kept_slots(layer.inputs, keep)])
+                # Its memory has the former size.
+                gated.product = Product()
 
 
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:

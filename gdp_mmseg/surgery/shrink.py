@@ -67,6 +67,8 @@ class Shrinkage:
         def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return take(tensors, self.analysis, keep, before)
 
+        # First: a layer that is emptied below hides its gates.
+        select_slots_(self.model, self.analysis, keep)
         tensors = self._tensors()
         data = change(_data_of(tensors))
         for name, width in widths_of(self.model, self.analysis, data).items():
@@ -75,7 +77,6 @@ class Shrinkage:
                 self._set_width_(name, module,
                                  whole_width(name, module, width))
         self._replace_(tensors, data, change, optimizer)
-        select_slots_(self.model, self.analysis, keep)
         for name, tensor in tensors.items():
             if not tensor.numel() and tensor.requires_grad:
                 # No loss depends on it: wrappers of several processes would
