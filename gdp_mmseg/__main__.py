@@ -9,8 +9,8 @@ import argparse
 import pkgutil
 import sys
 
+from .analysis.spelling import did_you_mean
 from .cli.errors import fail
-from .spelling import did_you_mean
 from .version import __version__
 
 # The function of each command, and what it does.

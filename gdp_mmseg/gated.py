@@ -83,15 +83,15 @@ def gate(model: nn.Module,
     forward = forward or _call
     chosen = Settings.from_config(
         dict(settings, target=target, input_shape=input_shape))
-    note = chosen.check_length(num_steps)
-    if note:
-        warnings.warn(note)
+    notes = [chosen.check_length(num_steps)]
     analysis = _analyse(
         clone_model(model, 'cpu'), input_shape, forward, chosen)
     pruner = Pruner(analysis, chosen).to(next(model.parameters()).device)
     if pruner.unmeasured:
         pruner.measure_()
         pruner.check_target()
+    for note in filter(None, [*notes, pruner.note_on_target()]):
+        warnings.warn(note)
     gate_(model, analysis, pruner.gates)
     return GatedModel(model, pruner, num_steps, forward)
 

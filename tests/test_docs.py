@@ -1,23 +1,46 @@
-"""The tutorial's configs do what it says, and the reference is complete."""
+"""Commands and configs of the pages work, and the reference is complete."""
 from __future__ import annotations
 
+import argparse
 import ast
+import pkgutil
 import re
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import gdp_mmseg
+from gdp_mmseg import __main__ as program
 from gdp_mmseg.pruner.settings import Settings, Target
 
 from helpers import ROOT
 
 TUTORIAL = (ROOT / 'docs' / 'tutorial.md').read_text()
+PAGES = [
+    *(ROOT / name for name in ('README.md', 'CONTRIBUTING.md')), *sorted(
+        (ROOT / 'docs').glob('*.md'))
+]
+# What a page calls the clone.
+CLONE = '/path/to/gdp_mmseg/'
 
 
-def blocks(language: str) -> list[str]:
-    """Blocks of the tutorial in one language."""
-    return re.findall(rf'^```{language}\n(.*?)^```', TUTORIAL, re.M | re.S)
+def blocks(language: str, page: str = TUTORIAL) -> list[str]:
+    """Blocks of a page in one language."""
+    return re.findall(rf'^ *```{language}\n(.*?)^ *```', page, re.M | re.S)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Words of each command in the blocks of a page."""
+    text = '\n'.join(blocks('bash', page.read_text()))
+    lines = text.replace('\\\n', ' ').replace('&&', '\n').splitlines()
+    return [words for line in lines if (words := shlex.split(line, True))]
+
+
+class Parsed(BaseException):
+    """The flags of a command were accepted."""
 
 
 @pytest.fixture
@@ -33,6 +56,52 @@ def test_reference_describes_every_public_name_once() -> None:
     page = (ROOT / 'docs' / 'reference.md').read_text()
     names = re.findall(r'^\.\. [\w:]+:: gdp_mmseg\.(\w+)$', page, re.M)
     assert sorted(names) == sorted(gdp_mmseg.__all__)
+
+
+def test_commands_of_the_pages_have_these_flags(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('mmseg')
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(*arguments: Any, **options: Any) -> None:
+        parse(*arguments, **options)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_only)
+    starts = {
+        ('gdp-mmseg', ): program.main,
+        ('python', '-m', 'gdp_mmseg'): program.main,
+        ('python', '-m', 'gdp_mmseg.demo.data'): 'gdp_mmseg.demo.data:main'
+    }
+    found = set()
+    for page in PAGES:
+        for words in commands(page):
+            for start, main in starts.items():
+                if tuple(words[:len(start)]) != start:
+                    continue
+                monkeypatch.setattr(sys, 'argv', words[len(start) - 1:])
+                try:
+                    (main if callable(main) else pkgutil.resolve_name(main))()
+                except Parsed:
+                    found.add(words[len(start)])
+                except SystemExit as end:
+                    assert end.code == 0, (page.name, words)
+    assert found >= set(program.COMMANDS)
+
+
+def test_commands_of_the_pages_name_files_and_targets_that_exist() -> None:
+    targets = re.findall(r'^\.PHONY: (.+)$', (ROOT / 'Makefile').read_text(),
+                         re.M)[0].split()
+    made = set()
+    for page in PAGES:
+        for words in commands(page):
+            if words[0] == 'make':
+                made.add(words[1])
+            for word in words:
+                name = word.partition(CLONE)[2] or word
+                if word != name or name.startswith(('tools/', 'configs/')):
+                    assert (ROOT / name).exists(), (page.name, word)
+    assert len(made) > 4 and made <= set(targets)
 
 
 def test_guide_names_the_lengths_that_are_refused_and_warned_of() -> None:

@@ -264,6 +264,12 @@ def test_short_pruning_phase_is_warned_of() -> None:
         gated(num_steps=12)
 
 
+def test_target_below_one_channel_in_each_group_is_warned_of() -> None:
+    with pytest.warns(
+            UserWarning, match='gdp.target is 0.005, but with a single'):
+        gated(target=0.005)
+
+
 def test_unfinished_training_is_exported_with_a_warning() -> None:
     model = gated()
     with pytest.warns(UserWarning, match='1.0000 of the FLOPs are left'):

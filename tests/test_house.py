@@ -14,20 +14,19 @@ PACKAGE = ROOT / 'gdp_mmseg'
 
 # Folders, and modules beside them, in the order in which data passes them:
 # none imports what stands below it here.
-ORDER = ('version', 'registry', 'files', 'spelling', 'analysis', 'gates',
-         'cost', 'surgery', 'pruner', 'report', 'gated', 'engine', 'export',
-         'cli', 'demo', '__main__', '__init__')
+ORDER = ('version', 'registry', 'files', 'analysis', 'gates', 'cost',
+         'surgery', 'pruner', 'report', 'gated', 'engine', 'export', 'cli',
+         'demo', '__main__', '__init__')
 # What each of them imports of the others: no more and no less.
 ARROWS: dict[str, set[str]] = {
     'version': set(),
     'registry': set(),
     'files': set(),
-    'spelling': set(),
-    'analysis': {'spelling'},
+    'analysis': set(),
     'gates': {'analysis'},
     'cost': {'analysis'},
     'surgery': {'version', 'files', 'analysis', 'gates'},
-    'pruner': {'spelling', 'analysis', 'gates', 'cost'},
+    'pruner': {'analysis', 'gates', 'cost'},
     'report': {'files', 'analysis', 'gates'},
     'gated': {'analysis', 'gates', 'cost', 'surgery', 'pruner', 'report'},
     'engine': {
@@ -36,12 +35,12 @@ ARROWS: dict[str, set[str]] = {
     },
     'export': {'version', 'analysis', 'surgery', 'pruner', 'report', 'engine'},
     'cli': {
-        'registry', 'files', 'spelling', 'analysis', 'gates', 'cost',
-        'surgery', 'report', 'engine', 'export'
+        'registry', 'files', 'analysis', 'gates', 'cost', 'surgery', 'report',
+        'engine', 'export'
     },
     'demo': {'files', 'report', 'cli'},
     # The commands themselves are found by their names.
-    '__main__': {'version', 'spelling', 'cli'},
+    '__main__': {'version', 'analysis', 'cli'},
     '__init__':
     {'version', 'analysis', 'surgery', 'gated', 'engine', 'export'},
 }
@@ -51,7 +50,6 @@ LIBRARIES: dict[str, set[str]] = {
     'version': set(),
     'registry': {'mmengine'},
     'files': set(),
-    'spelling': set(),
     'analysis': {'torch', 'scipy', 'numpy'},
     'gates': {'torch'},
     'cost': {'torch', 'scipy', 'numpy'},

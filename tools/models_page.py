@@ -29,11 +29,11 @@ Half of all prunable channels of each model are removed at random, and the
 others get gates of random openness. The numbers are the largest difference
 between the outputs of the gated and of the pruned network, relative to the
 largest output. *Random weights*: all learned tensors are random and of order
-one. The bound is 1e-8 in double precision (fp64), where rounding cannot hide
-an error. A model whose forward computes in single precision (fp32) whatever
-its input does not run in double precision, or differs there by 1e-8 to 1e-5.
-Only then single precision decides, with a bound of 1e-4, as it does when a
-gated model is built. *As built*: the weights that the model is built with, in
+one. The bound is 1e-5 in double precision (fp64). Rounding there is of the
+order of 1e-15; a model that names single precision (fp32) in its forward
+differs by more. If it does not run in double precision, single precision
+decides, with a bound of 1e-4. The verification of each gated model has the
+same bounds. *As built*: the weights that the model is built with, in
 single precision; the bound is 1e-5. If the network itself amplifies rounding
 beyond that, the table adds the change that one rounding of the inputs makes
 in the outputs of the gated network, and the bound is four times that change.

@@ -120,11 +120,12 @@ def _with_version(library: str) -> str:
 
 
 def _candidate(library: str, model: str) -> Candidate:
-    """Build one model; return it with the input side that it accepts."""
+    """Build one model; return it with an input shape that it accepts."""
     if library == 'torchvision':
         import torchvision
         return Candidate(
-            _PlainCall(torchvision.models.get_model(model)).eval(), [224])
+            _PlainCall(torchvision.models.get_model(model)).eval(),
+            [(3, 224, 224)])
     from mmengine.registry import MODELS, init_default_scope
     init_default_scope('mmseg')
     backbone = _backbone(library, model)
@@ -135,7 +136,7 @@ def _candidate(library: str, model: str) -> Candidate:
         init_default_scope('mmpretrain')
         whole = _classifier(backbone, last.shape[1])
     network = MODELS.build(whole)
-    return Candidate(network.eval(), [side])
+    return Candidate(network.eval(), [(3, side, side)])
 
 
 def _segmentor(backbone: dict[str, Any], channels: int) -> dict[str, Any]:

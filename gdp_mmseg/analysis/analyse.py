@@ -25,8 +25,8 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
-from ..spelling import did_you_mean
 from .labels import Labels
+from .spelling import did_you_mean
 from .structure import Analysis, FrozenChannels, Group, Layer
 from .tracer import Forward, ForwardError, Tracer, copy_model
 

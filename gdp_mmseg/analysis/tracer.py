@@ -199,7 +199,7 @@ def set_mode_(model: nn.Module, training: bool) -> None:
     model.train(training)
     for module in model.modules():
         if not any(module.children()):
-            module.training = False
+            module.eval()
 
 
 @contextlib.contextmanager

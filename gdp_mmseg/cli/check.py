@@ -3,7 +3,7 @@
 The gated and the pruned network must compute the same function. Their outputs
 are compared with random weights of order one, in single and in double
 precision, and with the weights that the model is built with. With random
-weights double precision decides, as in :mod:`gdp_mmseg.surgery.verify`.
+weights :func:`gdp_mmseg.surgery.verify.is_exact` decides.
 """
 from __future__ import annotations
 
@@ -20,18 +20,14 @@ from .checks import load_config
 from .errors import fail, one_line_errors
 from .rows import show
 
-CHANNELS, SIDE = 3, 128
+Shape = tuple[int, ...]
+
+SIDE = 128
 # Largest relative difference of outputs with the weights that a model is built
 # with, in single precision. A network may amplify rounding beyond it: then
 # this multiple of what one rounding of the inputs changes.
 TOLERANCE = 1e-5
 ROUNDINGS = 4
-# A forward that computes in single precision whatever its input fails in
-# double precision, or differs there by no more than this. Single precision
-# decides then. The verification is milder: it takes such a difference in
-# double precision for rounding.
-SINGLE = 1e-5
-SINGLE_TOLERANCE = 1e-4
 # Least relative change of the outputs by half-open gates. Below it, equal
 # outputs of the gated and the pruned network would say nothing.
 MIN_EFFECT = 1e-3
@@ -58,14 +54,14 @@ class Candidate:
 
     Args:
         network (Any): An mm model in evaluation mode, without gates.
-        sides (Sequence[int]): Sides of the input in pixels, to be tried in
-            this order until the analysis accepts one.
+        shapes (Sequence[Shape]): Shapes ``(C, H, W)`` of the input, to be
+            tried in this order until the analysis accepts one.
         ignore (Sequence[str]): Names of modules that must not change.
         only (Sequence[str], optional): Names of the modules that may lose
             channels. Defaults to all.
     """
     network: Any
-    sides: Sequence[int]
+    shapes: Sequence[Shape]
     ignore: Sequence[str] = ()
     only: Sequence[str] | None = None
 
@@ -113,9 +109,10 @@ def check_candidate(name: str, family: str,
         candidate = build()
     except BaseException as error:  # a config or its packages raise anything
         return dict(row, reason=_first_line(error))
-    for side in candidate.sides:
+    for shape in candidate.shapes:
+        side = shape[-1]
         try:
-            row.update(_prune_half(candidate, side), side=side)
+            row.update(_prune_half(candidate, shape), side=side)
             break
         except Exception as error:
             row.update(
@@ -150,21 +147,23 @@ def _build(cfg: Any) -> Candidate:
     from ..engine.config import ModelConfig
     init_default_scope(cfg.get('default_scope') or 'mmseg')
     config = ModelConfig.of(cfg).without_pretrained()
-    model = config.parts
-    size = (
+    model, settings = config.parts, config.settings
+    side = max(
         cfg.get('crop_size')
         or (model.get('data_preprocessor') or {}).get('size') or (224, 224))
+    whole = (
+        config.input_shape() if settings.input_shape else config.with_channels(
+            (side, side)))
     for part in (model.get('backbone'), model.get('decode_head')):
         # Position embeddings of one size only: fit them to our input.
         if isinstance(part, dict) and 'img_size' in part:
             part['img_size'] = (SIDE, SIDE)
     network = revert_sync_batchnorm(MODELS.build(config.ungated)).eval()
-    settings = config.settings
-    return Candidate(network, [SIDE, max(size)], settings.ignore,
+    return Candidate(network, [(whole[0], SIDE, SIDE), whole], settings.ignore,
                      settings.only)
 
 
-def _prune_half(candidate: Candidate, side: int) -> dict[str, Any]:
+def _prune_half(candidate: Candidate, shape: Shape) -> dict[str, Any]:
     """Return the part of a row that the analysis and the comparison fill."""
     import torch
 
@@ -173,8 +172,8 @@ def _prune_half(candidate: Candidate, side: int) -> dict[str, Any]:
     from ..engine.model import analyse_model
     network = candidate.network
     start = time.process_time()
-    analysis, _ = analyse_model(network, (CHANNELS, side, side),
-                                candidate.ignore, candidate.only)
+    analysis, _ = analyse_model(network, shape, candidate.ignore,
+                                candidate.only)
     seconds = time.process_time() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     cost = FlopCost(analysis)
@@ -190,7 +189,7 @@ def _prune_half(candidate: Candidate, side: int) -> dict[str, Any]:
         if 'output of the model' not in frozen.reason and 'for training only'
         not in frozen.reason and 'no traced forward' not in frozen.reason
     ]
-    found = _compare(network, analysis, side)
+    found = _compare(network, analysis, shape)
     right = _is_right(found)
     status = ('part' if held else 'works') if right else 'wrong'
     return dict(
@@ -211,20 +210,16 @@ def _is_right(found: dict[str, Any]) -> bool:
     Args:
         found (dict[str, Any]): The result of :func:`_compare`.
     """
-    from ..surgery.verify import TOLERANCE as EXACT
+    from ..surgery.verify import is_exact
 
     # Comparisons with nan are false, so nan is never right.
-    double = found['rel_diff_fp64']
-    if double is None or EXACT < double <= SINGLE:
-        exact = found['rel_diff'] <= SINGLE_TOLERANCE
-    else:
-        exact = double <= EXACT
     bound = max(TOLERANCE, ROUNDINGS * found.get('rounding', 0.))
-    return bool(exact and found['rel_diff_built'] <= bound
-                and found['effect'] > MIN_EFFECT)
+    return bool(
+        is_exact(found['rel_diff'], found['rel_diff_fp64'])
+        and found['rel_diff_built'] <= bound and found['effect'] > MIN_EFFECT)
 
 
-def _compare(network: Any, analysis: Any, side: int) -> dict[str, Any]:
+def _compare(network: Any, analysis: Any, shape: Shape) -> dict[str, Any]:
     """Compare gated and pruned outputs at several weights.
 
     Returns:
@@ -242,7 +237,7 @@ def _compare(network: Any, analysis: Any, side: int) -> dict[str, Any]:
     from ..surgery.verify import default_dtype
     generator = torch.Generator().manual_seed(7)
     gates = GDPGates(analysis.num_gates)
-    images = torch.randn(1, CHANNELS, side, side, generator=generator)
+    images = torch.randn(1, *shape, generator=generator)
     with torch.no_grad():
         gates.theta.uniform_(0.3, 1., generator=generator)
         closed = torch.rand(analysis.num_gates, generator=generator) < 0.5

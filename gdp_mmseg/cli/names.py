@@ -10,8 +10,8 @@ from mmengine.registry import (DATASETS, HOOKS, MODELS, OPTIM_WRAPPERS,
                                OPTIMIZERS, PARAM_SCHEDULERS, TRANSFORMS,
                                DefaultScope, Registry, init_default_scope)
 
+from ..analysis.spelling import did_you_mean
 from ..engine.config import kind_of
-from ..spelling import did_you_mean
 
 # mmengine's message, which newer releases begin with the scope.
 UNKNOWN = re.compile(r'([\w.]+) is not in the (?:(\w+)::)?([\w ]+) registry')

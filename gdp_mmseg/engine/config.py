@@ -97,6 +97,10 @@ class ModelConfig:
                 'gdp.input_shape: expected (H, W) or (C, H, W), or size=(H, '
                 f'W) in the data_preprocessor, but got {size}; set '
                 'model.gdp.input_shape')
+        return self.with_channels(size)
+
+    def with_channels(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return ``(C, H, W)`` of a size ``(H, W)`` or ``(C, H, W)``."""
         channels = (self.parts.get('backbone') or {}).get('in_channels', 3)
         return tuple(size) if len(size) == 3 else (channels, *size)
 

@@ -92,14 +92,14 @@ class GDPHook(ResumeHook):
         pruner.hooked = True
         note = check_length(pruner.settings, runner.max_iters,
                             accumulated_gradients(runner.optim_wrapper))
-        if note:
-            runner.logger.warning(f'GDP: {note}')
         steps = math.ceil(runner.max_iters /
                           accumulated_gradients(runner.optim_wrapper))
         for one in (pruner, *averages(runner)):
             one.begin_(runner.iter / runner.max_iters, steps)
         if pruner.unmeasured:
             _measure_(pruner, runner)
+        for line in filter(None, [note, pruner.note_on_target()]):
+            runner.logger.warning(f'GDP: {line}')
         if is_main_process():
             begin_record(
                 Path(runner.work_dir) / RECORD, pruner.analysis.groups,

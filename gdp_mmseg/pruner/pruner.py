@@ -126,17 +126,13 @@ class Pruner(nn.Module):
             stopwatch)
         self.cost.weigh_(coefficients.flatten())
 
-    @torch.no_grad()
     def check_target(self) -> None:
         """Check that the gates can reach the target.
 
         Raises:
             ValueError: If more than the target cannot be pruned.
         """
-        kept = self.gates.strongest(self.cost.group_of, self.cost.sizes,
-                                    self.min_kept)
-        kept = kept_channels(self.analysis, kept.float())
-        least = float(self.cost(kept.to(self.gates.theta)))
+        least = self._least_cost(self.min_kept)
         target = self.settings.target
         if target.ratio <= least:
             raise ValueError(
@@ -146,6 +142,30 @@ class Pruner(nn.Module):
                 'more be pruned by gdp.ignore, gdp.only and '
                 'gdp.min_keep_ratio; gdp-mmseg groups lists the layers without'
                 ' a gate and why')
+
+    def note_on_target(self) -> str | None:
+        """Compose a note on a target that is too low for each group.
+
+        Returns:
+            str, optional: None if it leaves a channel in each of them.
+        """
+        target = self.settings.target
+        single = self._least_cost(self.min_kept.clamp(min=1))
+        if target.ratio > single:
+            return None
+        return (f'gdp.target is {target.ratio}, but with a single channel in '
+                f'each group {single:.2g} of the {target.resource} are left: '
+                'whole groups will close, or the target will be missed; a '
+                'useful network needs a much higher gdp.target')
+
+    @torch.no_grad()
+    def _least_cost(self, numbers: Tensor) -> float:
+        """Share of the cost with so many channels ``(groups,)`` in each group.
+        """
+        kept = self.gates.strongest(self.cost.group_of, self.cost.sizes,
+                                    numbers)
+        kept = kept_channels(self.analysis, kept.float())
+        return float(self.cost(kept.to(self.gates.theta)))
 
     def note_on(self, left: float) -> str | None:
         """Compose a note on a network that misses the target.

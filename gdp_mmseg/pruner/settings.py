@@ -5,9 +5,9 @@ import dataclasses
 import math
 from typing import Any, Mapping, Sequence
 
+from ..analysis.spelling import did_you_mean
 from ..gates import METHODS, GateMethod
 from ..gates.gdp import check_epsilon
-from ..spelling import did_you_mean
 from .schedule import Schedule
 
 # Resources that a target can be about, and their names in messages.

@@ -28,7 +28,7 @@ _TRIAL_LR = 0.1
 
 
 class Shrinkage:
-    """What has left a gated model that trains, and how it comes back.
+    """Removal of channels from a gated model that trains, and its undoing.
 
     Parameters stay the same objects, so that an optimizer keeps its groups.
 

@@ -34,6 +34,21 @@ _ATTEMPTS = ((torch.float64, TOLERANCE), (torch.float64, _ROUNDING),
              (torch.float32, _SINGLE_TOLERANCE))
 
 
+def is_exact(single: float, double: float | None) -> bool:
+    """Judge the outputs of a model with random weights as :func:`verify` does.
+
+    Args:
+        single (float): Relative difference of the gated and the pruned outputs
+            in single precision.
+        double (float, optional): The same in double precision; None if the
+            model does not run in it.
+    """
+    # Comparisons with nan are false, so nan is never exact.
+    if double is None:
+        return single <= _SINGLE_TOLERANCE
+    return double <= _ROUNDING
+
+
 def verify(
         model: nn.Module,
         analysis: Analysis,

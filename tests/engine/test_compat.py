@@ -86,6 +86,22 @@ def test_short_pruning_phase_is_warned_of(trained: Trained) -> None:
     assert 'the pruning phase is short with 24 iterations' in log
 
 
+def test_target_below_one_channel_in_each_group_is_warned_of(
+        project: Project, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('gdp_mmseg.engine.hook.log_start', stop)
+    cfg = project.load(tmp_path)
+    cfg.model.gdp.target = 1e-3
+    with pytest.raises(KeyboardInterrupt):
+        Runner.from_cfg(cfg).train()
+    log = next(tmp_path.glob('*/*.log')).read_text()
+    assert 'WARNING - GDP: gdp.target is 0.001, but with a single' in log
+
+
 def test_gates_without_their_hook_are_refused(project: Project) -> None:
     cfg = Config.fromfile(project.gated)
     cfg.custom_hooks = [cfg.default_hooks.pop('gdp')]

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
+from helpers.toys import CachedBias
+
 
 def norm(kind: str, channels: int) -> nn.Module:
     """Make a norm of a kind: BN, SyncBN, GN or none."""
@@ -484,23 +486,11 @@ class FrozenNorm(nn.Module):
         return self
 
 
-class CachedBias(nn.Module):
+class PlainWithCachedBias(nn.Sequential):
     """Own ``train``, which computes a bias once for inference."""
 
     def __init__(self, inputs: int, outputs: int, kind: str) -> None:
-        super().__init__()
-        self.enter = Plain(inputs, outputs, kind)
-        self.bias = nn.Parameter(torch.randn(1, outputs, 1, 1))
-        self.cached: Tensor | None = None
-
-    def train(self, mode: bool = True) -> CachedBias:
-        super().train(mode)
-        self.cached = None if mode else self.bias.detach().tanh()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.tanh() if self.cached is None else self.cached
-        return self.enter(x) + bias
+        super().__init__(Plain(inputs, outputs, kind), CachedBias(outputs))
 
 
 # Blocks by the property of a project that they stand for.
@@ -534,5 +524,5 @@ BLOCKS: dict[str, type[nn.Module]] = {
     'attention of heads': Heads,
     'gated linear unit': GatedUnit,
     'train keeps norms': FrozenNorm,
-    'train caches a tensor': CachedBias,
+    'train caches a tensor': PlainWithCachedBias,
 }

@@ -891,3 +891,20 @@ class ComputedTable(nn.Module):
 
     def _drop(self, state: dict[str, Any], prefix: str, *_: Any) -> None:
         state.pop(f'{prefix}table', None)
+
+
+class CachedBias(nn.Module):
+    """Bias that ``train`` computes once for inference, as LeViT does."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(1, channels, 1, 1))
+        self.cached: Tensor | None = None
+
+    def train(self, mode: bool = True) -> CachedBias:
+        super().train(mode)
+        self.cached = None if mode else self.bias.detach().tanh()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.bias.tanh() if self.training else self.cached)

@@ -3,31 +3,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.tracer import clone_model
 from gdp_mmseg.report.measure import count_flops
 from gdp_mmseg.surgery.prune import prune
 
-from helpers.toys import SHAPE, Net, block, last, run
-
-
-class CachedBias(nn.Module):
-    """Bias that ``train`` computes once for inference."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.bias = nn.Parameter(torch.randn(1, channels, 1, 1))
-        self.cached: Tensor | None = None
-
-    def train(self, mode: bool = True) -> CachedBias:
-        super().train(mode)
-        self.cached = None if mode else self.bias.detach().tanh()
-        return self
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + (self.bias.tanh() if self.cached is None else self.cached)
+from helpers.toys import SHAPE, CachedBias, Net, block, last, run
 
 
 def weight_normed() -> nn.Module:

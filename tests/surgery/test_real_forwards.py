@@ -15,7 +15,7 @@ from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.verify import verify
 
-from helpers.toys import SHAPE, Net, block, conv, last, run
+from helpers.toys import SHAPE, CachedBias, Net, block, last, run
 
 Run = Callable[[Any, Tensor], Any]
 
@@ -307,29 +307,6 @@ def test_dropout_that_is_always_on_freezes_the_channels_it_draws_for() -> None:
 
 
 # -- modules with a train() of their own ------------------------------------
-
-
-class CachedBias(nn.Module):
-    """Computes a tensor when its mode is set, and needs it, as LeViT does."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels)
-        self.table = nn.Parameter(torch.randn(channels, 2))
-
-    @torch.no_grad()
-    def train(self, mode: bool = True) -> CachedBias:
-        super().train(mode)
-        if mode and hasattr(self, 'cached'):
-            del self.cached
-        else:
-            self.cached = self.table[:, torch.tensor([0])]
-        return self
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        bias = (
-            self.table[:, torch.tensor([0])] if self.training else self.cached)
-        return self.conv(inputs) + bias[:, :, None]
 
 
 @pytest.mark.parametrize('training', [True, False])
