@@ -55,7 +55,8 @@ def gate(model: nn.Module,
             ``(N, C, H, W)``. Defaults to calling it.
         **settings: Further fields of
             :class:`gdp_mmseg.pruner.settings.Settings`, e.g. ``phases``,
-            ``ignore`` and ``only``.
+            ``ignore`` and ``only``. ``shrink`` has no effect here: closed
+            channels stay until the export.
 
     Returns:
         GatedModel: The model with its gates.

@@ -7,7 +7,6 @@ from typing import Any, Callable, Iterable
 
 import torch
 from mmengine.dist import broadcast, is_main_process
-from mmengine.hooks import EMAHook
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
@@ -23,6 +22,7 @@ from .monitor import (log_export, log_phase, log_start, log_summary, scalars,
                       show_gates)
 from .pruned_config import check_not_exported, check_survives
 from .resume import ResumeHook, network_of
+from .shrinking import ShrinkHook, averages
 
 
 @HOOKS.register_module()
@@ -61,6 +61,17 @@ class GDPHook(ResumeHook):
         self._phase = ''
         # State of the gates after their last step.
         self._figures: Figures | None = None
+        self._shrink = ShrinkHook()
+
+    def before_run(self, runner: Runner) -> None:
+        """Register the hook that removes closed channels, which comes last.
+
+        Raises:
+            ValueError: See :class:`ResumeHook`.
+        """
+        super().before_run(runner)
+        if self._shrink not in runner.hooks:
+            runner.register_hook(self._shrink)
 
     def before_train(self, runner: Runner) -> None:
         """Attach the gates' step to the optimizer.
@@ -155,6 +166,7 @@ class GDPHook(ResumeHook):
         pruner = find_pruner(runner.model)
         figures = self._figures = self._figures or pruner.figures(
             runner.iter / runner.max_iters)
+        self._shrink.flops = figures.flops
         # Each iteration, because mmengine logs the mean of the last ones.
         for name, value in scalars(pruner, figures).items():
             runner.message_hub.update_scalar(f'train/gdp_{name}', value)
@@ -208,14 +220,6 @@ class GDPHook(ResumeHook):
             'GDP: the checkpoint has no gates; all of them start open' if
             closed is None else f'GDP: {closed} gates of the checkpoint are '
             'closed, and stay closed')
-
-
-def averages(runner: Runner) -> list[Pruner]:
-    """List the pruners of the averaged models that hooks keep (EMA)."""
-    return [
-        find_pruner(hook.ema_model.module) for hook in runner.hooks
-        if isinstance(hook, EMAHook)
-    ]
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

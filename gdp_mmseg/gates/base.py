@@ -81,6 +81,15 @@ class GateMethod(nn.Module, abc.ABC):
         self._slots.append(slots)
         return len(self._slots) - 1
 
+    def set_slots_(self, index: int, slots: Tensor) -> None:
+        """Replace the gates of a channel axis, in place.
+
+        Args:
+            index (int): What :meth:`add_slots` returned for the axis.
+            slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
+        """
+        self._slots[index] = slots
+
     def slot_factors(self, index: int) -> Tensor:
         """Factors ``(C,)`` of a channel axis, differentiable in theta."""
         slots = self._slots[index]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis
 from .base import GateMethod
 from .scaling import Product
@@ -39,6 +40,25 @@ def ungate_(model: nn.Module, analysis: Analysis) -> None:
         for name in ('forward', '_conv_forward'):
             if isinstance(attributes.get(name), _GatedForward):
                 del attributes[name]
+
+
+def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
+    """Let the gated layers read the slots of some gates only, in place.
+
+    Args:
+        model (nn.Module): A model with gates, whose kernels have those slots.
+        analysis (Analysis): The analysis that its gates are from.
+        keep (Tensor): ``(G,)`` bool on the CPU.
+    """
+    for layer in analysis.gated_layers():
+        attributes = vars(model.get_submodule(layer.name))
+        for name in ('forward', '_conv_forward'):
+            gated = attributes.get(name)
+            if isinstance(gated, _GatedForward):
+                gated.gates.set_slots_(
+                    gated.index, layer.inputs[kept_slots(layer.inputs, keep)])
+                # Its memory has the former size.
+                gated.product = Product()
 
 
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:

@@ -110,6 +110,9 @@ class Settings:
             that may lose channels of their own. Defaults to all.
         multiple (int): Number of which each group keeps a multiple of
             channels, e.g. 4, with which a runtime is faster.
+        shrink (bool): Whether closed channels leave the model while an
+            mmengine runner trains it, which saves time and memory. Defaults
+            to True.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -125,6 +128,7 @@ class Settings:
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
     multiple: int = 1
+    shrink: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -164,6 +168,9 @@ class Settings:
                 raise ValueError(f'gdp.{name}: expected a list of names or '
                                  "patterns of modules, e.g. ['decode_head'], "
                                  f'but got {value!r}')
+        if not isinstance(self.shrink, bool):
+            raise ValueError('gdp.shrink: expected True or False, but got '
+                             f'{self.shrink!r}')
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:

@@ -96,16 +96,15 @@ def paired_latency_ms(models: Sequence[nn.Module],
     device = next(models[0].parameters()).device
     inputs = torch.rand(input_shape, device=device)
     calls = [functools.partial(forward, model, inputs) for model in models]
-    return median_ms(calls, repeats, seconds, device, known=known)
+    return median_ms(calls, repeats, seconds, known, device)
 
 
-def median_ms(
-    calls: Sequence[Call],
-    repeats: int = 7,
-    seconds: float = 6.,
-    device: torch.device = _CPU,
-    clock: Clock = time.perf_counter,
-    known: Rounds = ()) -> list[float]:
+def median_ms(calls: Sequence[Call],
+              repeats: int = 7,
+              seconds: float = 6.,
+              known: Rounds = (),
+              device: torch.device = _CPU,
+              clock: Clock = time.perf_counter) -> list[float]:
     """Measure the median time of each call.
 
     The calls alternate, so a machine that slows down slows all of them:
@@ -115,12 +114,12 @@ def median_ms(
         calls (Sequence[Call]): Functions without arguments.
         repeats (int): Largest number of timed rounds, after one untimed.
         seconds (float): No third timed round starts after this time.
-        device (torch.device): Device that is waited for.
-        clock (Clock): Function that returns seconds; ``time.process_time``
-            for those of this process alone, where others use the machine.
         known (Rounds): Rounds that were timed before, each with milliseconds
             in the order of the calls. They count, in time too, and no untimed
             round is made.
+        device (torch.device): Device that is waited for.
+        clock (Clock): Function that returns seconds; ``time.process_time``
+            for those of this process alone, where others use the machine.
 
     Returns:
         list[float]: Milliseconds, in the order of the calls.

@@ -25,6 +25,27 @@ class Constant(nn.Module):
 
     def __init__(self, layer: nn.Linear | _ConvNd, channels: int) -> None:
         super().__init__()
+        self.expand = Expansion(layer)
+        self.bias: nn.Parameter | None = None
+        if channels:
+            self.bias = nn.Parameter(layer.weight.new_zeros(channels))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Expand the bias: ``(N, C_in, ...) -> (N, C_out, ...)``."""
+        channels = (
+            inputs.new_empty(0)
+            if self.bias is None else self.bias.to(inputs.dtype))
+        return self.expand(channels, inputs)
+
+
+class Expansion:
+    """Function that repeats a value per channel at each output position.
+
+    Args:
+        layer (nn.Module): The layer that gives the positions.
+    """
+
+    def __init__(self, layer: nn.Linear | _ConvNd) -> None:
         # (extent of the dilated kernel, stride, padding of both sides less
         # the output padding) along each spatial axis; None for a linear layer.
         self.windows: list[tuple[int, int, int]] | None = None
@@ -36,15 +57,18 @@ class Constant(nn.Module):
                     layer.kernel_size, layer.stride, layer.dilation,
                     _total_padding(layer), layer.output_padding)
             ]
-        self.bias: nn.Parameter | None = None
-        if channels:
-            self.bias = nn.Parameter(layer.weight.new_zeros(channels))
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Expand the bias: ``(N, C_in, ...) -> (N, C_out, ...)``."""
-        channels = (
-            inputs.new_empty(0)
-            if self.bias is None else self.bias.to(inputs.dtype))
+    def __call__(self, channels: Tensor, inputs: Tensor) -> Tensor:
+        """Return ``channels`` at each output position.
+
+        Args:
+            channels (Tensor): ``(C_out,)``, possibly without any entry.
+            inputs (Tensor): ``(N, C_in, ...)``, for a linear layer
+                ``(..., C_in)``; only its shape counts.
+
+        Returns:
+            Tensor: ``(N, C_out, ...)``, for a linear layer ``(..., C_out)``.
+        """
         # The sizes are read as inputs.shape[i], never len(inputs): a trace
         # records the former and fixes the latter to the traced batch.
         # Cloned, because a layer that follows may work in place.

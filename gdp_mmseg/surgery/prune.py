@@ -81,18 +81,22 @@ def cut(model: nn.Module, analysis: Analysis,
     return pruned, widths
 
 
-def take(tensors: Mapping[str, Tensor], analysis: Analysis,
-         keep: Tensor) -> dict[str, Tensor]:
+def take(tensors: Mapping[str, Tensor],
+         analysis: Analysis,
+         keep: Tensor,
+         present: Tensor | None = None) -> dict[str, Tensor]:
     """Select the slots of kept gates along all axes of some tensors.
 
     Weights, gradients, momenta and averages are all maps from the name of a
     parameter to a tensor of its shape; one function cuts them all.
 
     Args:
-        tensors (Mapping[str, Tensor]): Dense tensors by the name of the
-            parameter or buffer whose shape they have; not all need be there.
+        tensors (Mapping[str, Tensor]): Tensors by the name of the parameter
+            or buffer whose shape they have; not all need be there.
         analysis (Analysis): The analysis of the model.
         keep (Tensor): ``(G,)`` bool, gates whose slots are kept.
+        present (Tensor, optional): ``(G,)`` bool, gates whose slots the
+            tensors still have. Defaults to all gates: dense tensors.
 
     Returns:
         dict[str, Tensor]: The same names. Tensors that lose nothing are the
@@ -101,10 +105,38 @@ def take(tensors: Mapping[str, Tensor], analysis: Analysis,
     taken = dict(tensors)
     for (name, axis), gates in analysis.gate_of_slot.items():
         kept = kept_slots(gates, keep)
+        if present is not None:
+            kept = kept[kept_slots(gates, present)]
         if name in taken and not kept.all():
             slots = kept.nonzero().flatten().to(taken[name].device)
             taken[name] = taken[name].index_select(axis, slots)
     return taken
+
+
+def put_back(tensors: Mapping[str, Tensor], analysis: Analysis,
+             keep: Tensor) -> dict[str, Tensor]:
+    """Undo :func:`take`, with zeros in the slots that it left out.
+
+    Args:
+        tensors (Mapping[str, Tensor]): What :func:`take` returned.
+        analysis (Analysis): The analysis of the model.
+        keep (Tensor): ``(G,)`` bool, gates whose slots the tensors have.
+
+    Returns:
+        dict[str, Tensor]: The same names. Tensors that lack nothing are the
+        given ones.
+    """
+    dense = dict(tensors)
+    for (name, axis), gates in analysis.gate_of_slot.items():
+        kept = kept_slots(gates, keep)
+        if name in dense and not kept.all():
+            narrow = dense[name]
+            slots = kept.nonzero().flatten().to(narrow.device)
+            shape = list(narrow.shape)
+            shape[axis] = len(gates)
+            dense[name] = narrow.new_zeros(shape).index_copy_(
+                axis, slots, narrow)
+    return dense
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

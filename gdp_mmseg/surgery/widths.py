@@ -54,13 +54,13 @@ def apply_widths_(model: nn.Module, widths: Mapping[str, Width]) -> Fitting:
         elif isinstance(part, (_BatchNorm, nn.GroupNorm)):
             # PyTorch's norms refuse to be built or trained without channels.
             if width[0]:
-                _set_norm_width_(part, width[0])
+                _narrow_norm_(part, width[0])
             else:
                 setattr(parent, leaf, nn.Identity())
         elif 0 in width:
             setattr(parent, leaf, Constant(part, width[0]))
         else:
-            _set_layer_widths_(part, *width)
+            _narrow_layer_(part, width)
     return fitting
 
 
@@ -119,38 +119,49 @@ def _fitting(name: str, part: nn.Module | nn.Parameter,
     return {f'{name}.weight': axes, f'{name}.bias': outputs}
 
 
-def _set_layer_widths_(layer: nn.Linear | _ConvNd,
-                       outputs: int,
-                       inputs: int,
-                       groups: int = 1) -> None:
+def _narrow_layer_(layer: nn.Linear | _ConvNd, width: Sequence[int]) -> None:
     """Narrow a convolution or linear layer in place."""
+    set_sizes_(layer, width)
+    outputs, inputs = width[:2]
+    groups = getattr(layer, 'groups', 1)
     sizes = [outputs, inputs // groups]
-    if isinstance(layer, nn.Linear):
-        layer.in_features, layer.out_features = inputs, outputs
-    else:
-        layer.in_channels, layer.out_channels = inputs, outputs
-        layer.groups = groups
-        if layer.transposed:
-            sizes = [inputs, outputs // groups]
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        sizes = [inputs, outputs // groups]
     for name, parameter in list(layer.named_parameters(recurse=False)):
         setattr(
             layer, name,
             _narrowed(parameter, *(sizes if name == 'weight' else [outputs])))
 
 
-def _set_norm_width_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
-    if isinstance(norm, nn.GroupNorm):
-        # Whole groups are removed: the size of a group stays the same.
-        norm.num_groups = norm.num_groups * channels // norm.num_channels
-        norm.num_channels = channels
-    else:
-        norm.num_features = channels
+def _narrow_norm_(norm: _BatchNorm | nn.GroupNorm, channels: int) -> None:
+    """Narrow a norm in place."""
+    set_sizes_(norm, [channels])
     for name, parameter in norm.named_parameters():
         setattr(norm, name, _narrowed(parameter, channels))
     for name, buffer in norm.named_buffers():
         # num_batches_tracked is a scalar.
         if buffer.dim():
             setattr(norm, name, _first(buffer, channels))
+
+
+def set_sizes_(part: nn.Module, width: Sequence[int]) -> None:
+    """Set the numbers of channels that a module remembers, in place.
+
+    Args:
+        part (nn.Module): Convolution, linear layer, batch norm or group norm.
+        width (Sequence[int]): Its whole width.
+    """
+    if isinstance(part, nn.Linear):
+        part.out_features, part.in_features = width
+    elif isinstance(part, _ConvNd):
+        part.out_channels, part.in_channels = width[:2]
+        part.groups = width[2] if len(width) > 2 else 1
+    elif isinstance(part, nn.GroupNorm):
+        # Whole groups are removed: the size of a group stays the same.
+        part.num_groups = part.num_groups * width[0] // part.num_channels
+        part.num_channels = width[0]
+    elif isinstance(part, _BatchNorm):
+        part.num_features = width[0]
 
 
 def _narrowed(parameter: nn.Parameter, *sizes: int) -> nn.Parameter:

@@ -124,7 +124,14 @@ FEATURES: dict[str, dict[str, Any]] = {
         'runner_type': 'FlexibleRunner',
         'strategy': dict(type='SingleDeviceStrategy')
     },
+    'closed-channels-stay': {
+        'model.gdp.shrink': False
+    },
+    'optimizer-of-other-states': _optimizer('TorchAdafactor'),
 }
+# Features with which closed channels do not leave while the model trains.
+KEEPING = ('efficient_conv_bn_eval', 'closed-channels-stay',
+           'optimizer-of-other-states')
 # With a process group, which has one process here.
 FEATURES_OF_PROCESSES: dict[str, dict[str, Any]] = {
     'accumulation': {
@@ -152,6 +159,7 @@ FEATURES_OF_PROCESSES: dict[str, dict[str, Any]] = {
                 type='MMDistributedDataParallel', device_ids=None))
     },
 }
+KEEPING_OF_PROCESSES = ('ZeroRedundancyOptimizer', 'FlexibleRunner')
 
 
 def _train(cfg: Config) -> tuple[Any, Recorder]:
@@ -191,6 +199,7 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
     options = _short(**FEATURES[name])
     runner, recorder = _train(project.load(tmp_path, **options))
     assert len(recorder.theta) == runner.max_iters == ITERATIONS
+    assert (recorder.sizes[-1] == recorder.sizes[0]) == (name in KEEPING)
     _check_the_whole_way(runner, _export(project, tmp_path, **options))
 
 
@@ -199,7 +208,9 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
 def test_distributed_training_goes_on_to_an_export(name: str, project: Project,
                                                    tmp_path: Path) -> None:
     options = _short(**FEATURES_OF_PROCESSES[name])
-    runner, _ = _train(project.load_for_processes(tmp_path, **options))
+    runner, recorder = _train(project.load_for_processes(tmp_path, **options))
+    assert (recorder.sizes[-1] == recorder.sizes[0]) == (
+        name in KEEPING_OF_PROCESSES)
     _check_the_whole_way(runner, _export(project, tmp_path, **WITHOUT_SYNC))
 
 

@@ -123,6 +123,8 @@ def test_gates_are_the_same_in_each_process(together: Path) -> None:
     assert len(one['theta']) == ITERATIONS and _moved(one['theta'])
     assert torch.equal(one['theta'], other['theta'])
     assert torch.equal(one['gain'], other['gain'])
+    assert one['sizes'] == other['sizes']
+    assert one['sizes'][-1] < one['sizes'][0]
 
 
 def test_two_processes_do_what_one_does_with_both_batches(

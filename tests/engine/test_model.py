@@ -449,9 +449,10 @@ def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
     (dict(ignore='decode_head'), "gdp.ignore: expected a list of names.*"
      "'decode_head'"),
     (dict(only=[3]), r'gdp.only: expected a list of names.*\(3,\)'),
+    (dict(shrink='no'), "gdp.shrink: expected True or False, but got 'no'"),
 ])
-def test_ignore_and_prune_are_lists_of_names(options: dict[str, Any],
-                                             message: str) -> None:
+def test_values_of_another_kind_are_refused(options: dict[str, Any],
+                                            message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.from_config(dict(target=0.4, **options))
 

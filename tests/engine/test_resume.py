@@ -88,6 +88,9 @@ def _config(project: Project, work_dir: Path, loop: str) -> Config:
             type=loop, max_epochs=ITERATIONS // 2, val_interval=1)
         cfg.train_dataloader.sampler.type = 'DefaultSampler'
         cfg.default_hooks.checkpoint.update(by_epoch=True, interval=1)
+        # Each of its states and averages loses channels, too.
+        cfg.optim_wrapper.optimizer = dict(type='AdamW', lr=1e-3)
+        cfg.custom_hooks = [dict(type='EMAHook', momentum=0.2)]
     else:
         cfg.train_cfg.update(type=loop, val_interval=2)
     return cfg
@@ -184,6 +187,8 @@ def test_resume_goes_on_as_if_nothing_had_happened(straight: Straight,
         for folder in (whole, tmp_path))
     assert _same(expected['state_dict'], got['state_dict'])
     assert _same(expected['optimizer'], got['optimizer'])
+    assert _same(expected.get('ema_state_dict'), got.get('ema_state_dict'))
+    assert bool(expected['meta']['gdp']['cut'].any())
     assert _same(expected['meta']['random_state'], got['meta']['random_state'])
     assert list(resumed) == list(range(stop + 1, ITERATIONS + 1))
     assert resumed.items() <= losses.items()

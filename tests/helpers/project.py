@@ -271,6 +271,7 @@ class Recorder(Hook):
         self.gain_square: list[Tensor] = []
         self.observed: list[int] = []
         self.grads: list[Tensor | None] = []
+        self.sizes: list[int] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         gates = find_pruner(runner.model).gates
@@ -279,6 +280,8 @@ class Recorder(Hook):
         self.gain_square.append(gates.gain_square.clone())
         self.observed.append(int(gates.observed))
         self.grads.append(gates.theta.grad)
+        self.sizes.append(
+            sum(one.numel() for one in runner.model.parameters()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,5 +47,6 @@ class RankRecorder(Recorder):
                 theta=torch.stack(self.theta),
                 gain=torch.stack(self.gain),
                 observed=self.observed,
+                sizes=self.sizes,
                 shares=find_pruner(runner.model).cost.shares),
             Path(runner.work_dir) / f'rank{get_rank()}.pth')
