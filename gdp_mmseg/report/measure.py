@@ -130,9 +130,10 @@ def median_ms(calls: Sequence[Call],
         call()
         return _now_ms(device, clock) - start
 
-    runs = _rounds([functools.partial(once, call) for call in calls], repeats,
-                   seconds)
-    return [statistics.median(times) for times in zip(*runs)]
+    runs = _rounds([functools.partial(once, call) for call in calls],
+                   repeats - len(known), seconds - sum(map(sum, known)) / 1e3,
+                   len(known))
+    return [statistics.median(times) for times in zip(*known, *runs)]
 
 
 def layer_ms(models: Sequence[nn.Module],
