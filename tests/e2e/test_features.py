@@ -73,9 +73,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     'accumulation': {
         'optim_wrapper.accumulative_counts': 2
     },
-    'clipping': {
-        'optim_wrapper.clip_grad': dict(max_norm=0.1)
-    },
     'average-of-weights': {
         'custom_hooks': [dict(type='EMAHook', momentum=0.2)]
     },
@@ -83,7 +80,13 @@ FEATURES: dict[str, dict[str, Any]] = {
         'custom_hooks':
         [dict(type='EMAHook', momentum=0.2, update_buffers=True)]
     },
-    'one-cycle': {
+    'clipping, one cycle, groups of parameters': {
+        'optim_wrapper.clip_grad':
+        dict(max_norm=0.1),
+        'optim_wrapper.paramwise_cfg':
+        dict(
+            custom_keys={'backbone': dict(lr_mult=0.1, decay_mult=2.)},
+            norm_decay_mult=0.),
         'param_scheduler': [
             dict(
                 type='OneCycleLR',
@@ -92,25 +95,19 @@ FEATURES: dict[str, dict[str, Any]] = {
                 by_epoch=False)
         ]
     },
-    'loader-processes': {
-        'test_dataloader.num_workers': 1,
-        'test_dataloader.prefetch_factor': 4,
-        'test_dataloader.timeout': 60
-    },
     'epochs': EPOCHS,
     'fused-optimizer': _optimizer('AdamW', fused=True, weight_decay=0.1),
-    'foreach-optimizer': _optimizer('AdamW', foreach=True, weight_decay=0.1),
-    'parameter-groups': {
-        'optim_wrapper.paramwise_cfg':
-        dict(
-            custom_keys={'backbone': dict(lr_mult=0.1, decay_mult=2.)},
-            norm_decay_mult=0.)
+    'foreach-optimizer, loader-processes': {
+        **_optimizer('AdamW', foreach=True, weight_decay=0.1), 'test_dataloader.num_workers':
+        1,
+        'test_dataloader.prefetch_factor':
+        4,
+        'test_dataloader.timeout':
+        60
     },
-    'frozen-stages': {
+    'frozen-stages, with_cp': {
         'model.backbone.frozen_stages': 2,
-        'model.backbone.norm_eval': True
-    },
-    'with_cp': {
+        'model.backbone.norm_eval': True,
         'model.backbone.with_cp': True
     },
     'activation_checkpointing': {
