@@ -66,6 +66,11 @@ EPOCHS: dict[str, Any] = {
     'default_hooks.checkpoint':
     dict(_delete_=True, type='CheckpointHook', interval=100),
 }
+LOADER_PROCESSES = {
+    'test_dataloader.num_workers': 1,
+    'test_dataloader.prefetch_factor': 4,
+    'test_dataloader.timeout': 60
+}
 FEATURES: dict[str, dict[str, Any]] = {
     'bfloat16': {
         'optim_wrapper.type': 'gdp_mmseg.BFloat16OptimWrapper'
@@ -98,12 +103,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     'epochs': EPOCHS,
     'fused-optimizer': _optimizer('AdamW', fused=True, weight_decay=0.1),
     'foreach-optimizer, loader-processes': {
-        **_optimizer('AdamW', foreach=True, weight_decay=0.1), 'test_dataloader.num_workers':
-        1,
-        'test_dataloader.prefetch_factor':
-        4,
-        'test_dataloader.timeout':
-        60
+        **_optimizer('AdamW', foreach=True, weight_decay=0.1),
+        **LOADER_PROCESSES
     },
     'frozen-stages, with_cp': {
         'model.backbone.frozen_stages': 2,
