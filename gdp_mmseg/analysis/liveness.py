@@ -7,7 +7,9 @@ from torch import Tensor
 from .structure import Analysis, Group
 
 
-def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
+def kept_channels(analysis: Analysis,
+                  openness: Tensor,
+                  present: Tensor | None = None) -> Tensor:
     """Return the gates whose channels a pruned network keeps.
 
     A channel is kept if its gate is open, with two exceptions. A group that
@@ -17,6 +19,9 @@ def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
     Args:
         analysis (Analysis): The analysis of the model.
         openness (Tensor): ``(G,)`` openness of the gates.
+        present (Tensor, optional): ``(G,)`` bool on the CPU, gates whose
+            channels the network still has; a group that must not be empty
+            keeps the first of these. Defaults to all gates.
 
     Returns:
         Tensor: ``(G,)`` bool, True for gates whose channels are kept.
@@ -24,7 +29,10 @@ def kept_channels(analysis: Analysis, openness: Tensor) -> Tensor:
     keep = openness.detach().cpu() > 0
     for group in analysis.groups:
         if not group.can_be_empty and not keep[group.gates].any():
-            keep[group.gates[0]] = True
+            gates = group.gates
+            if present is not None:
+                gates = gates[present[gates]]
+            keep[gates[0]] = True
     outputs = {layer.name: layer.outputs for layer in analysis.layers}
 
     def dead(group: Group) -> bool:

@@ -102,8 +102,9 @@ class ShrinkHook(Hook):
                                                             runner.max_iters)
         if not self._done and not self._is_due(runner):
             return
-        keep = _kept_in_all(runner)
-        if torch.equal(keep, self._shrinkages[0].present):
+        present = self._shrinkages[0].present
+        keep = _kept_in_all(runner, present)
+        if torch.equal(keep, present):
             return
         reason = foreign_state(runner.optim_wrapper.optimizer)
         if reason is not None:
@@ -124,7 +125,8 @@ class ShrinkHook(Hook):
         limit = _FALL * self._left
         # Channels that must stay although they are closed have FLOPs, too.
         is_due = self.flops <= limit and _share(
-            find_pruner(runner.model), _kept_in_all(runner)) <= limit
+            find_pruner(runner.model),
+            _kept_in_all(runner, self._shrinkages[0].present)) <= limit
         # Sums on GPUs differ in the last bit between processes.
         decision = torch.tensor([int(is_due)])
         broadcast(decision)
@@ -183,7 +185,7 @@ def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
     ]
 
 
-def _kept_in_all(runner: Runner) -> Tensor:
+def _kept_in_all(runner: Runner, present: Tensor) -> Tensor:
     """Gates ``(G,)`` whose channels the model or one of its averages needs.
 
     An average may be updated less often than the model.
@@ -191,7 +193,7 @@ def _kept_in_all(runner: Runner) -> Tensor:
     pruners = [find_pruner(runner.model), *averages(runner)]
     openness = torch.stack(
         [pruner.gates.openness().detach().cpu() for pruner in pruners])
-    return kept_channels(pruners[0].analysis, openness.amax(0))
+    return kept_channels(pruners[0].analysis, openness.amax(0), present)
 
 
 @torch.no_grad()

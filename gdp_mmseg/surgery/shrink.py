@@ -61,8 +61,14 @@ class Shrinkage:
                 a subset of ``present``.
             optimizer (torch.optim.Optimizer, optional): Optimizer of the
                 model, one that :func:`obstacle` has nothing against.
+
+        Raises:
+            ValueError: If ``keep`` is no subset; nothing has changed then.
         """
         before = self.present
+        if bool((keep & ~before).any()):
+            raise ValueError('keep: expected gates whose channels are still '
+                             'there, but got some that have left')
 
         def change(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return take(tensors, self.analysis, keep, before)

@@ -73,8 +73,20 @@ class Training:
         self.gates.close_(~keep)
 
     def narrow_(self) -> None:
-        keep = kept_channels(self.analysis, self.gates.openness())
+        keep = kept_channels(self.analysis, self.gates.openness(),
+                             self.shrinkage.present)
         self.shrinkage.narrow_(keep, self.optimizer)
+
+
+def test_channels_that_have_left_do_not_come_back() -> None:
+    training = Training('chain', SGD)
+    some = torch.arange(training.analysis.num_gates) % 2 == 0
+    training.close_(some)
+    training.narrow_()
+    before = shapes(training)
+    with pytest.raises(ValueError, match='keep: expected gates whose chann'):
+        training.shrinkage.narrow_(~some, training.optimizer)
+    assert shapes(training) == before
 
 
 CASES = [(name, ('channels', 'groups', 'others')[index % 3],
