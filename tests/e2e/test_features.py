@@ -85,7 +85,7 @@ FEATURES: dict[str, dict[str, Any]] = {
         'custom_hooks':
         [dict(type='EMAHook', momentum=0.2, update_buffers=True)]
     },
-    'clipping, one cycle, groups of parameters': {
+    'clipping-one-cycle-parameter-groups': {
         'optim_wrapper.clip_grad':
         dict(max_norm=0.1),
         'optim_wrapper.paramwise_cfg':
@@ -102,11 +102,11 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     'epochs': EPOCHS,
     'fused-optimizer': _optimizer('AdamW', fused=True, weight_decay=0.1),
-    'foreach-optimizer, loader-processes': {
+    'foreach-optimizer-loader-processes': {
         **_optimizer('AdamW', foreach=True, weight_decay=0.1),
         **LOADER_PROCESSES
     },
-    'frozen-stages, with_cp': {
+    'frozen-stages-with_cp': {
         'model.backbone.frozen_stages': 2,
         'model.backbone.norm_eval': True,
         'model.backbone.with_cp': True
