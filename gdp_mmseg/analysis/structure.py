@@ -109,6 +109,16 @@ class Analysis:
     norms: dict[str, str]
     input_shape: tuple[int, ...]
 
+    def group_of(self) -> Tensor:
+        """Index ``(num_gates,)`` of each gate's group."""
+        return torch.arange(len(self.groups)).repeat_interleave(
+            self.group_sizes())
+
+    def group_sizes(self) -> Tensor:
+        """Number of gates of each group."""
+        return torch.tensor([len(group.gates) for group in self.groups],
+                            dtype=torch.long)
+
     def gated_layers(self) -> Iterator[Layer]:
         """Yield the layers with a gate on at least one input channel."""
         for layer in self.layers:

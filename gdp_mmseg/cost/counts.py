@@ -64,12 +64,9 @@ class Cost(nn.Module):
                  terms: Sequence[CostTerm],
                  persistent: bool = False) -> None:
         super().__init__()
-        group_of = torch.zeros(analysis.num_gates, dtype=torch.long)
-        for index, group in enumerate(analysis.groups):
-            group_of[group.gates] = index
+        group_of, sizes = analysis.group_of(), analysis.group_sizes()
         # The gates of a group lie on the same axes equally often, so the sum
         # over a group is enough to know the open channels of each axis.
-        sizes = torch.tensor([len(group.gates) for group in analysis.groups])
         self.register_buffer('group_of', group_of, persistent=False)
         self.register_buffer('sizes', sizes, persistent=False)
         for side in ('inputs', 'outputs'):

@@ -48,10 +48,7 @@ class Blocks(nn.Module):
 
     def __init__(self, analysis: Analysis, multiple: int) -> None:
         super().__init__()
-        group_of = torch.zeros(analysis.num_gates, dtype=torch.long)
-        for index, group in enumerate(analysis.groups):
-            group_of[group.gates] = index
-        gates = torch.tensor([len(group.gates) for group in analysis.groups])
+        group_of, gates = analysis.group_of(), analysis.group_sizes()
         sizes = _block_sizes(analysis, multiple, group_of, gates)
         if not bool((sizes <= gates).any()):
             raise ValueError(

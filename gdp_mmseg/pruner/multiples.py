@@ -23,14 +23,14 @@ def min_kept(analysis: Analysis, ratio: float,
         ratio (float): Least share of the gates of each group.
         blocks (Blocks, optional): Gates that close together.
     """
-    groups = analysis.groups
-    sizes = torch.tensor([len(group.gates) for group in groups])
+    sizes = analysis.group_sizes()
     numbers = torch.tensor(
-        [math.ceil(ratio * len(group.gates)) for group in groups])
+        [math.ceil(ratio * size) for size in sizes.tolist()])
     if blocks is None:
         return numbers
     # A group that cannot be empty would keep a single channel otherwise.
-    needed = torch.tensor([not group.can_be_empty for group in groups])
+    needed = torch.tensor(
+        [not group.can_be_empty for group in analysis.groups])
     numbers = torch.maximum(numbers, needed.to(numbers))
     return torch.minimum(blocks.rounded_up(numbers), sizes)
 
