@@ -32,8 +32,9 @@ from gdp_mmseg.export.export import run_test
 from gdp_mmseg.export.networks import enter_scope, load_exported
 from gdp_mmseg.export.onnx import INPUT, to_onnx
 from gdp_mmseg.files import write_json
+from gdp_mmseg.packages import onnxruntime_session
 from gdp_mmseg.report.measure import median_ms
-from gdp_mmseg.report.runtimes import onnxruntime_call, onnxruntime_session
+from gdp_mmseg.report.runtimes import onnxruntime_call
 from gdp_mmseg.report.tables import table
 
 from pages import put_between

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..packages import check_packages
+from ..packages import check_packages, onnxruntime_session
 from .workload import Workload
 
 # A call takes a few microseconds beside the operator; a mean over several
@@ -51,13 +51,8 @@ class OnnxStopwatch:
 
 def _session(workload: Workload) -> tuple[Any, dict[str, Any]]:
     """Load a layer into ONNX Runtime; return its input too."""
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
     inputs, _ = workload.tensors(torch.device('cpu'))
-    session = onnxruntime.InferenceSession(
-        layer_model(workload), options, providers=['CPUExecutionProvider'])
+    session = onnxruntime_session(layer_model(workload))
     return session, dict(inputs=inputs.numpy())
 
 

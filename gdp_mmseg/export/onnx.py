@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..engine.forwards import inference_forward
-from ..packages import ONNX, check_packages
+from ..packages import ONNX, check_packages, onnxruntime_session
 from ..report.deployment import OnnxFile
-from ..report.runtimes import onnxruntime_session
 from ..surgery.outputs import TOLERANCE, first_line, largest_difference
 
 INPUT = 'images'

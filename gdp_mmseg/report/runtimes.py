@@ -1,29 +1,13 @@
 """Networks in the runtimes that deploy them, on the CPU."""
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Callable
 
 import torch
 from torch import Tensor
 
-from ..packages import is_installed
+from ..packages import is_installed, onnxruntime_session
 from .measure import Call
-
-
-def onnxruntime_session(content: bytes) -> Any:
-    """Load an ONNX file into ONNX Runtime, with as many threads as torch.
-
-    Args:
-        content (bytes): Content of the file.
-    """
-    import onnxruntime
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    # A refusal is reported by us, in one line.
-    options.log_severity_level = 4
-    return onnxruntime.InferenceSession(
-        content, options, providers=['CPUExecutionProvider'])
 
 
 def onnxruntime_call(content: bytes, images: Tensor) -> Call:

@@ -91,7 +91,7 @@ def images(number: int = 2) -> list[Tensor]:
 
 
 def run(content: bytes, inputs: Tensor) -> Tensor:
-    from gdp_mmseg.report.runtimes import onnxruntime_session
+    from gdp_mmseg.packages import onnxruntime_session
     session = onnxruntime_session(content)
     return torch.from_numpy(session.run(None, {INPUT: inputs.numpy()})[0])
 
