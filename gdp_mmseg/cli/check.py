@@ -14,9 +14,7 @@ import time
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
-from mmengine.config import DictAction
-
-from .checks import load_config
+from .checks import add_cfg_options, load_config
 from .errors import fail, one_line_errors
 from .rows import show
 
@@ -40,11 +38,7 @@ def parse_args() -> argparse.Namespace:
         'channels at random and compare the outputs.')
     parser.add_argument('config', help='config, with GDPModel or without')
     parser.add_argument('--json', help='file that gets the result as JSON')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings that override the config, as key=value')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

@@ -1,17 +1,27 @@
 """Configs and checkpoints of the command lines: read, verified, completed."""
 from __future__ import annotations
 
+import argparse
 import os.path as osp
 from pathlib import Path
 from typing import Any, Iterator
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
 from ..engine.config import ModelConfig, kind_of
 from .errors import fail
 from .names import check_model_names
+
+
+def add_cfg_options(parser: argparse.ArgumentParser) -> None:
+    """Add the flag ``--cfg-options``, for :func:`load_config`."""
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        help='settings that override the config, as key=value')
 
 
 def load_config(path: str, options: dict[str, Any] | None = None) -> Config:

@@ -4,9 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from .checks import check_checkpoint, load_config
+from .checks import add_cfg_options, check_checkpoint, load_config
 from .data_checks import check_paths
 from .errors import one_line_errors
 from .onnx import add_onnx_flags
@@ -35,11 +33,7 @@ def parse_args() -> argparse.Namespace:
         help='also write an ONNX file, and measure the latency in all '
         'installed runtimes')
     add_onnx_flags(parser)
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings that override the config, as key=value')
+    add_cfg_options(parser)
     args = parser.parse_args()
     if not args.onnx and (args.dynamic or args.argmax):
         parser.error('expected --onnx with --dynamic and --argmax, but got '

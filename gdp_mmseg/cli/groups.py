@@ -5,9 +5,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmengine.config import DictAction
-
-from .checks import load_config
+from .checks import add_cfg_options, load_config
 from .errors import one_line_errors
 
 if TYPE_CHECKING:
@@ -21,11 +19,7 @@ def parse_args() -> argparse.Namespace:
         'training.')
     parser.add_argument('config', help='config, with GDPModel or without')
     parser.add_argument('--json', help='file that gets the groups as JSON')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings that override the config, as key=value')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 

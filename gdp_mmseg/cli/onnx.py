@@ -4,9 +4,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mmengine.config import DictAction
-
-from .checks import load_config, verify_checkpoint
+from .checks import add_cfg_options, load_config, verify_checkpoint
 from .errors import fail, one_line_errors
 
 
@@ -28,11 +26,7 @@ def parse_args() -> argparse.Namespace:
         metavar=('HEIGHT', 'WIDTH'),
         help='size of the input; by default that of the data preprocessor, or '
         'else of the first test image')
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        help='settings that override the config, as key=value')
+    add_cfg_options(parser)
     return parser.parse_args()
 
 
