@@ -218,10 +218,12 @@ class Pruner(nn.Module):
         is_over = self.schedule.phase_at(progress) == 'settling'
         if not is_over:
             self.gates.gradient()
+            # Also where gradients are accumulated and steps are many
+            # iterations apart.
             is_over = self.schedule.is_last_pruning_step(
                 progress, 1 / max(steps, 1))
             if self.gates.heeded and not self._is_early(progress, steps):
-                figures = self._step_(progress, steps)
+                figures = self._step_(progress, steps, is_over)
         self.gates.theta.grad = None
         self._heed_(is_over, progress, steps)
         return figures
@@ -247,13 +249,10 @@ class Pruner(nn.Module):
             self.gates.note_open_(bool(self.gates.are_open()))
         return bool(self.gates.known_open)
 
-    def _step_(self, progress: float, steps: int) -> Figures:
+    def _step_(self, progress: float, steps: int, is_last: bool) -> Figures:
         """Move all gates by one step (see :meth:`step_`), in place."""
         phase = self.schedule.phase_at(progress)
-        # The last step of the phase has the target for its budget, also where
-        # gradients are accumulated and steps are many iterations apart.
-        is_last = self.schedule.is_last_pruning_step(progress,
-                                                     1 / max(steps, 1))
+        # The last step of the pruning phase has the target for its budget.
         if is_last:
             progress = self.schedule.end_of_pruning
         alive = self._alive_groups()
