@@ -46,6 +46,8 @@ from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.measure import count_flops, count_parameters
 from gdp_mmseg.report.record import last_metrics
 
+from accuracy_tasks import TASKS, Task
+
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
 # Only on request: not every target can be met in the head alone, nor with one
@@ -61,31 +63,14 @@ GDP: dict[str, dict[str, Any]] = dict(
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
     gdp_plain={})  # Pruner._scarcity is patched away
 ITERATIONS = 1600
-# Length of the dense training that all runs start from, in iterations.
-START = 3000
 START_RUN = 'start-1.0-0'
-# Learning rate of all parameters after the start.
-LR_AFTER_START = 2e-4
-TITLE = dict(
-    camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',
-    voc='DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012: GDP and '
-    'the alternatives')
-WEIGHTS = dict(
-    camvid='ImageNet, stages 1 to 3; stage 4 is random', voc='ImageNet')
-TRAIN = dict(
-    camvid='CamVid, the 367 images of ImageSets/Segmentation/train.txt',
-    voc='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of aug.txt'
-)
-TEST = dict(
-    camvid='the 101 images of val.txt, 480 x 360, in windows of 192',
-    voc='173 images of val.txt, short side 193')
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the flags of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('data', choices=TITLE)
+    parser.add_argument('data', choices=TASKS)
     parser.add_argument('--data-root', type=Path, required=True)
     parser.add_argument(
         '--weights', type=Path, required=True, help='file of the backbone')
@@ -101,12 +86,19 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--iterations', type=int, default=ITERATIONS)
     parser.add_argument(
+        '--start',
+        type=int,
+        help='length of the dense training that all runs start from, in '
+        'iterations; by default that of the data set')
+    parser.add_argument(
         '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
         '--report', type=Path, required=True, help='file for all rows')
     parser.add_argument(
         '--one', help=argparse.SUPPRESS)  # name of a run for this process
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.start = args.start or task_of(args).start
+    return args
 
 
 def plan(args: argparse.Namespace) -> Iterator[str]:
@@ -119,22 +111,30 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
             yield f'dense-1.0-{seed}'
 
 
+def task_of(args: argparse.Namespace) -> Task:
+    """Return the network and the data set that the flags choose."""
+    return TASKS[args.data]
+
+
 def folder_of(args: argparse.Namespace, name: str) -> Path:
     """Return the folder of a run; runs of all lengths share the start."""
-    length = START if name == START_RUN else args.iterations
-    folder: Path = args.work_dir / f'{args.data}-{length}' / name
+    length = args.start if name == START_RUN else args.iterations
+    unusual = args.start != task_of(args).start
+    start = f'-from-{args.start}' if unusual else ''
+    folder: Path = args.work_dir / f'{args.data}{start}-{length}' / name
     return folder
 
 
 def start_checkpoint(args: argparse.Namespace) -> Path:
     """Return the checkpoint that all runs start from."""
-    return folder_of(args, START_RUN) / f'training/iter_{START}.pth'
+    return folder_of(args, START_RUN) / f'training/iter_{args.start}.pth'
 
 
 def config_of(args: argparse.Namespace, method: str, target: float,
               seed: int) -> Config:
     """Return the config of one run's training."""
     cfg = Config.fromfile(HERE / f'configs/{args.data}.py')
+    task = task_of(args)
     root = str(args.data_root.resolve())
     train = cfg.train_dataloader.dataset
     for dataset in train.get('datasets', [train]):
@@ -144,15 +144,15 @@ def config_of(args: argparse.Namespace, method: str, target: float,
     cfg.model.backbone.init_cfg = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
     iterations = dict(
-        start=START,
-        narrow=START + args.iterations).get(method, args.iterations)
+        start=args.start,
+        narrow=args.start + args.iterations).get(method, args.iterations)
     cfg.randomness = dict(seed=seed)
     cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
     cfg.param_scheduler[0].end = iterations
     cfg.default_hooks.checkpoint.interval = iterations
     if method not in ('start', 'narrow'):
         cfg.load_from = str(start_checkpoint(args))
-        cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
+        cfg.optim_wrapper.optimizer.lr = task.lr_after_start
         cfg.optim_wrapper.paramwise_cfg = None
     if method in GDP:
         cfg.model.update(
@@ -165,13 +165,14 @@ def config_of(args: argparse.Namespace, method: str, target: float,
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """Train, prune and evaluate one run; return its row.
 
-    ``miou`` of the row is None if the method cannot meet the target.
+    ``score`` of the row is None if the method cannot meet the target.
     """
     method, target, seed = name.split('-')
+    task = task_of(args)
     cfg = config_of(args, method, float(target), int(seed))
     iterations = cfg.train_cfg.max_iters
     cfg.work_dir = str(folder / 'training')
-    init_default_scope('mmseg')
+    init_default_scope(task.scope)
     start = time.time()
     runner = Runner.from_cfg(cfg)
     # The same sums in a quarter less time on CPUs.
@@ -193,16 +194,18 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         target=float(target),
         seed=int(seed),
         iterations=iterations,
-        start_miou=(miou_of(start_checkpoint(args).parent)
-                    if cfg.load_from else None))
+        start_score=(score_of(task,
+                              start_checkpoint(args).parent)
+                     if cfg.load_from else None))
     try:
         with plain:
             runner.train()
     except refusal as error:
         print(error)
-        return dict(row, miou=None)
+        return dict(row, score=None)
     row.update(
-        miou=miou_of(folder / 'training'), minutes=(time.time() - start) / 60)
+        score=score_of(task, folder / 'training'),
+        minutes=(time.time() - start) / 60)
     if method in GDP:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
@@ -211,8 +214,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
             row,
             macs=report.share('flops'),
             params=report.share('params'),
-            miou=(report.network('pruned').metrics or {})['mIoU'],
-            miou_gated=(report.network('gated').metrics or {})['mIoU'],
+            score=(report.network('pruned').metrics or {})[task.metric],
+            score_gated=(report.network('gated').metrics or {})[task.metric],
             max_rel_diff=report.max_rel_diff,
             half_open=float(((g > 0.01) & (g < 0.5)).float().mean()),
             groups=[dataclasses.asdict(row) for row in report.groups])
@@ -223,9 +226,9 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         params=count_parameters(runner.model) / dense_params)
 
 
-def miou_of(work_dir: Path) -> float:
-    """Return the mIoU of the last evaluation in a work folder."""
-    return last_metrics(work_dir, ['mIoU'])['mIoU']
+def score_of(task: Task, work_dir: Path) -> float:
+    """Return the score of the last evaluation in a work folder."""
+    return last_metrics(work_dir, [task.metric])[task.metric]
 
 
 def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -240,6 +243,7 @@ def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions that all runs of a report share."""
+    task = task_of(args)
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
     try:
@@ -247,13 +251,15 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     except PackageNotFoundError:  # only the alternatives need it
         torch_pruning = ''
     return dict(
-        title=f'{TITLE[args.data]}, {args.iterations} iterations',
+        title=f'{task.title}: GDP and the alternatives, {args.iterations} '
+        'iterations',
         data=args.data,
-        weights=WEIGHTS[args.data],
+        metric=task.metric_name,
+        weights=task.weights,
         weights_sha256=hashlib.sha256(args.weights.read_bytes()).hexdigest(),
-        train=TRAIN[args.data],
-        test=TEST[args.data],
-        start=START,
+        train=task.train,
+        test=task.test,
+        start=args.start,
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),

@@ -50,10 +50,10 @@ NOTES = (
 
 
 def accuracy(report: Report) -> list[str]:
-    """Return the mean and the spread of the mIoU, by method and target."""
+    """Return the mean and the spread of the score, by method and target."""
     rows = report['rows']
     targets = sorted({row['target'] for row in rows if row['target'] < 1})
-    cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
+    cells = [[report['metric'], *(f'FLOPs {target:g}' for target in targets)]]
     ran = {row['method'] for row in rows}
     for method in filter(ran.__contains__, LABELS):
         cells.append([
@@ -65,7 +65,8 @@ def accuracy(report: Report) -> list[str]:
         'network and all rows start from one dense network, trained for '
         f'{report["start"]} iterations from a pretrained backbone '
         f'({report["weights"]}): {_starts(rows)}.', '',
-        table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
+        table(cells), '',
+        f'![{report["metric"]} over FLOPs]({plot_name(report)})', '',
         *_training(report, ran), *_below_dense(report, targets),
         *_pruning(report),
         f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
@@ -102,12 +103,12 @@ def _training(report: Report, ran: set[str]) -> list[str]:
 
 def _pruning(report: Report) -> list[str]:
     """Return list items about the settings and the results of GDP."""
-    rows = [row for row in report['rows'] if row['miou'] is not None]
+    rows = [row for row in report['rows'] if row['score'] is not None]
     gdp = [row for row in rows if row['method'].startswith('gdp')]
     others = [
         row for row in rows if row['method'] in LABELS and row not in gdp
     ]
-    apart = max(abs(row['miou'] - row['miou_gated']) for row in gdp)
+    apart = max(abs(row['score'] - row['score_gated']) for row in gdp)
     return [
         '- The phases of GDP, whose first is also the time at which the '
         'alternatives prune, and the learning rate of all rows were chosen on '
@@ -116,9 +117,9 @@ def _pruning(report: Report) -> list[str]:
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
         f'- FLOPs reached minus target: GDP {_off_target(gdp)} points'
         f'{f", the alternatives {_off_target(others)}" if others else ""}.',
-        f'- GDP: the mIoU before and after the export differs by {apart:.2f} '
-        'at most; gates with an openness between 0.01 and 0.5 at the end: '
-        f'{max(row["half_open"] for row in gdp):.2%} at most.'
+        f'- GDP: the {report["metric"]} before and after the export differs '
+        f'by {apart:.2f} at most; gates with an openness between 0.01 and 0.5 '
+        f'at the end: {max(row["half_open"] for row in gdp):.2%} at most.'
     ]
 
 
@@ -139,25 +140,25 @@ def _below_dense(report: Report, targets: Iterable[float]) -> list[str]:
 
 
 def _starts(rows: list[Report]) -> str:
-    """Return the mIoU of the networks that rows start from.
+    """Return the score of the networks that rows start from.
 
     The usual start comes first. Runs on another machine had one of their own.
     """
     names: dict[float, list[str]] = {}
     for row in rows:
         name = f'`{row["method"]}-{row["target"]}-{row["seed"]}`'
-        if row['start_miou'] and row['miou'] is not None:
-            names.setdefault(row['start_miou'], []).append(name)
-    usual, *others = sorted(names, key=lambda miou: -len(names[miou]))
+        if row['start_score'] and row['score'] is not None:
+            names.setdefault(row['start_score'], []).append(name)
+    usual, *others = sorted(names, key=lambda score: -len(names[score]))
     return f'{usual:.2f}' + ''.join(
-        f'; {", ".join(names[miou])} started from a second training of it: '
-        f'{miou:.2f}' for miou in others)
+        f'; {", ".join(names[score])} started from a second training of it: '
+        f'{score:.2f}' for score in others)
 
 
 def _cell(report: Report, method: str, target: float) -> str:
     """Return a cell of the table of :func:`accuracy`."""
     if any(row['method'] == method and row['target'] == target
-           and row['miou'] is None for row in report['rows']):
+           and row['score'] is None for row in report['rows']):
         return 'out of reach'
     return mean_and_spread(values_of(report, method, target))
 
@@ -165,11 +166,11 @@ def _cell(report: Report, method: str, target: float) -> str:
 def values_of(report: Report,
               method: str,
               target: float,
-              key: str = 'miou') -> list[float]:
+              key: str = 'score') -> list[float]:
     """Return a value of the rows of all seeds that met the target."""
     return [
         row[key] for row in report['rows'] if row['method'] == method
-        and row['target'] == target and row['miou'] is not None
+        and row['target'] == target and row['score'] is not None
     ]
 
 
@@ -227,7 +228,7 @@ def plot_name(report: Report) -> str:
 
 
 def plot_accuracy(report: Report, folder: Path) -> None:
-    """Draw the mIoU over FLOPs with the spread over seeds; dense as a band."""
+    """Draw the score over FLOPs with its spread, and dense as a band."""
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     dense = values_of(report, 'dense', 1.)
@@ -240,7 +241,7 @@ def plot_accuracy(report: Report, folder: Path) -> None:
         targets = sorted({
             row['target']
             for row in report['rows']
-            if row['method'] == method and row['miou'] is not None
+            if row['method'] == method and row['score'] is not None
         })
         if not targets:
             continue
@@ -260,7 +261,9 @@ def plot_accuracy(report: Report, folder: Path) -> None:
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)
     axes.set(
-        xlabel='share of the dense multiply-adds', ylabel='mIoU', xlim=(0, 1))
+        xlabel='share of the dense multiply-adds',
+        ylabel=report['metric'],
+        xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.savefig(folder / plot_name(report), dpi=120)

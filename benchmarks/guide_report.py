@@ -181,9 +181,9 @@ def _mean(report: Report, method: str, target: float, key: str) -> float:
 
 
 def _difference(report: Report, target: float) -> float:
-    """Return the mean mIoU of GDP minus that of the dense network."""
-    return (_mean(report, 'gdp', target, 'miou') -
-            _mean(report, 'dense', 1., 'miou'))
+    """Return the mean score of GDP minus that of the dense network."""
+    return (_mean(report, 'gdp', target, 'score') -
+            _mean(report, 'dense', 1., 'score'))
 
 
 def _one(reports: Mapping[str, Report], key: str) -> Any:

@@ -76,16 +76,16 @@ def test_guide_stays_as_it_is_without_all_reports(
     assert 'old' in guide.read_text()
 
 
-def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
+def _row(method: str, score: float, seed: int, target: float = 0.4) -> dict:
     return dict(
         method=method,
         target=target,
         seed=seed,
-        miou=miou,
+        score=score,
         macs=target,
-        miou_gated=miou,
+        score_gated=score,
         half_open=0.001,
-        start_miou=None if method == 'start' else 50.)
+        start_score=None if method == 'start' else 50.)
 
 
 def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
@@ -93,6 +93,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     import results
     report = dict(
         data='voc',
+        metric='mIoU',
         weights='none',
         weights_sha256='0' * 64,
         torch_pruning='1.6',
@@ -111,8 +112,8 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
             _row('dense', 64., 1, 1.),
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
-            dict(_row('l1', 55., 0, 0.25), start_miou=51.),
-            dict(method='l1', target=0.4, seed=0, miou=None, start_miou=50.),
+            dict(_row('l1', 55., 0, 0.25), start_score=51.),
+            dict(method='l1', target=0.4, seed=0, score=None, start_score=50.),
         ])
     text = '\n'.join(results.accuracy(report))
     cells = [[cell.strip() for cell in line.split('|')[1:-1]]
@@ -153,6 +154,7 @@ def test_readme_has_the_best_alternative(
         dict(
             title='M on D: all',
             data='voc',
+            metric='mIoU',
             iterations=8,
             rows=[row for row in rows if row['method'] in methods])
     ])
