@@ -31,7 +31,7 @@ def gate_meta(pruner: Pruner) -> dict[str, Any]:
     """
     return dict(
         _kept_out(pruner.settings),
-        gate=pruner.settings.gate,
+        gate=pruner.settings.gate.type,
         analysis=to_state(pruner.analysis))
 
 
@@ -94,10 +94,11 @@ def check_gates(pruner: Pruner, state: Mapping[str, Any],
     check_gate_meta(meta)
     gates = meta['gdp']
     settings = pruner.settings
-    if gates['gate'] != settings.gate:
+    if gates['gate'] != settings.gate.type:
         raise ValueError(
-            f'checkpoint: expected gates of the method {settings.gate!r}, as '
-            f'in gdp.gate, but got those of {gates["gate"]!r}; change '
+            f'checkpoint: expected gates of the method '
+            f'{settings.gate.type!r}, as in gdp.gate, but got those of '
+            f'{gates["gate"]!r}; change '
             'gdp.gate or the checkpoint')
     module = first_difference(from_state(gates['analysis']), pruner.analysis)
     if module is not None:

@@ -4,9 +4,7 @@
 """
 from __future__ import annotations
 
-from typing import Callable
-
 from .base import GateMethod
 from .gdp import GDPGates
 
-METHODS: dict[str, Callable[..., GateMethod]] = dict(gdp=GDPGates)
+METHODS: dict[str, type[GateMethod]] = dict(gdp=GDPGates)

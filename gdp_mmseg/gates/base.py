@@ -10,12 +10,13 @@ Letters: ``G`` gates, one for each class of channels (see ``analysis``);
 from __future__ import annotations
 
 import abc
-from typing import Callable, Protocol
+from typing import Any, Callable, ClassVar, Mapping, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..analysis.structure import Analysis
 from .blocks import Blocks
 
 
@@ -43,6 +44,10 @@ class GateMethod(nn.Module, abc.ABC):
         num_gates (int): ``G``.
 
     Attributes:
+        SETTINGS (tuple[str, ...]): Keys of ``gdp=dict(...)`` that belong to
+            this method alone. The constructor takes them.
+        OPTIONS (tuple[str, ...]): Keys of ``gate=dict(type=..., ...)`` besides
+            ``type``. The constructor takes them.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
         closed (Tensor): ``(G,)``, positive for gates that are closed for
@@ -53,6 +58,8 @@ class GateMethod(nn.Module, abc.ABC):
             the next passes compute. It may then be zero.
     """
 
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
     theta: nn.Parameter
     closed: Tensor
     multiplier: Tensor
@@ -66,6 +73,28 @@ class GateMethod(nn.Module, abc.ABC):
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Check the values of some options, before any long work.
+
+        Args:
+            options (Mapping[str, Any]): Values of some of ``OPTIONS``.
+
+        Raises:
+            ValueError: If one is out of its range. The message begins with
+                ``gdp.gate.`` and the name of the option.
+        """
+
+    @classmethod
+    def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
+        """Make the gates of a model.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            **options: Values of ``SETTINGS`` and of some of ``OPTIONS``.
+        """
+        return cls(analysis.num_gates, **options)
 
     # -- the forward pass --------------------------------------------------
 

@@ -142,6 +142,7 @@ class GDPGates(GateMethod):
         [True, False]
     """
 
+    SETTINGS = ('epsilon', 'close_below')
     epsilon: Tensor
     gain: Tensor
     gain_square: Tensor

@@ -57,7 +57,7 @@ class Pruner(nn.Module):
         self.analysis = analysis
         self.settings = settings
         self.schedule = Schedule(settings.phases)
-        self.gates = gates or settings.build_gates(analysis.num_gates)
+        self.gates = gates or settings.build_gates(analysis)
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
         if settings.target.type == 'params':
