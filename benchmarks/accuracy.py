@@ -56,13 +56,16 @@ OPTIONAL = ('l1_head', 'slimming_global')
 # Phases of the gates: a trained network needs no long warm-up, the pruned one
 # needs time to settle.
 PHASES = (0.1, 0.2, 0.7)
-# Variants of GDP, each with one more setting.
-GDP: dict[str, dict[str, Any]] = dict(
+# Gates and variants of them, each by the settings that it needs.
+GATED: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_min_keep=dict(min_keep_ratio=0.1),
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
-    gdp_plain={})  # Pruner._scarcity is patched away
+    gdp_plain={},  # Pruner._scarcity is patched away
+    scp=dict(gate='scp'),
+    trainable=dict(gate='trainable'))
 ITERATIONS = 1600
+DECAY = dict(PolyLR='polynomial', CosineAnnealingLR='cosine')
 START_RUN = 'start-1.0-0'
 
 
@@ -80,7 +83,7 @@ def parse_args() -> argparse.Namespace:
         '--methods',
         nargs='+',
         default=USUAL,
-        choices=list(dict.fromkeys([*USUAL, *OPTIONAL, *GDP])))
+        choices=list(dict.fromkeys([*USUAL, *OPTIONAL, *GATED])))
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -141,8 +144,15 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         dataset.data_root = root
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
-    cfg.model.backbone.init_cfg = dict(
+    pretrained = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
+    cfg.model.backbone.init_cfg = pretrained
+    if task.head:
+        cfg.model.head.init_cfg = dict(
+            type='Normal',
+            layer='Linear',
+            std=0.01,
+            override=dict(pretrained, name='fc', prefix=task.head))
     iterations = dict(
         start=args.start,
         narrow=args.start + args.iterations).get(method, args.iterations)
@@ -154,10 +164,12 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         cfg.load_from = str(start_checkpoint(args))
         cfg.optim_wrapper.optimizer.lr = task.lr_after_start
         cfg.optim_wrapper.paramwise_cfg = None
-    if method in GDP:
+    if method in GATED:
         cfg.model.update(
             type='gdp_mmseg.GDPModel',
-            gdp=dict(dict(target=target, phases=PHASES), **GDP[method]))
+            gdp=dict(
+                dict(target=target, phases=PHASES, input_shape=cfg.crop_size),
+                **GATED[method]))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     return cfg
 
@@ -180,12 +192,13 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     shape = (1, 3, *cfg.crop_size)
     dense_flops = count_flops(runner.model, shape, inference_forward)
     refusal: tuple[type[Exception], ...] = ()
-    if method not in ('start', 'dense', *GDP):
+    if method not in ('start', 'dense', *GATED):
         from one_shot import OutOfReach, PruneOnce
         refusal = (OutOfReach, )
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
-            PruneOnce(method, float(target), begin, shape, int(seed)))
+            PruneOnce(method, float(target), begin, shape, int(seed),
+                      task.whole))
     plain = (
         mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
         if method == 'gdp_plain' else contextlib.nullcontext())
@@ -206,7 +219,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     row.update(
         score=score_of(task, folder / 'training'),
         minutes=(time.time() - start) / 60)
-    if method in GDP:
+    if method in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
@@ -264,12 +277,20 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
-        f'(start: {lr_of_start(args)}), polynomial decay',
+        f'(start: {lr_of_start(args)}), '
+        f'{DECAY[cfg.param_scheduler[0].type]} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
         torch_pruning=torch_pruning,
-        machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
+        machine=machine())
+
+
+def machine() -> str:
+    """Return the kind of the machine that trains."""
+    if torch.cuda.is_available():
+        return f'one of {torch.cuda.get_device_name()}'
+    return f'{platform.machine()}, one of {os.cpu_count()} CPU cores'
 
 
 def lr_of_start(args: argparse.Namespace) -> str:

@@ -1,7 +1,7 @@
 """Networks and data sets that benchmarks/accuracy.py compares methods on."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,10 @@ class Task:
         metric (str): Key under which the evaluation logs the score.
         metric_name (str): Name of the score in tables and plots.
         scope (str): Default scope of the config.
+        head (str): Module of the pretrained weights that is the linear layer
+            of a classifier's head; empty if the head is not pretrained.
+        whole (tuple[str, ...]): Names or patterns of convolutions whose
+            outputs the alternatives to gates do not prune.
         start (int): Length of the dense training that all runs start from,
             in iterations.
         lr_after_start (float): Learning rate of all parameters after it.
@@ -31,10 +35,28 @@ class Task:
     metric: str = 'mIoU'
     metric_name: str = 'mIoU'
     scope: str = 'mmseg'
+    head: str = ''
+    whole: tuple[str, ...] = ()
     start: int = 3000
     lr_after_start: float = 2e-4
 
 
+# Torch-Pruning cannot remove channels of a sum with padded ones, so only the
+# alternatives' channels within a block are removed.
+_CIFAR10 = Task(
+    'ResNet-20 on JPEG images of CIFAR-10',
+    weights='CIFAR-10, as the original images',
+    train='CIFAR-10 as lossy JPEG images, 50,000, padded by 4 pixels, cropped '
+    'and flipped',
+    test='the 10,000 test images, lossy JPEG images too; accuracies do not '
+    'compare with those on the original images',
+    metric='accuracy/top1',
+    metric_name='accuracy',
+    scope='mmpretrain',
+    head='linear',
+    whole=('backbone.conv1', 'backbone.layer*.conv2'),
+    start=7800,
+    lr_after_start=0.02)
 TASKS = dict(
     camvid=Task(
         'DeepLabV3Plus-ResNet18 on CamVid',
@@ -46,4 +68,7 @@ TASKS = dict(
         weights='ImageNet',
         train='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of '
         'aug.txt',
-        test='173 images of val.txt, short side 193'))
+        test='173 images of val.txt, short side 193'),
+    cifar10_resnet20=_CIFAR10,
+    cifar10_resnet56=replace(
+        _CIFAR10, title='ResNet-56 on JPEG images of CIFAR-10'))
