@@ -35,6 +35,9 @@ class Task:
     lr_after_start: float = 2e-4
 
 
+_VOC_TRAIN = ('Pascal VOC 2012, a subset: 330 images of train.txt and 600 of '
+              'aug.txt')
+_PRODUCT_QUANTISED = 'ImageNet, a product-quantised ResNet (72.2 % top-1)'
 TASKS = dict(
     camvid=Task(
         'DeepLabV3Plus-ResNet18 on CamVid',
@@ -44,6 +47,16 @@ TASKS = dict(
     voc=Task(
         'DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012',
         weights='ImageNet',
-        train='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of '
-        'aug.txt',
-        test='173 images of val.txt, short side 193'))
+        train=_VOC_TRAIN,
+        test='173 images of val.txt, short side 193'),
+    voc_r50=Task(
+        'DeepLabV3Plus-ResNet50 on a subset of Pascal VOC 2012',
+        weights=_PRODUCT_QUANTISED,
+        train=_VOC_TRAIN,
+        test='173 images of val.txt, short side 193'),
+    voc_r50_512=Task(
+        'DeepLabV3Plus-ResNet50 on a subset of Pascal VOC 2012, crops of 512',
+        weights=_PRODUCT_QUANTISED,
+        train=_VOC_TRAIN,
+        test='173 images of val.txt, short side 512',
+        lr_after_start=1e-4))
