@@ -41,12 +41,13 @@ from mmengine.runner import Runner
 
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.export.export import export
-from gdp_mmseg.files import write_json
+from gdp_mmseg.files import write_json, write_whole
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.measure import count_flops, count_parameters
 from gdp_mmseg.report.record import last_metrics
 
 from accuracy_tasks import TASKS, Task
+from accuracy_variants import CHANGES
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
@@ -56,7 +57,7 @@ OPTIONAL = ('l1_head', 'slimming_global')
 # Phases of the gates: a trained network needs no long warm-up, the pruned one
 # needs time to settle.
 PHASES = (0.1, 0.2, 0.7)
-# Gates and variants of them, each by the settings that it needs.
+# Gates and their variants, each with the settings that it needs.
 GATED: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_min_keep=dict(min_keep_ratio=0.1),
@@ -83,7 +84,9 @@ def parse_args() -> argparse.Namespace:
         '--methods',
         nargs='+',
         default=USUAL,
-        choices=list(dict.fromkeys([*USUAL, *OPTIONAL, *GATED])))
+        type=_method,
+        help=f'of {list(dict.fromkeys([*USUAL, *OPTIONAL, *GATED]))}, and for '
+        f'dense and gates with changes of {list(CHANGES)}, as in gdp+ema')
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -93,6 +96,11 @@ def parse_args() -> argparse.Namespace:
         type=int,
         help='length of the dense training that all runs start from, in '
         'iterations; by default that of the data set')
+    parser.add_argument(
+        '--tune',
+        action='store_true',
+        help='train on three quarters of the training images and evaluate on '
+        'the rest, to choose settings on them')
     parser.add_argument(
         '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
@@ -104,14 +112,25 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def _method(text: str) -> str:
+    """Check the name of a method with its changes, if it has any."""
+    base, *changes = text.split('+')
+    known = [*USUAL, *OPTIONAL, *GATED]
+    if base not in known or not {*changes} <= {*CHANGES}:
+        raise argparse.ArgumentTypeError(
+            f'expected one of {list(dict.fromkeys(known))}, with changes of '
+            f'{list(CHANGES)}, as in gdp+ema, but got {text!r}')
+    return text
+
+
 def plan(args: argparse.Namespace) -> Iterator[str]:
     """Yield the names of the runs, ``method-target-seed``, seed by seed."""
     for seed, target, method in itertools.product(args.seeds, args.targets,
                                                   args.methods):
-        if method != 'dense':
+        if not method.startswith('dense'):
             yield f'{method}-{target}-{seed}'
         elif target == args.targets[0]:
-            yield f'dense-1.0-{seed}'
+            yield f'{method}-1.0-{seed}'
 
 
 def task_of(args: argparse.Namespace) -> Task:
@@ -124,6 +143,7 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     length = args.start if name == START_RUN else args.iterations
     unusual = args.start != task_of(args).start
     start = f'-from-{args.start}' if unusual else ''
+    start += '-tune' if args.tune else ''
     folder: Path = args.work_dir / f'{args.data}{start}-{length}' / name
     return folder
 
@@ -140,10 +160,17 @@ def config_of(args: argparse.Namespace, method: str, target: float,
     task = task_of(args)
     root = str(args.data_root.resolve())
     train = cfg.train_dataloader.dataset
-    for dataset in train.get('datasets', [train]):
+    train = train.get('datasets', [train])
+    for dataset in train:
         dataset.data_root = root
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
+    if torch.cuda.is_available() and task.workers:
+        for loader in (cfg.train_dataloader, cfg.val_dataloader,
+                       cfg.test_dataloader):
+            loader.update(num_workers=task.workers, persistent_workers=True)
+    if args.tune:
+        _hold_out_(cfg, train[0], folder_of(args, 'images'))
     pretrained = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
     cfg.model.backbone.init_cfg = pretrained
@@ -164,14 +191,54 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         cfg.load_from = str(start_checkpoint(args))
         cfg.optim_wrapper.optimizer.lr = task.lr_after_start
         cfg.optim_wrapper.paramwise_cfg = None
-    if method in GATED:
+    base, *changes = method.split('+')
+    if base in GATED:
         cfg.model.update(
             type='gdp_mmseg.GDPModel',
             gdp=dict(
                 dict(target=target, phases=PHASES, input_shape=cfg.crop_size),
-                **GATED[method]))
+                **GATED[base]))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
+    for name in changes:
+        CHANGES[name](cfg, _teacher(args, seed))
     return cfg
+
+
+def _teacher(args: argparse.Namespace, seed: int) -> Path:
+    """Return the checkpoint of the dense network that was trained on."""
+    folder = folder_of(args, f'dense-1.0-{seed}').resolve()
+    return folder / f'training/iter_{args.iterations}.pth'
+
+
+def _can_start(args: argparse.Namespace, name: str) -> bool:
+    """Tell whether a run has what it needs of other runs."""
+    method, _, seed = name.split('-')
+    return 'kd' not in method.split('+') or _teacher(args, int(seed)).exists()
+
+
+def _hold_out_(cfg: Config, train: Any, folder: Path) -> None:
+    """Evaluate on a quarter of the training images, without them in training.
+
+    Args:
+        cfg (Config): Config of the training, changed in place.
+        train (Any): Data set in it whose images are divided.
+        folder (Path): Folder for the two lists of images.
+    """
+    if 'split' in train:
+        train.split = 'three_quarters'
+        for loader in (cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.split = 'quarter'
+        return
+    names = (Path(train.data_root) / train.ann_file).read_text().split()
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, chosen in (('train', [
+            name for index, name in enumerate(names) if index % 4
+    ]), ('test', names[::4])):
+        write_whole(folder / f'{part}.txt',
+                    ('\n'.join(chosen) + '\n').encode())
+    train.ann_file = str((folder / 'train.txt').resolve())
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.ann_file = str((folder / 'test.txt').resolve())
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
@@ -192,7 +259,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     shape = (1, 3, *cfg.crop_size)
     dense_flops = count_flops(runner.model, shape, inference_forward)
     refusal: tuple[type[Exception], ...] = ()
-    if method not in ('start', 'dense', *GATED):
+    base = method.split('+')[0]
+    if base not in ('start', 'dense', *GATED):
         from one_shot import OutOfReach, PruneOnce
         refusal = (OutOfReach, )
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
@@ -201,7 +269,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
                       task.whole))
     plain = (
         mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
-        if method == 'gdp_plain' else contextlib.nullcontext())
+        if base == 'gdp_plain' else contextlib.nullcontext())
     row = dict(
         method=method,
         target=float(target),
@@ -219,7 +287,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     row.update(
         score=score_of(task, folder / 'training'),
         minutes=(time.time() - start) / 60)
-    if method in GATED:
+    if base in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
@@ -283,13 +351,13 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         phases=list(PHASES),
         torch=torch.__version__,
         torch_pruning=torch_pruning,
-        machine=machine())
+        machine=_machine())
 
 
-def machine() -> str:
-    """Return the kind of the machine that trains."""
+def _machine() -> str:
+    """Describe the machine of the runs."""
     if torch.cuda.is_available():
-        return f'one of {torch.cuda.get_device_name()}'
+        return torch.cuda.get_device_name()
     return f'{platform.machine()}, one of {os.cpu_count()} CPU cores'
 
 
@@ -350,11 +418,17 @@ def main() -> None:
                      f'{folder / "log.txt"}')
     collect()
     waiting = [name for name in plan(args) if name not in rows]
+    for name in waiting:
+        dense = f'dense-1.0-{name.split("-")[2]}'
+        if not _can_start(args, name) and dense not in waiting:
+            sys.exit(f'--methods: expected dense with {name}, because it '
+                     'distils from it; add dense')
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed = []
     while waiting or running:
-        while waiting and len(running) < args.jobs:
-            name = waiting.pop(0)
+        ready = [name for name in waiting if _can_start(args, name)]
+        for name in ready[:args.jobs - len(running)]:
+            waiting.remove(name)
             print(f'{time.strftime("%H:%M")} {name}', flush=True)
             running[name] = run_apart(name, folder_of(args, name))
         time.sleep(2)
