@@ -56,7 +56,8 @@ def pack(archive: Path, path: Path) -> None:
         arrays[f'{split}_sizes'] = np.array([*map(len, contents)], np.int32)
         arrays[f'{split}_labels'] = np.array(labels, np.int64)
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    # Most of an image is tables that all images share.
+    np.savez_compressed(path, **arrays)
 
 
 @functools.lru_cache

@@ -233,12 +233,13 @@ def _shares_below(worth: Tensor) -> Tensor:
 
 
 def prune_(
-    model: nn.Module,
-    method: Method,
-    ratio: float,
-    shape: tuple[int, ...],
-    seed: int,
-    lower: Mapping[str, float] = MappingProxyType({})) -> None:
+        model: nn.Module,
+        method: Method,
+        ratio: float,
+        shape: tuple[int, ...],
+        seed: int,
+        lower: Mapping[str, float] = MappingProxyType({}),
+) -> None:
     """Remove a share of the channels, by rank, in place.
 
     Args:
