@@ -73,11 +73,10 @@ class CIFARResNet(BaseModule):
                  depth: int = 56,
                  channels: tuple[int, ...] = (16, 32, 64),
                  init_cfg: Any = None) -> None:
-        super().__init__(
-            init_cfg or [
-                dict(type='Kaiming', layer='Conv2d'),
-                dict(type='Constant', val=1., layer='BatchNorm2d')
-            ])
+        super().__init__(init_cfg or [
+            dict(type='Kaiming', layer='Conv2d'),
+            dict(type='Constant', val=1., layer='BatchNorm2d')
+        ])
         if depth < 8 or (depth - 2) % 6:
             raise ValueError('backbone.depth: expected 6 n + 2, e.g. 20, 32, '
                              f'44, 56 or 110, but got {depth}')
