@@ -1,9 +1,11 @@
 """The benchmarks run on the package as it is."""
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -314,3 +316,117 @@ def test_random_widths_are_at_the_target_and_round_up() -> None:
     for group in analysis.groups:
         kept = int(rounded[group.gates].sum())
         assert kept % 2 == 0 or kept == len(group.gates)
+
+
+def _archive(path: Path) -> None:
+    """Write grey images of CIFAR-10's layout; the level tells which one."""
+    import cv2
+    import numpy as np
+    with tarfile.open(path, 'w') as file:
+        for split, name, number, level in (('test', 'bird', 0,
+                                            40), ('train', 'airplane', 0, 80),
+                                           ('train', 'airplane', 1,
+                                            120), ('train', 'truck', 0, 160),
+                                           ('train', 'truck', 1, 200)):
+            image = np.full((32, 32, 3), level, np.uint8)
+            content = cv2.imencode('.jpg', image)[1].tobytes()
+            member = tarfile.TarInfo(f'{split}/{name}/{number:04}.jpg')
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+
+def test_packed_images_are_those_of_the_archive(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    import cifar10
+    _archive(tmp_path / 'images.tar')
+    cifar10.pack(tmp_path / 'images.tar', tmp_path / cifar10.FILE)
+    found = {}
+    for split in ('train', 'test', 'three_quarters', 'quarter'):
+        batch = cifar10.stack_images(
+            cifar10.PackedCIFAR10(str(tmp_path), split).__getitems__([0, -1]))
+        assert batch['inputs'].dtype == torch.uint8
+        found[split] = [
+            (int(image.float().mean()), int(sample.gt_label))
+            for image, sample in zip(batch['inputs'], batch['data_samples'])
+        ]
+    assert found == dict(
+        train=[(80, 0), (200, 9)],
+        test=[(40, 2), (40, 2)],
+        three_quarters=[(80, 0), (160, 9)],
+        quarter=[(200, 9), (200, 9)])
+
+
+def test_images_are_cropped_and_flipped_one_by_one(tmp_path: Path) -> None:
+    import cifar10
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    places = set()
+    for image, crop in zip(images, cifar10.augmented(images)):
+        padded = torch.nn.functional.pad(image, [4] * 4)
+        places.update(
+            (flip, top, left) for flip in (False, True) for top in range(9)
+            for left in range(9) if torch.equal(
+                crop.flip(-1) if flip else crop, padded[:, top:top + 32,
+                                                        left:left + 32]))
+    assert len(places) > 40
+    assert {flip for flip, *_ in places} == {False, True}
+
+
+@pytest.mark.parametrize('target', [0.5, 0.3])
+def test_alternatives_meet_the_target_in_narrow_layers(target: float) -> None:
+    pytest.importorskip('torch_pruning')
+    pytest.importorskip('mmpretrain')
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from gdp_mmseg.engine.forwards import inference_forward
+    from gdp_mmseg.report.measure import count_flops
+
+    from accuracy_tasks import TASKS
+    from one_shot import PruneOnce
+    cfg = Config.fromfile(BENCHMARKS / 'configs/cifar10_resnet20.py')
+    init_default_scope(cfg.default_scope)
+    model: Any = MODELS.build(cfg.model)
+    shape = (1, 3, 32, 32)
+    dense = count_flops(model, shape, inference_forward)
+    runner: Any = SimpleNamespace(
+        model=model,
+        iter=0,
+        optim_wrapper=SimpleNamespace(
+            optimizer=torch.optim.SGD(model.parameters(), 0.1)),
+        logger=logging.getLogger())
+    PruneOnce('l1', target, 0, shape, 0,
+              TASKS['cifar10_resnet20'].whole).before_train_iter(runner, 0)
+    left = count_flops(model, shape, inference_forward) / dense
+    assert target - 0.01 < left <= target
+    assert model.backbone.layer1[0].conv2.out_channels == 16
+    assert model.head.fc.out_features == 10
+
+
+@pytest.mark.parametrize('name', ['cifar10_resnet20', 'cifar10_resnet56'])
+def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
+    import accuracy
+    args: Any = SimpleNamespace(
+        data=name,
+        data_root=Path('data'),
+        weights=Path('weights.pth'),
+        work_dir=Path('work'),
+        iterations=10,
+        start=accuracy.TASKS[name].start,
+        tune=False)
+    start = accuracy.config_of(args, 'start', 1., 0)
+    for init in (start.model.backbone.init_cfg,
+                 start.model.head.init_cfg.override):
+        assert Path(init.checkpoint).name == 'weights.pth'
+    assert start.train_cfg.max_iters == args.start
+    gated = accuracy.config_of(args, 'gdp', 0.5, 1)
+    assert gated.model.gdp.target == 0.5
+    assert gated.model.gdp.input_shape == (32, 32)
+    assert gated.load_from.endswith(f'start-1.0-0/training/iter_{args.start}'
+                                    '.pth')
+    assert gated.optim_wrapper.optimizer.lr == 0.02
+    assert gated.train_dataloader.dataset == dict(
+        type='PackedCIFAR10',
+        split='train',
+        augment=True,
+        data_root=str(Path('data').resolve()))
