@@ -166,6 +166,8 @@ def config_of(args: argparse.Namespace, method: str, target: float,
             loader.update(num_workers=2, persistent_workers=True)
     if torch.cuda.is_available():
         cfg.train_dataloader.update(num_workers=3, persistent_workers=True)
+        # It would search anew for each size of the images in evaluation.
+        cfg.env_cfg.cudnn_benchmark = False
     if args.tune:
         _hold_out_(cfg, train[0], folder_of(args, 'images'))
     cfg.model.backbone.init_cfg = dict(
