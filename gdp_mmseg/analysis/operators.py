@@ -599,8 +599,8 @@ def _softmax(labels: Labels, operation: Operation, known: Tensor) -> bool:
 # Prefixes of operators on the last axes that neither mix channels nor depend
 # on their number.
 SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
-            '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
-            'replication_pad')
+           '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
+           'replication_pad')
 
 
 def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:

@@ -14,9 +14,8 @@ group only if the group lies on the norm's own axis.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Callable, Iterable, Mapping
+from typing import Callable, Iterable, Mapping
 
-import torch
 from torch import Tensor
 
 from .labels import Labels
@@ -80,8 +79,9 @@ class _Joined(Expression):
 
     def points(self, lies_on: LiesOn) -> _Points:
         return tuple(
-            dict.fromkeys(point for part in self.parts
-                          for point in part.points(lies_on)))
+            dict.fromkeys(
+                point for part in self.parts
+                for point in part.points(lies_on)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,9 +97,8 @@ class _Activated(Expression):
         if point.reason or point.activation == self.name == 'relu':
             return point
         if point.activation:
-            return ReadPoint(
-                reason=f'{self.name} after {point.activation} at '
-                f'{point.norms[0]}')
+            return ReadPoint(reason=f'{self.name} after {point.activation} at '
+                             f'{point.norms[0]}')
         return dataclasses.replace(point, activation=self.name)
 
 
@@ -112,8 +111,8 @@ class _Lost(Expression):
     def points(self, lies_on: LiesOn) -> _Points:
         inner = self.inner.points(lies_on)
         known = [point for point in inner if point.reason]
-        return tuple(known[:1]) or ((ReadPoint(
-            reason=self.reason), ) if inner else ())
+        return tuple(
+            known[:1]) or ((ReadPoint(reason=self.reason), ) if inner else ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -141,8 +140,9 @@ class _Sum(Expression):
                  for points in (first, second)]
         final = [point for point in (*first, *second) if _is_final(point)]
         if all(plain):
-            added = [_added(one, other) for one in plain[0]
-                     for other in plain[1]]
+            added = [
+                _added(one, other) for one in plain[0] for other in plain[1]
+            ]
         else:
             added = plain[0] + plain[1]
         found = dict.fromkeys(
@@ -158,8 +158,8 @@ def _is_final(point: ReadPoint) -> bool:
 
 
 def _added(one: ReadPoint, other: ReadPoint) -> ReadPoint:
-    return ReadPoint(one.norms + other.norms, of_sum=one.of_sum
-                     or other.of_sum)
+    return ReadPoint(
+        one.norms + other.norms, of_sum=one.of_sum or other.of_sum)
 
 
 class ReadPointTracker:
@@ -205,8 +205,8 @@ class ReadPointTracker:
                 points = () if expression is None else expression.points(
                     counts.__contains__)
                 for point in points or (ReadPoint(
-                        reason='no batch norm before ' +
-                        kernel.rpartition('.')[0]), ):
+                        reason='no batch norm (before ' +
+                        kernel.rpartition('.')[0] + ')'), ):
                     found[_checked(point, counts)] = None
         return tuple(found)
 
@@ -253,7 +253,7 @@ class ReadPointTracker:
         axis = labels.calls[kernel].axes[1]
         module = kernel.rpartition('.')[0]
         return _Leaf((kernel, axis),
-                     ReadPoint(reason=f'no batch norm after {module}'))
+                     ReadPoint(reason=f'no batch norm (after {module})'))
 
     def _norm(self, operation: Operation, inner: Expression) -> Expression:
         weight = operation.args[1]
@@ -262,11 +262,12 @@ class ReadPointTracker:
             if isinstance(weight, Tensor) else None)
         norm, _, leaf = (name or '').rpartition('.')
         if name is None or leaf != 'weight':
-            return _Lost(inner, f'{self._labels.here()} has no scale')
+            return _Lost(inner,
+                         f'norm without scale (in {self._labels.here()})')
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
         if self._calls.get(norm, 0) > 1:
-            return _Lost(inner, f'{norm} is used more than once')
+            return _Lost(inner, f'batch norm used more than once ({norm})')
         return _Leaf((name, 0),
                      ReadPoint((norm, ), of_sum=isinstance(inner, _Sum)))
 

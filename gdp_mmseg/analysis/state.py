@@ -127,8 +127,7 @@ def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
         **rest)
 
 
-def _read_points(
-        rows: Iterable[Mapping[str, Any]]) -> tuple[ReadPoint, ...]:
+def _read_points(rows: Iterable[Mapping[str, Any]]) -> tuple[ReadPoint, ...]:
     return tuple(
         ReadPoint(**{
             name: _tuples(value)

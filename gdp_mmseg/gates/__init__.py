@@ -6,5 +6,6 @@ from __future__ import annotations
 
 from .base import GateMethod
 from .gdp import GDPGates
+from .scp import SCPGates
 
-METHODS: dict[str, type[GateMethod]] = dict(gdp=GDPGates)
+METHODS: dict[str, type[GateMethod]] = dict(gdp=GDPGates, scp=SCPGates)

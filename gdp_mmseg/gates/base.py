@@ -87,6 +87,24 @@ class GateMethod(nn.Module, abc.ABC):
         """
 
     @classmethod
+    def admitted(cls, analysis: Analysis, model: nn.Module,
+                 **options: Any) -> Analysis:
+        """Freeze the groups of channels that the method has no gates for.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            model (nn.Module): The model, which stays unchanged.
+            **options: Values of some of ``OPTIONS``.
+
+        Returns:
+            Analysis: By default the analysis itself.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return analysis
+
+    @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
         """Make the gates of a model.
 
@@ -95,6 +113,9 @@ class GateMethod(nn.Module, abc.ABC):
             **options: Values of ``SETTINGS`` and of some of ``OPTIONS``.
         """
         return cls(analysis.num_gates, **options)
+
+    def bind_(self, model: nn.Module) -> None:
+        """Take note of the model whose layers get these gates, in place."""
 
     # -- the forward pass --------------------------------------------------
 
