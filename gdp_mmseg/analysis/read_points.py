@@ -110,9 +110,20 @@ class _Lost(Expression):
 
     def points(self, lies_on: LiesOn) -> _Points:
         inner = self.inner.points(lies_on)
-        known = [point for point in inner if point.reason]
-        return tuple(
-            known[:1]) or ((ReadPoint(reason=self.reason), ) if inner else ())
+        known = tuple(point for point in inner if point.reason)
+        return known[:1] or self._all(inner)
+
+    def _all(self, inner: _Points) -> _Points:
+        return (ReadPoint(reason=self.reason), ) if inner else ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OtherNorm(_Lost):
+    """Output of a norm that tells nothing of its channels."""
+
+    def points(self, lies_on: LiesOn) -> _Points:
+        # It tells more than that no batch norm came before.
+        return self._all(self.inner.points(lies_on))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -224,6 +235,8 @@ class ReadPointTracker:
         whole = known[0] if len(known) == 1 else _Joined(tuple(known))
         if name in _NORMS:
             return self._norm(operation, whole)
+        if name == 'native_group_norm':
+            return _OtherNorm(whole, f'group norm in {self._labels.here()}')
         if name in _PASSING or name.startswith(SPATIAL):
             return whole if _keeps_zero(operation) else self._lost(
                 whole, operation)
@@ -262,12 +275,13 @@ class ReadPointTracker:
             if isinstance(weight, Tensor) else None)
         norm, _, leaf = (name or '').rpartition('.')
         if name is None or leaf != 'weight':
-            return _Lost(inner,
-                         f'norm without scale (in {self._labels.here()})')
+            return _OtherNorm(
+                inner, f'batch norm without scale ({self._labels.here()})')
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
         if self._calls.get(norm, 0) > 1:
-            return _Lost(inner, f'batch norm used more than once ({norm})')
+            return _OtherNorm(inner,
+                              f'batch norm used more than once ({norm})')
         return _Leaf((name, 0),
                      ReadPoint((norm, ), of_sum=isinstance(inner, _Sum)))
 

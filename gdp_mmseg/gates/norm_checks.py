@@ -48,7 +48,7 @@ def refusal(points: tuple[ReadPoint, ...], streams: bool) -> str | None:
         return 'no batch norm (in an analysis of an earlier version)'
     if streams:
         return None
-    advice = 'streams=True of gate=dict(...) adds a gate'
+    advice = "gate=dict(type='scp', streams=True) gives it a gate"
     if any(point.summed for point in points) or len(points) > 1 and any(
             point.of_sum for point in points):
         return f'part of a sum ({advice})'
@@ -75,6 +75,6 @@ def _useless_norms(analysis: Analysis, model: nn.Module) -> dict[str, str]:
             found[name] = f'batch norm without scale and offset ({name})'
         elif not (norm.weight.requires_grad and norm.bias.requires_grad):
             found[name] = f'frozen batch norm ({name}: requires_grad=False)'
-        elif not norm.training or not norm.track_running_stats:
+        elif not norm.training:
             found[name] = f'frozen batch norm ({name}: eval mode in training)'
     return found

@@ -27,7 +27,7 @@ from .ranking import Ranking
 
 # Defaults of the official code.
 TAU, SHARPNESS, THRESHOLD, TEMPERATURE, SPREAD = 0.05, 20., 0.95, 0.5, 2.
-# Least ranking threshold: a fresh norm has Phi = 0.52, and a threshold there
+# Least solved threshold: a fresh norm has Phi = 0.52, and a threshold there
 # would turn the masks of a whole layer into noise.
 _LEAST_THRESHOLD = 0.75
 # Phi^-1(0.95): a channel stays if beta + 1.645 |gamma| >= tau.

@@ -66,8 +66,8 @@ def test_derivatives_are_finite_where_gamma_is_zero() -> None:
     (.1, (.9878049, .9, .5)),
     (.9, (.0121951, .0013699, 1.5239e-4)),
 ])
-def test_soft_mask_is_a_relaxed_draw(drop: float,
-                                     masks: tuple[float, ...]) -> None:
+def test_soft_mask_is_a_relaxed_draw(drop: float, masks: tuple[float,
+                                                               ...]) -> None:
     found = soft_mask(of(drop), of(.5, .25, .1), T)
     assert found.tolist() == pytest.approx(masks, rel=4e-5)
 
@@ -110,9 +110,8 @@ def test_whole_chain(uniform: float, mask: float, by_beta: float,
 
 
 @pytest.mark.parametrize('beta, gamma, phi, drop',
-                         [(0, .1, .3829249, None), (0, .02, .9875807,
-                                                    .6795301),
-                          (-1, .1, 0, None)])
+                         [(0, .1, .3829249, None),
+                          (0, .02, .9875807, .6795301), (-1, .1, 0, None)])
 def test_without_a_relu_both_sides_count(beta: float, gamma: float, phi: float,
                                          drop: float | None) -> None:
     found = phi_of(of(beta), of(gamma), '')
@@ -156,7 +155,8 @@ def test_noise_is_uniform_and_a_function_of_the_step() -> None:
     assert len(counts) == 50 and 1800 < int(counts.min())
     others = [
         uniform_numbers(seed, step + 1, 100_000),
-        uniform_numbers(seed + 1, step, 100_000), numbers.roll(1)
+        uniform_numbers(seed + 1, step, 100_000),
+        numbers.roll(1)
     ]
     for other in others:
         both = torch.corrcoef(torch.stack([numbers, other]))
