@@ -6,5 +6,7 @@ from __future__ import annotations
 
 from .base import GateMethod
 from .gdp import GDPGates
+from .trainable import TrainableGates
 
-METHODS: dict[str, type[GateMethod]] = dict(gdp=GDPGates)
+METHODS: dict[str, type[GateMethod]] = dict(
+    gdp=GDPGates, trainable=TrainableGates)
