@@ -90,7 +90,8 @@ def gate(model: nn.Module,
     if pruner.unmeasured:
         pruner.measure_()
         pruner.check_target()
-    for note in filter(None, [*notes, pruner.note_on_target()]):
+    notes += [pruner.note_on_target(), *pruner.gates.notes()]
+    for note in filter(None, notes):
         warnings.warn(note)
     gate_(model, analysis, pruner.gates)
     return GatedModel(model, pruner, num_steps, forward)

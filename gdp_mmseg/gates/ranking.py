@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import CostFunction, GateMethod
 from .blocks import Blocks
+from .trimming import trimmed
 
 
 class Ranking:
@@ -56,7 +57,24 @@ class Ranking:
 
     def kept(self, cut: Tensor) -> Tensor:
         """Mask ``(G,)`` of the gates that are kept then, in whole blocks."""
-        stays = self._stays(cut)
+        return self._whole(self._stays(cut))
+
+    def trimmed(self, cut: Tensor, budget: Tensor | float) -> Tensor:
+        """Mask ``(G,)`` of the gates that are kept, and use up a budget.
+
+        Where the next gate is too dear, cheaper ones of less worth take its
+        place. It reads values from the device.
+        """
+        held = torch.zeros_like(self.open)
+        if self.protected is not None:
+            held = self.open & self.protected
+        return self._whole(
+            trimmed(
+                self._stays(cut), held, self.worth, self._whole, self.cost,
+                budget))
+
+    def _whole(self, stays: Tensor) -> Tensor:
+        """Round a choice of gates ``(G,)`` to whole blocks."""
         if self.blocks is None:
             return stays
         return self.gates.strongest(

@@ -421,9 +421,9 @@ class SCPGates(GateMethod):
         if self.penalty is None:
             ranking = Ranking(self, cost, protected, blocks)
             cut = ranking.least_cut(budget)
-            self.kept.copy_(ranking.kept(cut))
-            self.limit.copy_(
-                _between(self._phi()[ranking.order], cut).clamp(max=THRESHOLD))
+            self.kept.copy_(ranking.trimmed(cut, budget))
+            phi = -ranking.worth[ranking.order].double().expm1()
+            self.limit.copy_(_between(phi, cut).clamp(max=THRESHOLD))
         self.close_(self.kept < 0.5)
         self.phase.fill_(2)
         self._settled, self._drawn = True, False
@@ -448,5 +448,5 @@ def _add_gradients_(parameters: list[nn.Parameter],
         if one.grad is None:
             one.grad = torch.zeros_like(one)
         gradients.append(one.grad)
-    torch._foreach_add_(
-        gradients, [part.to(one) for one, part in zip(parameters, parts)])
+    torch._foreach_add_(gradients,
+                        [part.to(one) for one, part in zip(parameters, parts)])
