@@ -35,7 +35,6 @@ from typing import Any, Iterator
 from unittest import mock
 
 import torch
-from accuracy_variants import CHANGES
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -48,6 +47,7 @@ from gdp_mmseg.report.measure import count_flops, count_parameters
 from gdp_mmseg.report.record import last_metrics
 
 from accuracy_tasks import TASKS, Task
+from accuracy_variants import CHANGES
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
@@ -57,13 +57,16 @@ OPTIONAL = ('l1_head', 'slimming_global')
 # Phases of the gates: a trained network needs no long warm-up, the pruned one
 # needs time to settle.
 PHASES = (0.1, 0.2, 0.7)
-# Variants of GDP, each with one more setting.
-GDP: dict[str, dict[str, Any]] = dict(
+# Gates and their variants, each with the settings that it needs.
+GATED: dict[str, dict[str, Any]] = dict(
     gdp={},
     gdp_min_keep=dict(min_keep_ratio=0.1),
     gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
-    gdp_plain={})  # Pruner._scarcity is patched away
+    gdp_plain={},  # Pruner._scarcity is patched away
+    scp=dict(gate='scp'),
+    trainable=dict(gate='trainable'))
 ITERATIONS = 1600
+DECAY = dict(PolyLR='polynomial', CosineAnnealingLR='cosine')
 START_RUN = 'start-1.0-0'
 
 
@@ -82,8 +85,8 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=USUAL,
         type=_method,
-        help=f'of {list(dict.fromkeys([*USUAL, *OPTIONAL, *GDP]))}, and for '
-        f'dense and gdp with changes of {list(CHANGES)}, as in gdp+ema')
+        help=f'of {list(dict.fromkeys([*USUAL, *OPTIONAL, *GATED]))}, and for '
+        f'dense and gates with changes of {list(CHANGES)}, as in gdp+ema')
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
@@ -112,7 +115,7 @@ def parse_args() -> argparse.Namespace:
 def _method(text: str) -> str:
     """Check the name of a method with its changes, if it has any."""
     base, *changes = text.split('+')
-    known = [*USUAL, *OPTIONAL, *GDP]
+    known = [*USUAL, *OPTIONAL, *GATED]
     if base not in known or not {*changes} <= {*CHANGES}:
         raise argparse.ArgumentTypeError(
             f'expected one of {list(dict.fromkeys(known))}, with changes of '
@@ -162,16 +165,24 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         dataset.data_root = root
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
-        if torch.cuda.is_available():
-            loader.update(num_workers=2, persistent_workers=True)
     if torch.cuda.is_available():
-        cfg.train_dataloader.update(num_workers=3, persistent_workers=True)
         # It would search anew for each size of the images in evaluation.
         cfg.env_cfg.cudnn_benchmark = False
+        for loader in (cfg.train_dataloader, cfg.val_dataloader,
+                       cfg.test_dataloader):
+            loader.update(
+                num_workers=task.workers, persistent_workers=task.workers > 0)
     if args.tune:
         _hold_out_(cfg, train[0], folder_of(args, 'images'))
-    cfg.model.backbone.init_cfg = dict(
+    pretrained = dict(
         type='Pretrained', checkpoint=str(args.weights.resolve()))
+    cfg.model.backbone.init_cfg = pretrained
+    if task.head:
+        cfg.model.head.init_cfg = dict(
+            type='Normal',
+            layer='Linear',
+            std=0.01,
+            override=dict(pretrained, name='fc', prefix=task.head))
     iterations = dict(
         start=args.start,
         narrow=args.start + args.iterations).get(method, args.iterations)
@@ -184,10 +195,12 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         cfg.optim_wrapper.optimizer.lr = task.lr_after_start
         cfg.optim_wrapper.paramwise_cfg = None
     base, *changes = method.split('+')
-    if base in GDP:
+    if base in GATED:
         cfg.model.update(
             type='gdp_mmseg.GDPModel',
-            gdp=dict(dict(target=target, phases=PHASES), **GDP[base]))
+            gdp=dict(
+                dict(target=target, phases=PHASES, input_shape=cfg.crop_size),
+                **GATED[base]))
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     for name in changes:
         CHANGES[name](cfg, _teacher(args, seed))
@@ -214,6 +227,11 @@ def _hold_out_(cfg: Config, train: Any, folder: Path) -> None:
         train (Any): Data set in it whose images are divided.
         folder (Path): Folder for the two lists of images.
     """
+    if 'split' in train:
+        train.split = 'three_quarters'
+        for loader in (cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.split = 'quarter'
+        return
     names = (Path(train.data_root) / train.ann_file).read_text().split()
     folder.mkdir(parents=True, exist_ok=True)
     for part, chosen in (('train', [
@@ -245,12 +263,13 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     dense_flops = count_flops(runner.model, shape, inference_forward)
     refusal: tuple[type[Exception], ...] = ()
     base = method.split('+')[0]
-    if base not in ('start', 'dense', *GDP):
+    if base not in ('start', 'dense', *GATED):
         from one_shot import OutOfReach, PruneOnce
         refusal = (OutOfReach, )
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
-            PruneOnce(method, float(target), begin, shape, int(seed)))
+            PruneOnce(method, float(target), begin, shape, int(seed),
+                      task.whole))
     plain = (
         mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
         if base == 'gdp_plain' else contextlib.nullcontext())
@@ -271,7 +290,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     row.update(
         score=score_of(task, folder / 'training'),
         minutes=(time.time() - start) / 60)
-    if base in GDP:
+    if base in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
@@ -329,7 +348,8 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
-        f'(start: {lr_of_start(args)}), polynomial decay',
+        f'(start: {lr_of_start(args)}), '
+        f'{DECAY[cfg.param_scheduler[0].type]} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,

@@ -1,7 +1,7 @@
 """Networks and data sets that benchmarks/accuracy.py compares methods on."""
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,11 @@ class Task:
         metric (str): Key under which the evaluation logs the score.
         metric_name (str): Name of the score in tables and plots.
         scope (str): Default scope of the config.
+        head (str): Module of the pretrained weights that is the linear layer
+            of a classifier's head; empty if the head is not pretrained.
+        whole (tuple[str, ...]): Names or patterns of convolutions whose
+            outputs the alternatives to gates do not prune.
+        workers (int): Processes that load images beside a training on a GPU.
         start (int): Length of the dense training that all runs start from,
             in iterations.
         lr_after_start (float): Learning rate of all parameters after it.
@@ -31,6 +36,9 @@ class Task:
     metric: str = 'mIoU'
     metric_name: str = 'mIoU'
     scope: str = 'mmseg'
+    head: str = ''
+    whole: tuple[str, ...] = ()
+    workers: int = 3
     start: int = 3000
     lr_after_start: float = 2e-4
 
@@ -38,6 +46,23 @@ class Task:
 _VOC_TRAIN = ('Pascal VOC 2012, a subset: 330 images of train.txt and 600 of '
               'aug.txt')
 _PRODUCT_QUANTISED = 'ImageNet, a product-quantised ResNet (72.2 % top-1)'
+# Torch-Pruning cannot remove channels of a sum with padded ones, so it removes
+# channels within the blocks only.
+_CIFAR10 = Task(
+    'ResNet-20 on JPEG images of CIFAR-10',
+    weights='CIFAR-10, the original images',
+    train='CIFAR-10 as lossy JPEG images, 50,000, padded by 4 pixels, cropped '
+    'and flipped',
+    test='the 10,000 test images, lossy JPEG images too: accuracies are lower '
+    'than on the original images',
+    metric='accuracy/top1',
+    metric_name='accuracy',
+    scope='mmpretrain',
+    head='linear',
+    whole=('backbone.conv1', 'backbone.layer*.conv2'),
+    workers=0,
+    start=7800,
+    lr_after_start=0.02)
 TASKS = dict(
     camvid=Task(
         'DeepLabV3Plus-ResNet18 on CamVid',
@@ -59,4 +84,7 @@ TASKS = dict(
         weights=_PRODUCT_QUANTISED,
         train=_VOC_TRAIN,
         test='173 images of val.txt, short side 512',
-        lr_after_start=1e-4))
+        lr_after_start=1e-4),
+    cifar10_resnet20=_CIFAR10,
+    cifar10_resnet56=replace(
+        _CIFAR10, title='ResNet-56 on JPEG images of CIFAR-10'))
