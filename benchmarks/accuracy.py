@@ -165,10 +165,13 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         dataset.data_root = root
     for loader in (cfg.val_dataloader, cfg.test_dataloader):
         loader.dataset.data_root = root
-    if torch.cuda.is_available() and task.workers:
+    if torch.cuda.is_available():
+        # It would search anew for each size of the images in evaluation.
+        cfg.env_cfg.cudnn_benchmark = False
         for loader in (cfg.train_dataloader, cfg.val_dataloader,
                        cfg.test_dataloader):
-            loader.update(num_workers=task.workers, persistent_workers=True)
+            loader.update(
+                num_workers=task.workers, persistent_workers=task.workers > 0)
     if args.tune:
         _hold_out_(cfg, train[0], folder_of(args, 'images'))
     pretrained = dict(

@@ -130,7 +130,7 @@ def apply(labels: Labels, operation: Operation) -> bool:
         return False
     if name in _SOURCE_RULES:
         return _SOURCE_RULES[name](labels, operation, known)
-    if name.startswith(_SPATIAL):
+    if name.startswith(SPATIAL):
         return _spatial(labels, operation, known)
     return False
 
@@ -598,9 +598,9 @@ def _softmax(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 # Prefixes of operators on the last axes that neither mix channels nor depend
 # on their number.
-_SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
-            '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
-            'replication_pad')
+SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
+           '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
+           'replication_pad')
 
 
 def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:

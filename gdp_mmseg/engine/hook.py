@@ -1,7 +1,6 @@
 """The hook that moves the gates while an mmengine runner trains."""
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -93,13 +92,14 @@ class GDPHook(ResumeHook):
         pruner.hooked = True
         note = check_length(pruner.settings, runner.max_iters,
                             accumulated_gradients(runner.optim_wrapper))
-        steps = math.ceil(runner.max_iters /
-                          accumulated_gradients(runner.optim_wrapper))
+        # No whole number, so that progress from step to step is exact.
+        steps = runner.max_iters / accumulated_gradients(runner.optim_wrapper)
         for one in (pruner, *averages(runner)):
             one.begin_(runner.iter / runner.max_iters, steps)
         if pruner.unmeasured:
             _measure_(pruner, runner)
-        for line in filter(None, [note, pruner.note_on_target()]):
+        notes = [note, pruner.note_on_target(), *pruner.gates.notes()]
+        for line in filter(None, notes):
             runner.logger.warning(f'GDP: {line}')
         if is_main_process():
             begin_record(
@@ -122,7 +122,7 @@ class GDPHook(ResumeHook):
         self._undo = []
 
     def _gate_step(self, runner: Runner, pruner: Pruner,
-                   steps: int) -> Callable[..., None]:
+                   steps: float) -> Callable[..., None]:
         """Make the pre-hook of the optimizer's step that moves the gates."""
         # mmengine may compile its train_step. The gates' step is not a part
         # of the network, and would be compiled anew at each step.

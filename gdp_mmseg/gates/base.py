@@ -48,6 +48,9 @@ class GateMethod(nn.Module, abc.ABC):
             this method alone. The constructor takes them.
         OPTIONS (tuple[str, ...]): Keys of ``gate=dict(type=..., ...)`` besides
             ``type``. The constructor takes them.
+        ABSORBING (bool): Whether a gate of openness 0 is closed for good. If
+            not, gates come back until :meth:`settle_`, and nothing may take
+            them for closed before.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
         closed (Tensor): ``(G,)``, positive for gates that are closed for
@@ -60,6 +63,7 @@ class GateMethod(nn.Module, abc.ABC):
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    ABSORBING: ClassVar[bool] = True
     theta: nn.Parameter
     closed: Tensor
     multiplier: Tensor
@@ -87,6 +91,24 @@ class GateMethod(nn.Module, abc.ABC):
         """
 
     @classmethod
+    def admitted(cls, analysis: Analysis, model: nn.Module,
+                 **options: Any) -> Analysis:
+        """Freeze the groups of channels that the method has no gates for.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            model (nn.Module): The model, which stays unchanged.
+            **options: Values of some of ``OPTIONS``.
+
+        Returns:
+            Analysis: By default the analysis itself.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return analysis
+
+    @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
         """Make the gates of a model.
 
@@ -95,6 +117,13 @@ class GateMethod(nn.Module, abc.ABC):
             **options: Values of ``SETTINGS`` and of some of ``OPTIONS``.
         """
         return cls(analysis.num_gates, **options)
+
+    def bind_(self, model: nn.Module) -> None:
+        """Take note of the model whose layers get these gates, in place."""
+
+    def notes(self) -> list[str]:
+        """List what a user should know at the start of a training."""
+        return []
 
     # -- the forward pass --------------------------------------------------
 
@@ -170,7 +199,8 @@ class GateMethod(nn.Module, abc.ABC):
     def openness(self) -> Tensor:
         """Openness ``(G,)`` in [0, 1] for the cost and for display.
 
-        It is differentiable in theta, and exactly 0 where a gate is closed.
+        It is differentiable in theta, and exactly 0 where a gate is closed,
+        be it for good or not.
         """
 
     def decided(self) -> Tensor:
@@ -307,12 +337,28 @@ class GateMethod(nn.Module, abc.ABC):
             for tensor in (self.theta.data, self.closed, self.multiplier):
                 dist.broadcast(tensor, 0)
 
-    def settle_(self) -> None:
+    def settle_(self,
+                cost: CostFunction,
+                budget: Tensor | float,
+                protected: Tensor | None = None,
+                blocks: Blocks | None = None) -> None:
         """Fix the gates for the settling phase, in place.
 
-        Called once, after the last step of the pruning phase. From then on
-        :meth:`factors` must equal :meth:`decided`.
+        Called once, after the last step of the pruning phase, also where the
+        gradient of that step was not finite. From then on :meth:`factors`
+        must equal :meth:`decided`. It may read values from the device.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (Tensor | float): Upper bound of the cost in channels that
+                are not closed.
+            protected (Tensor, optional): See :meth:`step_`.
+            blocks (Blocks, optional): See :meth:`step_`.
         """
+
+    def is_settled(self) -> bool:
+        """Tell whether :meth:`settle_` has nothing left to do."""
+        return True
 
 
 def held_cost(cost: CostFunction,
@@ -335,6 +381,20 @@ def held_cost(cost: CostFunction,
             channel_weight * cost(channels))
 
 
+# Lower bound of a divisor: it only prevents 0 / 0.
+LEAST_SCALE = 1e-20
+
+
+def first_guess(square: Tensor, price: Tensor) -> Tensor:
+    """Compose a multiplier of the expected order of magnitude, a scalar.
+
+    Args:
+        square (Tensor): ``(G,)`` mean square of the gains.
+        price (Tensor): ``(G,)``.
+    """
+    return square.sqrt().sum() / price.sum().clamp(min=LEAST_SCALE)
+
+
 # Multipliers that are tried: a thousandth of the scale, four times that, and
 # so on, 16 of them. At the last one all gates move at full speed; more would
 # change nothing.
@@ -344,8 +404,10 @@ _FACTORS = 16
 _HALVINGS = 12
 
 
-def solve_multiplier(spent: Callable[[Tensor], Tensor], budget: Tensor | float,
-                     scale: Tensor) -> Tensor:
+def solve_multiplier(spent: Callable[[Tensor], Tensor],
+                     budget: Tensor | float,
+                     scale: Tensor,
+                     signed: bool = False) -> Tensor:
     """Find the least multiplier at which ``spent`` is within ``budget``.
 
     The search has a fixed number of steps and reads no value, so that no host
@@ -357,32 +419,36 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor], budget: Tensor | float,
         budget (Tensor | float): In the unit of ``spent``.
         scale (Tensor): Multiplier of the expected order of magnitude, a
             scalar.
+        signed (bool): Whether it may be negative, so that the budget is used
+            up. Defaults to False.
 
     Returns:
-        Tensor: Scalar. Zero if the budget is met without a price. If no
-        multiplier can meet it in one step, one at which every gate moves as
-        far as it can.
+        Tensor: Scalar. Zero if the budget is met without a price, unless
+        ``signed``. If no multiplier can meet it in one step, or use it up,
+        one at which every gate moves as far as it can.
     """
     scale = scale.double()
     # Without any gain to compare with, every multiplier is as good.
     scale = torch.where(scale > 0, scale, 1.)
 
     def multiplier(power: Tensor) -> Tensor:
-        return scale * _LEAST_FACTOR * 4.**power
+        size = scale * _LEAST_FACTOR * 4.**(power.abs() - 1)
+        return power.sign() * size
 
     # Bisect the powers first, for the multipliers span many magnitudes.
-    below = torch.full_like(scale, -1)
-    power = below + _FACTORS
-    for _ in range(_FACTORS.bit_length() - 1):
+    power = torch.full_like(scale, _FACTORS)
+    below = torch.full_like(scale, -_FACTORS if signed else 0)
+    for _ in range((_FACTORS * (1 + signed)).bit_length() - 1):
         middle = ((below + power) / 2).floor()
         meets = spent(multiplier(middle)) <= budget
         below = torch.where(meets, below, middle)
         power = torch.where(meets, middle, power)
-    low = torch.where(power > 0, multiplier(power - 1), 0.)
-    high = multiplier(power)
+    low, high = multiplier(power - 1), multiplier(power)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         meets = spent(middle) <= budget
         low = torch.where(meets, low, middle)
         high = torch.where(meets, middle, high)
+    if signed:
+        return high
     return torch.where(spent(torch.zeros_like(scale)) <= budget, 0., high)

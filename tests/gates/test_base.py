@@ -63,7 +63,7 @@ class HardGates(GateMethod):
                 break
             self.close_(torch.arange(len(self.theta)) == gate)
 
-    def settle_(self) -> None:
+    def settle_(self, *_: object) -> None:
         self.settled += 1
 
 
