@@ -114,6 +114,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
             _row('dense', 64., 1, 1.),
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
+            _row('scp', 57., 0),
             dict(_row('l1', 55., 0, 0.25), start_score=51.),
             dict(method='l1', target=0.4, seed=0, score=None, start_score=50.),
         ])
@@ -122,41 +123,52 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
              for line in text.splitlines() if line.startswith('|')]
     assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
+                         ['SCP', '-', '57.00 (1)'],
                          ['L1 norm', '55.00 (1)', 'out of reach']]
+    assert 'target: GDP +0.0 to +0.0 points, SCP +0.0 to +0.0 points, ' in text
+    assert '- GDP and SCP: the mIoU before and after' in text
     assert 'Dense: 62.00 ± 2.83 (2)' in text
     assert 'GDP at 0.4 is 2.00 below dense; the' in text
     assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
     assert ('(none): 50.00; `l1-0.25-0` started from a second training of it: '
             '51.00.') in text
-    assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
+    assert '--methods dense gdp l1 scp --targets 0.25 0.4 ' in text
     results.plot_accuracy(report, tmp_path)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
 
 
-@pytest.mark.parametrize('methods, cells', [
-    (('dense', 'gdp', 'random', 'l1'),
-     ['M on D', '60.00 (1)', '60.00 (1)', '61.00 (1), L1 norm']),
-    (('dense', 'gdp'), ['M on D', '60.00 (1)', '60.00 (1)', '-']),
-    (('gdp', 'l1'), []),
+@pytest.mark.parametrize('methods, target, cells', [
+    (('dense', 'gdp', 'random', 'l1'), 0.4, [
+        'M on D', 'accuracy', '60.00 (1)', '0.4', '60.00 (1)',
+        '61.00 (1), L1 norm'
+    ]),
+    (('dense', 'gdp'), 0.4,
+     ['M on D', 'accuracy', '60.00 (1)', '0.4', '60.00 (1)', '-']),
+    (('dense', 'gdp', 'scp', 'l1'), 0.5, [
+        'M on D', 'accuracy', '60.00 (1)', '0.5', '60.00 (1)', '62.00 (1)',
+        '61.00 (1), L1 norm'
+    ]),
+    (('gdp', 'l1'), 0.4, []),
 ])
-def test_readme_has_the_best_alternative(
-        methods: tuple[str, ...], cells: list[str], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_has_the_gates_and_the_best_alternative(
+        methods: tuple[str, ...], target: float, cells: list[str],
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import results
     readme = tmp_path / 'README.md'
     readme.write_text('<!-- accuracy -->\nold\n<!-- /accuracy -->\n')
     monkeypatch.setattr(results, 'README', readme)
     rows = [
         _row('dense', 60., 0, 1.),
-        _row('gdp', 60., 0),
-        _row('random', 59., 0),
-        _row('l1', 61., 0)
+        _row('gdp', 60., 0, target),
+        _row('scp', 62., 0, target),
+        _row('random', 59., 0, target),
+        _row('l1', 61., 0, target)
     ]
     results.show_accuracy([
         dict(
             title='M on D: all',
             data='voc',
-            metric='mIoU',
+            metric='accuracy',
             iterations=8,
             rows=[row for row in rows if row['method'] in methods])
     ])
