@@ -343,6 +343,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         weights_sha256=hashlib.sha256(args.weights.read_bytes()).hexdigest(),
         train=task.train,
         test=task.test,
+        notes=list(task.notes),
         start=args.start,
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,

@@ -15,10 +15,12 @@ from budget_report import phases
 
 Report = dict[str, Any]
 
-# Target of the README's table.
-README_TARGET = 0.4
+# Targets of the README's table, the preferred one first.
+README_TARGETS = (0.4, 0.5)
+# Gates, by the first part of the names of their methods.
+GATES = dict(gdp='GDP', scp='SCP', trainable='Trainable gate')
 LABELS = dict(
-    gdp='GDP',
+    **GATES,
     narrow='narrower network, from the beginning',
     random='random channels',
     l1='L1 norm',
@@ -102,25 +104,45 @@ def _training(report: Report, ran: set[str]) -> list[str]:
 
 
 def _pruning(report: Report) -> list[str]:
-    """Return list items about the settings and the results of GDP."""
-    rows = [row for row in report['rows'] if row['score'] is not None]
-    gdp = [row for row in rows if row['method'].startswith('gdp')]
-    others = [
-        row for row in rows if row['method'] in LABELS and row not in gdp
+    """Return list items about the settings and the results of the gates."""
+    rows = [
+        row for row in report['rows']
+        if row['score'] is not None and row['method'] in LABELS
     ]
-    apart = max(abs(row['score'] - row['score_gated']) for row in gdp)
+    families = {
+        label: found
+        for name, label in GATES.items()
+        if (found := [row for row in rows if gate_of(row['method']) == name])
+    }
+    others = [row for row in rows if gate_of(row['method']) is None]
+    distances = [
+        f'{label} {_off_target(found)} points'
+        for label, found in families.items()
+    ] + ([f'the alternatives {_off_target(others)}'] if others else [])
+    gated = [row for found in families.values() for row in found]
+    apart = max(abs(row['score'] - row['score_gated']) for row in gated)
+    notes = ' '.join(report.get('notes', ()))
     return [
-        '- The phases of GDP, whose first is also the time at which the '
-        'alternatives prune, and the learning rate of all rows were chosen on '
-        'these images; no other setting of the alternatives was. Their '
-        'optimizer starts anew when they prune.',
+        f'- {notes} Their optimizer starts anew when they prune.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
-        f'- FLOPs reached minus target: GDP {_off_target(gdp)} points'
-        f'{f", the alternatives {_off_target(others)}" if others else ""}.',
-        f'- GDP: the {report["metric"]} before and after the export differs '
-        f'by {apart:.2f} at most; gates with an openness between 0.01 and 0.5 '
-        f'at the end: {max(row["half_open"] for row in gdp):.2%} at most.'
+        f'- FLOPs reached minus target: {", ".join(distances)}.',
+        f'- {_and([*families])}: the {report["metric"]} before and after the '
+        f'export differs by {apart:.2f} at most; gates with an openness '
+        'between 0.01 and 0.5 at the end: '
+        f'{max(row["half_open"] for row in gated):.2%} at most.'
     ]
+
+
+def gate_of(method: str) -> str | None:
+    """Return the gate of a method, a key of ``GATES``; None without gates."""
+    name = method.partition('_')[0]
+    return name if name in GATES else None
+
+
+def _and(words: Sequence[str]) -> str:
+    """Join words as in a sentence."""
+    *most, last = words
+    return f'{", ".join(most)} and {last}' if most else last
 
 
 def _below_dense(report: Report, targets: Iterable[float]) -> list[str]:
@@ -198,28 +220,36 @@ def _off_target(rows: list[Report]) -> str:
 
 def readme_table(reports: Iterable[Report]) -> str:
     """Return the README's table: the longest runs of each data set."""
-    longest: dict[str, Report] = {}
+    longest: dict[str, tuple[Report, float]] = {}
     for report in sorted(reports, key=lambda report: report['iterations']):
-        if values_of(report, 'dense', 1.) and values_of(
-                report, 'gdp', README_TARGET):
-            longest[report['data']] = report
+        for target in README_TARGETS:
+            if values_of(report, 'dense', 1.) and values_of(
+                    report, 'gdp', target):
+                longest[report['data']] = report, target
+                break
+    gates = [
+        name for name in GATES if any(
+            values_of(report, name, target)
+            for report, target in longest.values())
+    ]
     cells = [[
-        'mIoU on real images', 'dense', f'GDP, {README_TARGET:g} of the FLOPs',
-        'best alternative'
+        'on real images', 'score', 'dense', 'FLOPs',
+        *(GATES[name] for name in gates), 'best alternative'
     ]]
-    for report in longest.values():
+    for report, target in longest.values():
         others = [(statistics.mean(values), mean_and_spread(values), label)
                   for method, label in LABELS.items()
-                  if not method.startswith('gdp') and (
-                      values := values_of(report, method, README_TARGET))]
+                  if gate_of(method) is None and (
+                      values := values_of(report, method, target))]
         cells.append([
-            report['title'].partition(':')[0],
-            mean_and_spread(values_of(report, 'dense', 1.)),
-            mean_and_spread(values_of(report, 'gdp', README_TARGET)),
-            ', '.join(max(others)[1:]) if others else '-'
+            report['title'].partition(':')[0], report['metric'],
+            mean_and_spread(values_of(report, 'dense', 1.)), f'{target:g}',
+            *(mean_and_spread(values_of(report, name, target))
+              for name in gates), ', '.join(max(others)[1:]) if others else '-'
         ])
-    return (f'{table(cells)}\n\nMean and standard deviation (number of '
-            'seeds); [all results](docs/results.md).')
+    return (f'{table(cells)}\n\nFLOPs: share of those of the dense network. '
+            'Mean and standard deviation (number of seeds); '
+            '[all results](docs/results.md).')
 
 
 def plot_name(report: Report) -> str:

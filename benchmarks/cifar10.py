@@ -126,14 +126,14 @@ class PackedCIFAR10(Dataset):
         chosen = torch.tensor(indices)
         images = self.images[chosen]
         if self.augment:
-            images = _augmented(images)
+            images = augmented(images)
         return [
             dict(inputs=image, data_samples=DataSample().set_gt_label(label))
             for image, label in zip(images, self.labels[chosen])
         ]
 
 
-def _augmented(images: torch.Tensor) -> torch.Tensor:
+def augmented(images: torch.Tensor) -> torch.Tensor:
     """Crop padded images ``(N, 3, 32, 32)`` and flip half of them."""
     number = len(images)
     padded = torch.nn.functional.pad(images, [_MARGIN] * 4)
