@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import warnings
 from typing import Any, Iterator, Sequence
 
@@ -272,24 +273,26 @@ def _by_program(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
                 opset_version=_OPSET)
             return converted.model_proto.SerializeToString()
     except Exception as error:
-        raise _Refused(_missing_operator(program, error)) from error
+        raise _Refused(_missing_operator(error)) from error
 
 
-def _missing_operator(program: Any, error: BaseException) -> str:
+def _missing_operator(error: BaseException) -> str:
     """Name the operator that could not be converted, and its module."""
     cause: BaseException | None = error
     while cause is not None:
-        found = re.search(r'node %(\w+)', str(cause))
-        if found:
-            for node in program.graph.nodes:
-                if node.name == found[1]:
-                    return _of_node(node)
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            # The captured program may lack this node, because the exporter
+            # replaces some operators by simpler ones first.
+            node = frame.f_locals.get('node')
+            if (isinstance(node, torch.fx.Node)
+                    and f'node %{node.name} ' in str(cause)):
+                return _of_node(node)
         cause = cause.__cause__
     return ('expected operators that ONNX has, but got '
             f'{_short(error)}; replace the operator')
 
 
-def _of_node(node: Any) -> str:
+def _of_node(node: torch.fx.Node) -> str:
     """Sentence about a node that ONNX has no operator for."""
     stack = [*(node.meta.get('nn_module_stack') or {}).values()]
     module = stack[-1][0].removeprefix('network.') if stack else ''
