@@ -1,10 +1,12 @@
 """ONNX files: what PyTorch computes, in one size or any, or nothing."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, Callable
 
@@ -145,6 +147,28 @@ def test_file_that_is_right_at_one_size_only_is_refused(
             match='relative difference of .*above .*'
             'leave --dynamic out.*nothing was written'):
         to_onnx(network, images(), 'noise', dynamic=True)
+
+
+@needs_onnx
+def test_capture_of_sizes_without_end_is_refused(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def endless(*_: Any, **__: Any) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    monkeypatch.setattr(exporting, '_by_trace', exporting._by_program)
+    monkeypatch.setattr(exporting, '_SECONDS', 0.1)
+    monkeypatch.setattr(torch.export, 'export', endless)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(
+            ValueError,
+            match=r'within 0\.1 s of processor time, but got none by then; '
+            'leave --dynamic out.*nothing was written'):
+        to_onnx(Classifier(nn.ReLU()).eval(), images(), 'noise', dynamic=True)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_missing_package_is_named_with_its_installation(
