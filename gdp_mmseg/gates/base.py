@@ -57,6 +57,8 @@ class GateMethod(nn.Module, abc.ABC):
             good. An average of models (EMA) may average this mask and keep a
             non-zero theta, so test ``closed > 0``, never ``theta == 0``.
         multiplier (Tensor): Scalar, the price multiplier of the last step.
+        gradual (bool): Whether the budget falls gradually. If not, it is the
+            target in all of the pruning phase.
         heeded (bool): False if no step observes the gradient of theta that
             the next passes compute. It may then be zero.
     """
@@ -73,7 +75,7 @@ class GateMethod(nn.Module, abc.ABC):
         # No buffers: an average of models would average these indices.
         self._slots: list[Tensor] = []
         self._known_open = -1, False
-        self.heeded = True
+        self.gradual = self.heeded = True
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))

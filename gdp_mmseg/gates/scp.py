@@ -38,8 +38,9 @@ _QUANTILE = 1.6448536
 _STRENGTH = 3.3
 # Default of gate_travel: the same distance for a gate of GDP.
 _TRAVEL = 8.
-# Growth of the strength in a step that misses the budget.
-_GROWTH = 1.01
+# Growth of the strength over a phase of steps that miss the budget: by e^2,
+# about 1 % a step in 200 steps.
+_GROWTH = 2.
 _LEAST_DISTANCE = 0.1
 # Least openness of a gate that is kept.
 _LEAST_OPENNESS = 1e-3
@@ -91,6 +92,7 @@ class SCPGates(GateMethod):
     seed: Tensor
     distance: Tensor
     strength: Tensor
+    push: Tensor
     mask: Tensor
 
     def __init__(self,
@@ -120,6 +122,7 @@ class SCPGates(GateMethod):
                              torch.tensor(torch.initial_seed() % 2**32))
         self.register_buffer('distance', torch.tensor(1.))
         self.register_buffer('strength', torch.tensor(1.))
+        self.register_buffer('push', torch.zeros(num_gates))
         self.register_buffer('mask', torch.ones(num_gates), persistent=False)
         self._drawn = self._settled = False
         self._finite: Tensor | None = None
@@ -314,22 +317,11 @@ class SCPGates(GateMethod):
             blocks (Blocks, optional): Gates that close together.
         """
         beta, gamma = self.evidence.values()
-        first = self._is(0)
-        upper = self.evidence.upper(beta, gamma, _QUANTILE)
-        distance = (upper.sort().values[len(upper) // 2] -
-                    self.evidence.tau) / (
-                        _QUANTILE - self.evidence.tau)
-        self.distance.copy_(
-            torch.where(first, distance.clamp(min=_LEAST_DISTANCE),
-                        self.distance))
+        self._measure_distance_(beta, gamma)
         self.score.copy_(self.evidence.log_active(beta, gamma))
         if self.penalty is None:
-            # That of the step before, on which all processes agree.
-            self._push_(
-                beta, gamma,
-                lr * _STRENGTH / _TRAVEL * self.distance * self.multiplier,
-                protected)
-            self._hold_(cost, budget, protected, blocks)
+            self._push_(gamma)
+            self._hold_(cost, budget, lr, protected, blocks)
         else:
             self._penalise_(gamma, self.penalty)
             self.kept.copy_(self._phi() <= self.limit)
@@ -337,12 +329,25 @@ class SCPGates(GateMethod):
         self.step_number += 1
         self._drawn = False
 
+    def _measure_distance_(self, beta: Tensor, gamma: Tensor) -> None:
+        """Measure in the first step how far gates are from deactivation.
+
+        In units of a fresh norm: the median over the gates.
+        """
+        tau = self.evidence.tau
+        upper = self.evidence.upper(beta, gamma, _QUANTILE).sort().values
+        distance = (upper[len(upper) // 2] - tau) / (_QUANTILE - tau)
+        self.distance.copy_(
+            torch.where(
+                self._is(0), distance.clamp(min=_LEAST_DISTANCE),
+                self.distance))
+
     def _phi(self) -> Tensor:
         return -self.score.double().expm1()
 
-    def _hold_(self, cost: CostFunction, budget: Tensor | float,
+    def _hold_(self, cost: CostFunction, budget: Tensor | float, lr: float,
                protected: Tensor | None, blocks: Blocks | None) -> None:
-        """Solve for threshold and kept gates, and rate the strength."""
+        """Solve for threshold and kept gates, and for the next push."""
         ranking = Ranking(self, cost, protected, blocks)
         phi = -ranking.worth[ranking.order].double().expm1()
         natural = (phi > THRESHOLD).sum()
@@ -352,27 +357,31 @@ class SCPGates(GateMethod):
             torch.where(is_met, THRESHOLD,
                         _between(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
         # Those that the soft masks keep, too.
-        cut = torch.minimum(
+        soft_cut = torch.minimum(
             torch.maximum(cut, natural), (phi > _LEAST_THRESHOLD).sum())
-        kept = ranking.kept(cut)
-        self.kept.copy_(kept)
-        is_missed = cost(ranking.channels(cut)) > budget
-        self.strength.mul_(torch.where(is_missed, _GROWTH, 1.))
+        self.kept.copy_(ranking.kept(soft_cut))
+        is_missed = cost(ranking.channels(soft_cut)) > budget
+        self.strength.mul_(
+            torch.where(is_missed, math.exp(_GROWTH * lr / _TRAVEL), 1.))
         self.multiplier.copy_(torch.where(is_met, 0., self.strength))
-
-    def _push_(self, beta: Tensor, gamma: Tensor, amount: Tensor,
-               protected: Tensor | None) -> None:
-        """Move the norms of undecided gates as the penalty would."""
-        pushed = self._finite_or_not() & (self._phi()
-                                          <= THRESHOLD) & ~self.is_closed()
+        pushed = ~ranking.kept(cut) & (self._phi()
+                                       <= THRESHOLD) & ~self.is_closed()
         if protected is not None:
             pushed &= ~protected
-        rows = self._rows(pushed) * amount
-        shrunk = torch.minimum(rows * self.spread, gamma.abs()) * gamma.sign()
-        for parameters, moved in zip(self.evidence.pairs(), (rows, shrunk)):
+        self.push.copy_(pushed * self.multiplier * self.distance *
+                        (lr * _STRENGTH / _TRAVEL))
+
+    def _push_(self, gamma: Tensor) -> None:
+        """Move the norms as the penalty would, by the push of the last step.
+
+        All processes agree on it.
+        """
+        moved = self._rows(self.push * self._finite_or_not())
+        shrunk = torch.minimum(moved * self.spread, gamma.abs()) * gamma.sign()
+        for parameters, rows in zip(self.evidence.pairs(), (moved, shrunk)):
             parts = [
                 part.to(one)
-                for one, part in zip(parameters, self.evidence.split(moved))
+                for one, part in zip(parameters, self.evidence.split(rows))
             ]
             torch._foreach_sub_([one.data for one in parameters], parts)
 
@@ -398,7 +407,8 @@ class SCPGates(GateMethod):
         """Copy the first process's gates to all processes, in place."""
         super().agree_()
         if dist.is_available() and dist.is_initialized():
-            for tensor in (self.kept, self.limit, self.strength, self.seed):
+            for tensor in (self.kept, self.limit, self.strength, self.push,
+                           self.seed):
                 dist.broadcast(tensor, 0)
 
     @torch.no_grad()

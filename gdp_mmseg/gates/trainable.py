@@ -114,8 +114,8 @@ class TrainableGates(GainMethod):
         num_gates (int): ``G``.
         shape (str): Gradient shape g, see :func:`step`.
         penalty (float, optional): The paper's own objective: a fixed
-            multiplier of ``|F - budget|``, in the unit of the loss, in the
-            place of the solved one. The cost is then pulled to the budget
+            multiplier of ``|F - target|``, in the unit of the loss, in the
+            place of the solved one. The cost is then pulled to the target
             from both sides, and not held to it, at the end either.
         betas (tuple[float, float]): Decay rates of the means ``m`` and ``v``.
 
@@ -158,6 +158,7 @@ class TrainableGates(GainMethod):
         self.check_options(dict(shape=shape, penalty=penalty))
         self.shape = shape
         self.penalty = penalty
+        self.gradual = penalty is None
         self.register_buffer('votes', torch.zeros(num_gates))
         self.register_buffer('ballots', torch.tensor(0.))
         # An average of models may average it: above 0 is settled.
@@ -243,7 +244,7 @@ class TrainableGates(GainMethod):
     def anneal_(self, pruned_share: float) -> None:
         """Remove the votes until the last part of the phase, in place."""
         self.begin_(pruned_share)
-        if pruned_share < 1 - _VOTING:
+        if pruned_share <= 1 - _VOTING:
             self.votes.zero_()
             self.ballots.zero_()
 

@@ -159,7 +159,11 @@ class Pruner(nn.Module):
 
     def budget(self, progress: float) -> float:
         """Share of the dense cost that is allowed at a progress in [0, 1]."""
-        return self.schedule.budget_at(progress, self.settings.target.ratio)
+        target = self.settings.target.ratio
+        if (not self.gates.gradual
+                and self.schedule.phase_at(progress) != 'warmup'):
+            return target
+        return self.schedule.budget_at(progress, target)
 
     @torch.no_grad()
     def figures(self, progress: float) -> Figures:

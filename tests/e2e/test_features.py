@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -193,8 +193,10 @@ def _short(**options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize('name', FEATURES)
 def test_training_goes_on_to_an_export(name: str, project: Project,
-                                       tmp_path: Path) -> None:
-    options = _short(**FEATURES[name])
+                                       tmp_path: Path,
+                                       gate_of: Callable[[int], str]) -> None:
+    gate = gate_of([*FEATURES].index(name))
+    options = _short(**FEATURES[name], **{'model.gdp.gate': gate})
     runner, recorder = _train(project.load(tmp_path, **options))
     assert len(recorder.theta) == runner.max_iters == ITERATIONS
     assert (recorder.sizes[-1] == recorder.sizes[0]) == (name in KEEPING)
@@ -203,13 +205,18 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
 
 @pytest.mark.usefixtures('process_group')
 @pytest.mark.parametrize('name', FEATURES_OF_PROCESSES)
-def test_distributed_training_goes_on_to_an_export(name: str, project: Project,
-                                                   tmp_path: Path) -> None:
-    options = _short(**FEATURES_OF_PROCESSES[name])
+def test_distributed_training_goes_on_to_an_export(
+        name: str, project: Project, tmp_path: Path,
+        gate_of: Callable[[int], str]) -> None:
+    gate = {
+        'model.gdp.gate': gate_of([*FEATURES_OF_PROCESSES].index(name) + 1)
+    }
+    options = _short(**FEATURES_OF_PROCESSES[name], **gate)
     runner, recorder = _train(project.load_for_processes(tmp_path, **options))
     assert (recorder.sizes[-1] == recorder.sizes[0]) == (
         name in KEEPING_OF_PROCESSES)
-    _check_the_whole_way(runner, _export(project, tmp_path, **WITHOUT_SYNC))
+    _check_the_whole_way(
+        runner, _export(project, tmp_path, **WITHOUT_SYNC, **gate))
 
 
 @pytest.fixture()
@@ -226,14 +233,18 @@ def amp_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
                                          (dict(max_norm=1.), True)])
 def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
                                               fused: bool, project: Project,
-                                              tmp_path: Path) -> None:
+                                              tmp_path: Path,
+                                              gate_of: Callable[[int], str]
+                                              ) -> None:
     """The loss scale is too large at first: steps are skipped."""
+    gate = {'model.gdp.gate': gate_of(int(fused))}
     options = _short(
         **_optimizer('AdamW', fused=fused), **{
             'optim_wrapper.type': 'AmpOptimWrapper',
             'optim_wrapper.loss_scale': dict(init_scale=2.**127),
             'model.decode_head.loss_decode.loss_weight': 16 / 6000,
-            'optim_wrapper.clip_grad': clip
+            'optim_wrapper.clip_grad': clip,
+            **gate
         })
     runner, recorder = _train(project.load(tmp_path, **options))
     skipped = next(index for index, seen in enumerate(recorder.observed)
@@ -241,7 +252,7 @@ def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
     assert 0 < skipped < ITERATIONS
     assert recorder.observed[0] == 0
     assert all(gain.isfinite().all() for gain in recorder.gain)
-    _check_the_whole_way(runner, _export(project, tmp_path))
+    _check_the_whole_way(runner, _export(project, tmp_path, **gate))
 
 
 def test_compiled_training_is_the_plain_one(

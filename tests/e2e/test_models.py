@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -153,8 +153,8 @@ def flops_by_mmengine(network: nn.Module) -> int:
 
 
 @pytest.mark.parametrize('name', MODELS)
-def test_model_goes_the_whole_way(name: str, project: Project,
-                                  tmp_path: Path) -> None:
+def test_model_goes_the_whole_way(name: str, project: Project, tmp_path: Path,
+                                  gate_of: Callable[[int], str]) -> None:
     key = re.sub(r'\W+', '_', name).lower()
     cfg = Config.fromfile(project.dense)
     cfg.model = model_config(name)
@@ -163,7 +163,8 @@ def test_model_goes_the_whole_way(name: str, project: Project,
     cfg.dump(project.folder / f'{key}.py')
     gated_path = project.config(
         f'gdp_{key}', 'model = dict(type="gdp_mmseg.GDPModel", gdp=dict('
-        f'target={TARGET}, phases=(0., 0.75, 0.25), gate_travel=6))\n'
+        f'target={TARGET}, phases=(0., 0.75, 0.25), gate_travel=6, '
+        f'gate="{gate_of([*MODELS].index(name))}"))\n'
         'default_hooks = dict(gdp=dict(type="gdp_mmseg.GDPHook"))',
         project.folder / f'{key}.py')
 

@@ -400,7 +400,10 @@ def build_runner(
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
     """Build the runner of a config; analyse each model once a process."""
     _fit_travel_(cfg)
-    key = str(cfg.model)
+    # An analysis serves all gate methods.
+    config = cfg.model.to_dict()
+    config.get('gdp', {}).pop('gate', None)
+    key = str(config)
     with known_gates(_ANALYSES.get(key)):
         runner = build(cfg)
     model: Any = getattr(runner, 'model', None)
