@@ -121,13 +121,16 @@ def test_dynamic_file_gives_the_classes_at_any_size(classes: int) -> None:
 
 
 @needs_onnx
-@pytest.mark.parametrize('function, name', [
-    (lambda x: torch.linalg.qr(x)[0], 'aten.linalg_qr.default'),
-    # PyTorch replaces it before ONNX lacks what it is made of.
-    (torch.special.i0, 'prims.bessel_i0.default'),
-])
-def test_missing_operator_is_named_with_its_module(
-        function: Callable[[Tensor], Any], name: str) -> None:
+@pytest.mark.parametrize(
+    'function, name',
+    [
+        (lambda x: torch.linalg.qr(x)[0], 'aten.linalg_qr.default'),
+        # PyTorch replaces it before ONNX lacks what it is made of.
+        (torch.special.i0, 'prims.bessel_i0.default'),
+    ])
+def test_missing_operator_is_named_with_its_module(function: Callable[[Tensor],
+                                                                      Any],
+                                                   name: str) -> None:
     network = Classifier(nn.Sequential(nn.ReLU(), Calls(function))).eval()
     with pytest.raises(ValueError) as found:
         to_onnx(network, images(), 'noise')
