@@ -35,6 +35,7 @@ from typing import Any, Iterator
 from unittest import mock
 
 import torch
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
@@ -85,6 +86,15 @@ def parse_args() -> argparse.Namespace:
         help='length of the dense training that all runs start from, in '
         'iterations; by default that of the data set')
     parser.add_argument(
+        '--lr',
+        type=float,
+        help='learning rate after the start; by default that of the data set')
+    parser.add_argument(
+        '--hold',
+        type=float,
+        help='share of the training after the start that keeps its learning '
+        'rate, which then falls linearly; by default that of the data set')
+    parser.add_argument(
         '--tune',
         action='store_true',
         help='train on three quarters of the training images and evaluate on '
@@ -96,7 +106,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--one', help=argparse.SUPPRESS)  # name of a run for this process
     args = parser.parse_args()
-    args.start = args.start or task_of(args).start
+    task = task_of(args)
+    args.start = args.start or task.start
+    args.lr = args.lr or task.lr_after_start
+    args.hold = task.hold if args.hold is None else args.hold
     return args
 
 
@@ -171,9 +184,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     except refusal as error:
         print(error)
         return dict(row, score=None)
-    row.update(
-        score=score_of(task, folder / 'training'),
-        minutes=(time.time() - start) / 60)
+    row.update(minutes=(time.time() - start) / 60)
     if base in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
@@ -190,6 +201,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     dense_params = count_parameters(Runner.build_model(runner, cfg.model))
     return dict(
         row,
+        score=score_of(task, folder / 'training'),
         macs=count_flops(runner.model, shape, inference_forward) / dense_flops,
         params=count_parameters(runner.model) / dense_params)
 
@@ -234,12 +246,19 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
         f'(start: {lr_of_start(args)}), '
-        f'{DECAY[cfg.param_scheduler[0].type]} decay',
+        f'{_decay(args, cfg)} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
         torch_pruning=torch_pruning,
         machine=_machine())
+
+
+def _decay(args: argparse.Namespace, cfg: Config) -> str:
+    """Describe how the learning rate falls."""
+    if args.hold:
+        return f'held for {args.hold:g} of the training, then linear'
+    return DECAY[cfg.param_scheduler[0].type]
 
 
 def _machine() -> str:

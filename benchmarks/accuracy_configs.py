@@ -11,7 +11,7 @@ from mmengine.config import Config
 from gdp_mmseg.files import write_whole
 
 from accuracy_tasks import TASKS, Task
-from accuracy_variants import CHANGES
+from accuracy_variants import CHANGES, hold_
 
 HERE = Path(__file__).resolve().parent
 # Phases of the gates: a trained network needs no long warm-up, the pruned one
@@ -39,6 +39,10 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     unusual = args.start != task_of(args).start
     start = f'-from-{args.start}' if unusual else ''
     start += '-tune' if args.tune else ''
+    if name != START_RUN and (args.lr,
+                              args.hold) != (task_of(args).lr_after_start,
+                                             task_of(args).hold):
+        start += f'-lr-{args.lr:g}-hold-{args.hold:g}'
     folder: Path = args.work_dir / f'{args.data}{start}-{length}' / name
     return folder
 
@@ -78,8 +82,10 @@ def config_of(args: argparse.Namespace, method: str, target: float,
     cfg.default_hooks.checkpoint.interval = iterations
     if method not in ('start', 'narrow'):
         cfg.load_from = str(start_checkpoint(args))
-        cfg.optim_wrapper.optimizer.lr = task.lr_after_start
+        cfg.optim_wrapper.optimizer.lr = args.lr
         cfg.optim_wrapper.paramwise_cfg = None
+        if args.hold:
+            hold_(cfg, args.hold)
     base, *changes = method.split('+')
     if base in GATED:
         cfg.model.update(
@@ -87,6 +93,8 @@ def config_of(args: argparse.Namespace, method: str, target: float,
             gdp=dict(
                 dict(target=target, phases=PHASES, input_shape=cfg.crop_size),
                 **GATED[base]))
+        # The export evaluates the network.
+        cfg.train_cfg.val_begin = iterations + 1
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     for name in changes:
         CHANGES[name](cfg, teacher_checkpoint(args, seed))
