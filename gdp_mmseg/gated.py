@@ -110,7 +110,8 @@ def _analyse(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
     """
     found = analyse(model, input_shape, forward, forward, settings.ignore,
                     settings.only)
-    return verify(model, found, forward, forward)[0]
+    verified, _ = verify(model, found, forward, forward)
+    return settings.gate.admitted(verified, model)
 
 
 class GatedModel(nn.Module):

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from .base import GateMethod
 from .gdp import GDPGates
+from .scp import SCPGates
 from .trainable import TrainableGates
 
 METHODS: dict[str, type[GateMethod]] = dict(
-    gdp=GDPGates, trainable=TrainableGates)
+    gdp=GDPGates, scp=SCPGates, trainable=TrainableGates)

@@ -74,6 +74,7 @@ class GateMethod(nn.Module, abc.ABC):
         super().__init__()
         # No buffers: an average of models would average these indices.
         self._slots: list[Tensor] = []
+        self._fixed: dict[int, tuple[Any, Tensor]] = {}
         self._known_open = -1, False
         self.gradual = self.heeded = True
         self.theta = nn.Parameter(torch.ones(num_gates))
@@ -93,6 +94,24 @@ class GateMethod(nn.Module, abc.ABC):
         """
 
     @classmethod
+    def admitted(cls, analysis: Analysis, model: nn.Module,
+                 **options: Any) -> Analysis:
+        """Freeze the groups of channels that the method has no gates for.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            model (nn.Module): The model, which stays unchanged.
+            **options: Values of some of ``OPTIONS``.
+
+        Returns:
+            Analysis: By default the analysis itself.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return analysis
+
+    @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
         """Make the gates of a model.
 
@@ -101,6 +120,9 @@ class GateMethod(nn.Module, abc.ABC):
             **options: Values of ``SETTINGS`` and of some of ``OPTIONS``.
         """
         return cls(analysis.num_gates, **options)
+
+    def bind_(self, model: nn.Module) -> None:
+        """Take note of the model whose layers get these gates, in place."""
 
     def notes(self) -> list[str]:
         """List what a user should know at the start of a training."""
@@ -128,9 +150,23 @@ class GateMethod(nn.Module, abc.ABC):
             slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
         """
         self._slots[index] = slots
+        self._fixed.pop(index, None)
 
     def slot_factors(self, index: int) -> Tensor:
         """Factors ``(C,)`` of a channel axis, differentiable in theta."""
+        if self.heeded or not self.training or torch.compiler.is_compiling():
+            return self._computed_factors(index)
+        # Nothing moves the gates now, so that their factors stay as they are.
+        state = (self.theta._version, self.closed._version, self.theta.device,
+                 self.theta.dtype)
+        known = self._fixed.get(index)
+        if known is None or known[0] != state:
+            known = state, self._computed_factors(index).detach()
+            self._fixed[index] = known
+        factors: Tensor = _Fixed.apply(self.theta, known[1])
+        return factors
+
+    def _computed_factors(self, index: int) -> Tensor:
         slots = self._slots[index]
         if slots.device != self.theta.device:
             slots = self._slots[index] = slots.to(self.theta.device)
@@ -433,3 +469,20 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     if signed:
         return high
     return torch.where(spent(torch.zeros_like(scale)) <= budget, 0., high)
+
+
+class _Fixed(torch.autograd.Function):
+    """Factors that do not move, with a gradient of zero for theta.
+
+    Wrappers of several processes wait for the gradient of each parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return factors.view_as(factors)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        theta, = ctx.saved_tensors
+        return torch.zeros_like(theta), None

@@ -32,10 +32,8 @@ class GainMethod(GateMethod):
     observed: Tensor
 
     def __init__(
-        self,
-        num_gates: int,
-        betas: tuple[float, float] = (0.9, 0.99)
-    ) -> None:
+        self, num_gates: int, betas: tuple[float,
+                                           float] = (0.9, 0.99)) -> None:
         super().__init__(num_gates)
         self.betas = betas
         self.register_buffer('gain', torch.zeros(num_gates))

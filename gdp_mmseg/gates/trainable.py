@@ -177,8 +177,9 @@ class TrainableGates(GainMethod):
                              f'but got {shape!r}' +
                              did_you_mean(str(shape), SHAPES))
         penalty = options.get('penalty')
-        if penalty is not None and (isinstance(penalty, bool) or not isinstance(
-                penalty, (int, float)) or not 0 < penalty < float('inf')):
+        if penalty is not None and (isinstance(penalty, bool)
+                                    or not isinstance(penalty, (int, float))
+                                    or not 0 < penalty < float('inf')):
             raise ValueError('gdp.gate.penalty: expected a number above 0, the'
                              ' loss for missing the target by all of the '
                              f'dense cost, but got {penalty!r}')
@@ -312,8 +313,8 @@ class TrainableGates(GainMethod):
         def spent(multiplier: Tensor) -> Tensor:
             is_open = moved(multiplier) > 0
             return cost(
-                is_open.to(price) if blocks is None else blocks.
-                channels(~closed, is_open, protected))
+                is_open.to(price) if blocks is
+                None else blocks.channels(~closed, is_open, protected))
 
         if self.penalty is None:
             multiplier = solve_multiplier(
@@ -362,8 +363,8 @@ class TrainableGates(GainMethod):
         opened = self.openness() > 0
         free = ~self.is_closed()
         # Where no vote was cast, because no gradient was finite.
-        elected = torch.where(self.ballots > 0,
-                              2 * self.votes >= self.ballots, opened) & free
+        elected = torch.where(self.ballots > 0, 2 * self.votes >= self.ballots,
+                              opened) & free
         held = torch.zeros_like(free)
         if protected is not None:
             held = protected & opened

@@ -76,7 +76,9 @@ def _most_that_fit(chosen: Tensor, rest: Tensor,
                    spent: Callable[[Tensor], float], limit: float) -> int:
     """Number of the first gates of ``rest`` that the budget allows."""
     return bisect.bisect_right(
-        range(1, len(rest) + 1), limit,
+        range(1,
+              len(rest) + 1),
+        limit,
         key=lambda number: spent(_with(chosen, rest[:number])))
 
 

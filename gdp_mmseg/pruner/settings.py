@@ -5,6 +5,8 @@ import dataclasses
 import math
 from typing import Any, Mapping, Sequence
 
+from torch import nn
+
 from ..analysis.spelling import did_you_mean
 from ..analysis.structure import Analysis
 from ..cost.latency import STOPWATCHES
@@ -136,6 +138,14 @@ class Gate:
                              f'{dict(config)}; add type, one of {[*METHODS]}')
         options = dict(config)
         return cls(options.pop('type'), options)
+
+    def admitted(self, analysis: Analysis, model: nn.Module) -> Analysis:
+        """Freeze the groups of a model that the method has no gates for.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return METHODS[self.type].admitted(analysis, model, **self.options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +303,7 @@ class Settings:
         least, enough = (
             math.ceil(number * travel / share - 1e-6)
             for number in (1, _STEPS_TO_CLOSE))
-        found = f'{steps * share:.3g} {unit} ({share:.0%} of {steps})'
+        found = f'{steps * share:.3g} of {steps} {unit} ({share:.0%})'
         if steps < least:
             raise ValueError(
                 f'gdp.phases: expected a pruning phase of at least {travel:g} '

@@ -1,0 +1,462 @@
+"""SCP: soft channel pruning by masks of the batch norms.
+
+"Operation-Aware Soft Channel Pruning using Differentiable Masks" (Kang and
+Han, ICML 2020): a channel is masked by the probability that its batch norm
+and ReLU deactivate it. The masks are the paper's, as its official code
+computes them. The budget is this project's own: it solves for the threshold of
+the masks, and holds a scale-free strength of the penalty.
+
+Letters: ``G`` gates, ``R`` channels of all norms that tell of them.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..analysis.structure import Analysis
+from .base import CostFunction, GateMethod
+from .blocks import Blocks
+from .deactivation import Evidence
+from .masks import drop_probability, soft_mask, uniform_numbers
+from .norm_checks import refusals
+from .ranking import Ranking
+
+# Defaults of the official code.
+TAU, SHARPNESS, THRESHOLD, TEMPERATURE, SPREAD = 0.05, 20., 0.95, 0.5, 2.
+# Least solved threshold: a fresh norm has Phi = 0.52, and a threshold there
+# would turn the masks of a whole layer into noise.
+_LEAST_THRESHOLD = 0.75
+# Phi^-1(0.95): a channel stays if beta + 1.645 |gamma| >= tau.
+_QUANTILE = 1.6448536
+# Distance by which the penalty alone would move beta in the pruning phase, in
+# units of how far the channels are from being deactivated: that of the
+# authors' ResNet-56 on CIFAR-10, 5e-5 times the sum of lr / (1 - momentum).
+_STRENGTH = 3.3
+# Default of gate_travel: the same distance for a gate of GDP.
+_TRAVEL = 8.
+# Growth of the strength over a phase of steps that miss the budget: by e^2,
+# about 1 % a step in 200 steps.
+_GROWTH = 2.
+_LEAST_DISTANCE = 0.1
+# Least openness of a gate that is kept.
+_LEAST_OPENNESS = 1e-3
+
+
+class SCPGates(GateMethod):
+    """SCP masks of a model, which its batch norms decide.
+
+    A gate has no parameter of its own. Its probability of being deactivated
+    (see :mod:`gdp_mmseg.gates.deactivation`) gives
+
+    .. code-block:: text
+
+        p = sigma(k (Phi - c))                     of being masked
+        m = sigma((log((1 - p) / p) + L) / T)      L logistic noise
+
+    In training the kernels are multiplied by m, one draw for each step, which
+    all layers and images share; in evaluation by 1 if Phi <= c, else by 0. The
+    gradient of m passes to the norms. All of this is SCP.
+
+    The rest is ours: c is the largest threshold, at most 0.95, whose kept
+    channels are within the budget, but at least 0.75. While the budget is
+    not met at 0.95, the penalty of SCP, beta + s |gamma|, moves the norms of
+    all gates that are not deactivated, as a step of its own besides the
+    optimizer's. Gates come and go until the pruning phase ends; then those of
+    the largest Phi close, as many as the budget asks for.
+
+    With ``threshold`` and ``penalty``, both are as in the paper instead, and
+    no budget is held.
+
+    Args:
+        evidence (Evidence): Norms of ``G`` gates.
+        k (float): Sharpness of the masks.
+        T (float): Temperature of the draw.
+        s (float): Weight of |gamma| in the penalty.
+        threshold (float, optional): Fixed c.
+        penalty (float, optional): Fixed weight of the penalty in the loss.
+        tau (float): See :class:`Evidence`, which has it.
+        streams (bool): Whether sums have gates, see :meth:`admitted`.
+    """
+
+    OPTIONS = ('tau', 'k', 'T', 's', 'streams', 'threshold', 'penalty')
+    ABSORBING = False
+    score: Tensor
+    kept: Tensor
+    phase: Tensor
+    limit: Tensor
+    step_number: Tensor
+    seed: Tensor
+    distance: Tensor
+    strength: Tensor
+    push: Tensor
+    mask: Tensor
+
+    def __init__(self,
+                 num_gates: int,
+                 evidence: Evidence,
+                 tau: float = TAU,
+                 k: float = SHARPNESS,
+                 T: float = TEMPERATURE,
+                 s: float = SPREAD,
+                 streams: bool = False,
+                 threshold: float | None = None,
+                 penalty: float | None = None) -> None:
+        super().__init__(num_gates)
+        self.evidence = evidence
+        self.sharpness, self.temperature, self.spread = k, T, s
+        self.threshold, self.penalty = threshold, penalty
+        # It only receives the gradient of the masks, and stays zero.
+        nn.init.zeros_(self.theta)
+        # Logarithm of 1 - Phi at the last step.
+        self.register_buffer('score', torch.zeros(num_gates))
+        self.register_buffer('kept', torch.ones(num_gates))
+        # 0 before the first step of the pruning phase, 1 in it, 2 after it.
+        self.register_buffer('phase', torch.tensor(0.))
+        self.register_buffer('limit', torch.tensor(threshold or THRESHOLD))
+        self.register_buffer('step_number', torch.tensor(0))
+        self.register_buffer('seed',
+                             torch.tensor(torch.initial_seed() % 2**32))
+        self.register_buffer('distance', torch.tensor(1.))
+        self.register_buffer('strength', torch.tensor(1.))
+        self.register_buffer('push', torch.zeros(num_gates))
+        self.register_buffer('mask', torch.ones(num_gates), persistent=False)
+        self._drawn = self._settled = False
+        self._finite: Tensor | None = None
+
+    # -- which gates there are ---------------------------------------------
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Check the values of some options.
+
+        Raises:
+            ValueError: If one is out of its range.
+        """
+        for name, value in options.items():
+            if name == 'streams':
+                if not isinstance(value, bool):
+                    raise ValueError('gdp.gate.streams: expected True or '
+                                     f'False, but got {value!r}')
+                continue
+            least = 'at least 0' if name in ('s', 'penalty') else 'above 0'
+            most = ' and below 1' if name == 'threshold' else ''
+            if (not isinstance(value, (int, float)) or isinstance(value, bool)
+                    or not math.isfinite(value) or value < 0
+                    or (value == 0 and least == 'above 0')
+                    or (value >= 1 and most)):
+                raise ValueError(f'gdp.gate.{name}: expected a number {least}'
+                                 f'{most}, but got {value!r}')
+        given = {'threshold', 'penalty'} & {*options}
+        if len(given) == 1:
+            raise ValueError(
+                f'gdp.gate.{given.pop()}: expected both threshold and penalty,'
+                " which are the paper's own objective, but got one of them; "
+                'set the other too, or leave both out')
+
+    @classmethod
+    def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
+        """Make the gates of a model (see :class:`GateMethod`)."""
+        evidence = Evidence(analysis, options.get('tau', TAU))
+        return cls(analysis.num_gates, evidence, **options)
+
+    @classmethod
+    def admitted(cls,
+                 analysis: Analysis,
+                 model: nn.Module,
+                 streams: bool = False,
+                 **_: Any) -> Analysis:
+        """Freeze the groups that no batch norm tells enough of.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            model (nn.Module): The model, which stays unchanged.
+            streams (bool): Whether gates may stand where batch norms are
+                added up, or without a ReLU. Where several layers read such
+                channels, all of their norms have to agree. By default gates
+                only stand where each reader sees a batch norm and a ReLU, as
+                in the paper's networks; residual streams keep their width.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        left = analysis.without(refusals(analysis, model, streams))
+        if not left.num_gates:
+            shown = '; '.join(
+                f'{row.channels} channels: {row.reason}'
+                for row in left.frozen[len(analysis.frozen):][:3])
+            raise ValueError(
+                "gdp.gate: expected channels behind a batch norm and a ReLU "
+                f"for type='scp', but got none ({shown}); use gate='gdp'")
+        return left
+
+    def bind_(self, model: nn.Module) -> None:
+        """Take the norms of a model, in place."""
+        self.evidence.bind_(model)
+
+    def notes(self) -> list[str]:
+        """List what a user should know at the start of a training."""
+        if self.penalty is None:
+            return []
+        return [
+            f'gdp.gate has a fixed threshold of {self.threshold} and a fixed '
+            f'penalty of {self.penalty}: they decide how much is pruned, and '
+            'gdp.target is not held'
+        ]
+
+    # -- the forward pass --------------------------------------------------
+
+    def factors(self, gates: Tensor) -> Tensor:
+        """Masks ``(C,)`` of some gates: soft in training."""
+        if not self.training:
+            return self.decided()[gates]
+        if not self._drawn:
+            self._draw_()
+        return self.mask[gates] + self.theta[gates]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def _draw_(self) -> None:
+        """Draw the masks of the next forward passes, in place."""
+        self._drawn = True
+        if self._settled:  # Channels may have left the norms.
+            self.mask.fill_(1)
+            return
+        mask = self._masks(*self.evidence.values())
+        self.mask.copy_(torch.where(self._is(1), mask, 1.))
+
+    def _masks(self, beta: Tensor, gamma: Tensor) -> Tensor:
+        """Masks ``(G,)`` of this step, differentiable in both ``(R,)``."""
+        phi = -self.evidence.log_active(beta, gamma).expm1()
+        drop = drop_probability(phi, self.limit, self.sharpness)
+        uniform = uniform_numbers(self.seed, self.step_number, len(phi))
+        return soft_mask(drop, uniform, self.temperature)
+
+    def _is(self, phase: int) -> Tensor:
+        """Tell on the device whether a phase is running, a scalar bool."""
+        # An average of models may average it.
+        return self.phase.round() == phase
+
+    def are_open(self) -> Tensor:
+        """Return whether all masks are 1 in training, a scalar bool."""
+        return ~self._is(1) & ~self.is_closed().any()
+
+    # -- the state of the gates --------------------------------------------
+
+    def openness(self) -> Tensor:
+        """Rescaled probability ``(G,)`` of being kept, from 0 at Phi = 1."""
+        drop = drop_probability(-self.score.double().expm1(), self.limit,
+                                self.sharpness)
+        least, most = (
+            drop_probability(end, self.limit, self.sharpness)
+            for end in torch.tensor([1., 0.]).to(drop).unbind())
+        soft = ((least - drop) / (least - most)).clamp(min=_LEAST_OPENNESS)
+        value = torch.where(self._is(1), soft.to(self.score), 1.)
+        return value * self.decided()
+
+    def decided(self) -> Tensor:
+        """Openness ``(G,)`` in evaluation and for the cut: 0 or 1."""
+        value = torch.where(self._is(0), 1., (self.kept > 0.5).float())
+        return value.masked_fill(self.is_closed(), 0)
+
+    def worth(self) -> Tensor:
+        """Logarithm ``(G,)`` of 1 - Phi."""
+        return self.score
+
+    # -- the training ------------------------------------------------------
+
+    def begin_(self, pruned_share: float) -> None:
+        """Take the phase of a training that begins or resumes, in place."""
+        self._settled, self._drawn = pruned_share >= 1, False
+        if pruned_share < 1:
+            self.phase.clamp_(max=1 if pruned_share else 0)
+
+    @torch.no_grad()
+    def observe_(self) -> Tensor:
+        """Pass the gradient of the masks to the norms, in place.
+
+        Returns:
+            Tensor: Scalar bool, False if it is not finite; nothing is passed
+            then.
+        """
+        gradient = self.gradient()
+        self._finite = gradient.isfinite().all()
+        passed = torch.where(self._finite & self._is(1), gradient.double(), 0.)
+        beta, gamma = (one.requires_grad_() for one in self.evidence.values())
+        with torch.enable_grad():
+            found = torch.autograd.grad(
+                self._masks(beta, gamma), (beta, gamma), passed)
+        for parameters, rows in zip(self.evidence.pairs(), found):
+            _add_gradients_(parameters, self.evidence.split(rows))
+        return self._finite
+
+    @torch.no_grad()
+    def step_(self,
+              cost: CostFunction,
+              budget: Tensor | float,
+              lr: float,
+              channel_weight: float = 0.5,
+              protected: Tensor | None = None,
+              scarcity: Tensor | float = 1.,
+              blocks: Blocks | None = None) -> None:
+        """Solve for the threshold, and push the norms by the penalty.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (Tensor | float): Upper bound of the cost in channels that
+                are kept.
+            lr (float): Distance that a gate of GDP may move in this step; the
+                push is proportional to it.
+            channel_weight (float): Not used: whole channels count.
+            protected (Tensor, optional): ``(G,)`` bool, gates that are kept
+                whatever their Phi is.
+            scarcity (Tensor | float): Not used: SCP has no gain.
+            blocks (Blocks, optional): Gates that close together.
+        """
+        beta, gamma = self.evidence.values()
+        self._measure_distance_(beta, gamma)
+        self.score.copy_(self.evidence.log_active(beta, gamma))
+        if self.penalty is None:
+            self._push_(gamma)
+            self._hold_(cost, budget, lr, protected, blocks)
+        else:
+            self._penalise_(gamma, self.penalty)
+            self.kept.copy_(self._phi() <= self.limit)
+        self.phase.fill_(1)
+        self.step_number += 1
+        self._drawn = False
+
+    def _measure_distance_(self, beta: Tensor, gamma: Tensor) -> None:
+        """Measure in the first step how far gates are from deactivation.
+
+        In units of a fresh norm: the median over the gates.
+        """
+        tau = self.evidence.tau
+        upper = self.evidence.upper(beta, gamma, _QUANTILE).sort().values
+        distance = (upper[len(upper) // 2] - tau) / (_QUANTILE - tau)
+        self.distance.copy_(
+            torch.where(
+                self._is(0), distance.clamp(min=_LEAST_DISTANCE),
+                self.distance))
+
+    def _phi(self) -> Tensor:
+        return -self.score.double().expm1()
+
+    def _hold_(self, cost: CostFunction, budget: Tensor | float, lr: float,
+               protected: Tensor | None, blocks: Blocks | None) -> None:
+        """Solve for threshold and kept gates, and for the next push."""
+        ranking = Ranking(self, cost, protected, blocks)
+        phi = -ranking.worth[ranking.order].double().expm1()
+        natural = (phi > THRESHOLD).sum()
+        cut = ranking.least_cut(budget)
+        is_met = cut <= natural
+        self.limit.copy_(
+            torch.where(is_met, THRESHOLD,
+                        _between(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
+        # Those that the soft masks keep, too.
+        soft_cut = torch.minimum(
+            torch.maximum(cut, natural), (phi > _LEAST_THRESHOLD).sum())
+        self.kept.copy_(ranking.kept(soft_cut))
+        is_missed = cost(ranking.channels(soft_cut)) > budget
+        self.strength.mul_(
+            torch.where(is_missed, math.exp(_GROWTH * lr / _TRAVEL), 1.))
+        self.multiplier.copy_(torch.where(is_met, 0., self.strength))
+        pushed = ~ranking.kept(cut) & (self._phi()
+                                       <= THRESHOLD) & ~self.is_closed()
+        if protected is not None:
+            pushed &= ~protected
+        self.push.copy_(pushed * self.multiplier * self.distance *
+                        (lr * _STRENGTH / _TRAVEL))
+
+    def _push_(self, gamma: Tensor) -> None:
+        """Move the norms as the penalty would, by the push of the last step.
+
+        All processes agree on it.
+        """
+        moved = self._rows(self.push * self._finite_or_not())
+        shrunk = torch.minimum(moved * self.spread, gamma.abs()) * gamma.sign()
+        for parameters, rows in zip(self.evidence.pairs(), (moved, shrunk)):
+            parts = [
+                part.to(one)
+                for one, part in zip(parameters, self.evidence.split(rows))
+            ]
+            torch._foreach_sub_([one.data for one in parameters], parts)
+
+    def _penalise_(self, gamma: Tensor, penalty: float) -> None:
+        """Add the gradient of the paper's penalty to that of the norms."""
+        rows = self._rows(self._finite_or_not() & ~self.is_closed()) * penalty
+        for parameters, part in zip(self.evidence.pairs(),
+                                    (rows, rows * self.spread * gamma.sign())):
+            _add_gradients_(parameters, self.evidence.split(part))
+
+    def _rows(self, gates: Tensor) -> Tensor:
+        """Mask ``(R,)`` in double of the rows of some gates ``(G,)``."""
+        gate_of_row = self.evidence.gate_of_row
+        return gates.double()[gate_of_row.clamp(min=0)].masked_fill(
+            gate_of_row < 0, 0)
+
+    def _finite_or_not(self) -> Tensor:
+        """Mask ``(G,)``, False if the last gradient was not finite."""
+        found = torch.ones_like(self.score, dtype=torch.bool)
+        return found if self._finite is None else found & self._finite
+
+    def agree_(self) -> None:
+        """Copy the first process's gates to all processes, in place."""
+        super().agree_()
+        if dist.is_available() and dist.is_initialized():
+            for tensor in (self.kept, self.limit, self.strength, self.push,
+                           self.seed):
+                dist.broadcast(tensor, 0)
+
+    @torch.no_grad()
+    def settle_(self,
+                cost: CostFunction,
+                budget: Tensor | float,
+                protected: Tensor | None = None,
+                blocks: Blocks | None = None) -> None:
+        """Close the gates of the largest Phi for good, in place.
+
+        As many close as the budget asks for. With the paper's own objective,
+        those close whose Phi is above the threshold.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (Tensor | float): Upper bound of the cost of what is kept.
+            protected (Tensor, optional): See :meth:`step_`.
+            blocks (Blocks, optional): See :meth:`step_`.
+        """
+        if self.penalty is None:
+            ranking = Ranking(self, cost, protected, blocks)
+            cut = ranking.least_cut(budget)
+            self.kept.copy_(ranking.trimmed(cut, budget))
+            phi = -ranking.worth[ranking.order].double().expm1()
+            self.limit.copy_(_between(phi, cut).clamp(max=THRESHOLD))
+        self.close_(self.kept < 0.5)
+        self.phase.fill_(2)
+        self._settled, self._drawn = True, False
+
+    def is_settled(self) -> bool:
+        """Tell whether the pruning phase is over."""
+        return bool(self._is(2))
+
+
+def _between(phi: Tensor, cut: Tensor) -> Tensor:
+    """Threshold midway between the last kept and the first cut of Phi."""
+    last = len(phi) - 1
+    ends = torch.stack([cut - 1, cut]).clamp(0, last)
+    return phi[ends].mean()
+
+
+def _add_gradients_(parameters: list[nn.Parameter],
+                    parts: list[Tensor]) -> None:
+    """Add to the gradients of some parameters, in place."""
+    gradients = []
+    for one in parameters:
+        if one.grad is None:
+            one.grad = torch.zeros_like(one)
+        gradients.append(one.grad)
+    torch._foreach_add_(gradients,
+                        [part.to(one) for one, part in zip(parameters, parts)])
