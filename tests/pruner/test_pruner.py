@@ -76,7 +76,9 @@ def test_a_step_reads_once_from_the_device(gate: str, floor: float) -> None:
 @pytest.mark.parametrize('gate', METHODS)
 def test_a_gradient_that_is_not_finite_changes_no_gate(gate: str) -> None:
     _, trained = trained_toy('flops', gate=gate)
-    for progress in (0.05, 0.5, 0.899):
+    # In the last step, gates that may come back are fixed all the same.
+    last = 0.899 if METHODS[gate].ABSORBING else 0.88
+    for progress in (0.05, 0.5, last):
         check_no_gate_changes(copy.deepcopy(trained), progress)
 
 
