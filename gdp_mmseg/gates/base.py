@@ -59,6 +59,8 @@ class GateMethod(nn.Module, abc.ABC):
         multiplier (Tensor): Scalar, the price multiplier of the last step.
         gradual (bool): Whether the budget falls gradually. If not, it is the
             target in all of the pruning phase.
+        loss_scale (Tensor | None): Factor that the gradients of the model's
+            parameters still have in this step, and that of theta has not.
         heeded (bool): False if no step observes the gradient of theta that
             the next passes compute. It may then be zero.
     """
@@ -76,6 +78,7 @@ class GateMethod(nn.Module, abc.ABC):
         self._slots: list[Tensor] = []
         self._known_open = -1, False
         self.gradual = self.heeded = True
+        self.loss_scale: Tensor | None = None
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))

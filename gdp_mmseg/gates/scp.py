@@ -22,8 +22,8 @@ from .base import CostFunction, GateMethod
 from .blocks import Blocks
 from .deactivation import Evidence
 from .masks import drop_probability, soft_mask, uniform_numbers
-from .norm_checks import refusals
-from .ranking import Ranking
+from .norm_checks import with_evidence
+from .ranking import Ranking, midway
 
 # Defaults of the official code.
 TAU, SHARPNESS, THRESHOLD, TEMPERATURE, SPREAD = 0.05, 20., 0.95, 0.5, 2.
@@ -109,6 +109,7 @@ class SCPGates(GateMethod):
         self.evidence = evidence
         self.sharpness, self.temperature, self.spread = k, T, s
         self.threshold, self.penalty = threshold, penalty
+        self.gradual = penalty is None
         # It only receives the gradient of the masks, and stays zero.
         nn.init.zeros_(self.theta)
         # Logarithm of 1 - Phi at the last step.
@@ -183,15 +184,7 @@ class SCPGates(GateMethod):
         Raises:
             ValueError: If no gate is left.
         """
-        left = analysis.without(refusals(analysis, model, streams))
-        if not left.num_gates:
-            shown = '; '.join(
-                f'{row.channels} channels: {row.reason}'
-                for row in left.frozen[len(analysis.frozen):][:3])
-            raise ValueError(
-                "gdp.gate: expected channels behind a batch norm and a ReLU "
-                f"for type='scp', but got none ({shown}); use gate='gdp'")
-        return left
+        return with_evidence(analysis, model, streams)
 
     def bind_(self, model: nn.Module) -> None:
         """Take the norms of a model, in place."""
@@ -289,8 +282,7 @@ class SCPGates(GateMethod):
         with torch.enable_grad():
             found = torch.autograd.grad(
                 self._masks(beta, gamma), (beta, gamma), passed)
-        for parameters, rows in zip(self.evidence.pairs(), found):
-            _add_gradients_(parameters, self.evidence.split(rows))
+        self.evidence.add_gradients_(found[0], found[1], self.loss_scale)
         return self._finite
 
     @torch.no_grad()
@@ -355,7 +347,7 @@ class SCPGates(GateMethod):
         is_met = cut <= natural
         self.limit.copy_(
             torch.where(is_met, THRESHOLD,
-                        _between(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
+                        midway(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
         # Those that the soft masks keep, too.
         soft_cut = torch.minimum(
             torch.maximum(cut, natural), (phi > _LEAST_THRESHOLD).sum())
@@ -376,27 +368,16 @@ class SCPGates(GateMethod):
 
         All processes agree on it.
         """
-        moved = self._rows(self.push * self._finite_or_not())
-        shrunk = torch.minimum(moved * self.spread, gamma.abs()) * gamma.sign()
-        for parameters, rows in zip(self.evidence.pairs(), (moved, shrunk)):
-            parts = [
-                part.to(one)
-                for one, part in zip(parameters, self.evidence.split(rows))
-            ]
-            torch._foreach_sub_([one.data for one in parameters], parts)
+        moved = self.evidence.rows_of(self.push * self._finite_or_not())
+        shrunk = torch.minimum(moved * self.spread, gamma.abs())
+        self.evidence.move_(-moved, -shrunk * gamma.sign())
 
     def _penalise_(self, gamma: Tensor, penalty: float) -> None:
         """Add the gradient of the paper's penalty to that of the norms."""
-        rows = self._rows(self._finite_or_not() & ~self.is_closed()) * penalty
-        for parameters, part in zip(self.evidence.pairs(),
-                                    (rows, rows * self.spread * gamma.sign())):
-            _add_gradients_(parameters, self.evidence.split(part))
-
-    def _rows(self, gates: Tensor) -> Tensor:
-        """Mask ``(R,)`` in double of the rows of some gates ``(G,)``."""
-        gate_of_row = self.evidence.gate_of_row
-        return gates.double()[gate_of_row.clamp(min=0)].masked_fill(
-            gate_of_row < 0, 0)
+        rows = self.evidence.rows_of(self._finite_or_not()
+                                     & ~self.is_closed()) * penalty
+        self.evidence.add_gradients_(rows, rows * self.spread * gamma.sign(),
+                                     self.loss_scale)
 
     def _finite_or_not(self) -> Tensor:
         """Mask ``(G,)``, False if the last gradient was not finite."""
@@ -433,7 +414,7 @@ class SCPGates(GateMethod):
             cut = ranking.least_cut(budget)
             self.kept.copy_(ranking.trimmed(cut, budget))
             phi = -ranking.worth[ranking.order].double().expm1()
-            self.limit.copy_(_between(phi, cut).clamp(max=THRESHOLD))
+            self.limit.copy_(midway(phi, cut).clamp(max=THRESHOLD))
         self.close_(self.kept < 0.5)
         self.phase.fill_(2)
         self._settled, self._drawn = True, False
@@ -441,22 +422,3 @@ class SCPGates(GateMethod):
     def is_settled(self) -> bool:
         """Tell whether the pruning phase is over."""
         return bool(self._is(2))
-
-
-def _between(phi: Tensor, cut: Tensor) -> Tensor:
-    """Threshold midway between the last kept and the first cut of Phi."""
-    last = len(phi) - 1
-    ends = torch.stack([cut - 1, cut]).clamp(0, last)
-    return phi[ends].mean()
-
-
-def _add_gradients_(parameters: list[nn.Parameter],
-                    parts: list[Tensor]) -> None:
-    """Add to the gradients of some parameters, in place."""
-    gradients = []
-    for one in parameters:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
-        gradients.append(one.grad)
-    torch._foreach_add_(gradients,
-                        [part.to(one) for one, part in zip(parameters, parts)])
