@@ -241,11 +241,9 @@ class SCPGates(GateMethod):
 
     def openness(self) -> Tensor:
         """Rescaled probability ``(G,)`` of being kept, from 0 at Phi = 1."""
-        drop = drop_probability(-self.score.double().expm1(), self.limit,
-                                self.sharpness)
-        least, most = (
-            drop_probability(end, self.limit, self.sharpness)
-            for end in torch.tensor([1., 0.]).to(drop).unbind())
+        drop, least, most = (
+            drop_probability(phi, self.limit.double(), self.sharpness)
+            for phi in (self._phi(), 1., 0.))
         soft = ((least - drop) / (least - most)).clamp(min=_LEAST_OPENNESS)
         value = torch.where(self._is(1), soft.to(self.score), 1.)
         return value * self.decided()
