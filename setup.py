@@ -9,9 +9,10 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-# Address of the repository, without a slash at the end. There is none yet.
-# Links of the README are completed by it where a package index shows them.
-URL = ''
+# Address of the repository, without a slash at the end, e.g.
+# 'https://github.com/OWNER/gdp_mmseg'. There is none yet. Links of the README
+# are completed by it where a package index shows them.
+URL: str | None = None
 # What OpenMMLab's `mim` looks for in the folder .mim of an installed package.
 FOR_MIM = ('model-index.yml', 'configs/**/*.py', 'configs/**/*.yml',
            'tools/*.py', 'tools/*.sh')

@@ -9,8 +9,7 @@ import argparse
 import pkgutil
 import sys
 
-from .analysis.spelling import did_you_mean
-from .cli.errors import fail
+from .cli.errors import fail_unknown
 from .version import __version__
 
 # The function of each command, and what it does.
@@ -62,8 +61,7 @@ def main(program: str = 'gdp-mmseg') -> None:
     # What argparse and our errors take for the name of the program.
     sys.argv = [f'{program} {name}' if name in COMMANDS else program]
     if name not in COMMANDS:
-        fail(f'expected a command, one of {", ".join(COMMANDS)}, but got '
-             f'{name or "none"}' + did_you_mean(name, COMMANDS))
+        fail_unknown('a command', name, COMMANDS)
     sys.argv += arguments
     pkgutil.resolve_name(COMMANDS[name][0])()
 

@@ -28,7 +28,7 @@ ARROWS: dict[str, set[str]] = {
     'cost': {'packages', 'analysis'},
     'surgery': {'version', 'files', 'analysis', 'gates'},
     'pruner': {'analysis', 'gates', 'cost'},
-    'report': {'files', 'packages', 'analysis', 'gates'},
+    'report': {'files', 'packages', 'analysis'},
     'gated': {'analysis', 'gates', 'cost', 'surgery', 'pruner', 'report'},
     'engine': {
         'version', 'registry', 'files', 'analysis', 'gates', 'cost', 'surgery',
@@ -38,13 +38,11 @@ ARROWS: dict[str, set[str]] = {
         'version', 'files', 'packages', 'analysis', 'surgery', 'pruner',
         'report', 'engine'
     },
-    'cli': {
-        'registry', 'files', 'analysis', 'gates', 'cost', 'surgery', 'report',
-        'engine', 'export'
-    },
+    'cli':
+    {'files', 'analysis', 'cost', 'surgery', 'report', 'engine', 'export'},
     'demo': {'files', 'packages', 'report', 'cli'},
     # The commands themselves are found by their names.
-    '__main__': {'version', 'analysis', 'cli'},
+    '__main__': {'version', 'cli'},
     '__init__':
     {'version', 'analysis', 'surgery', 'gated', 'engine', 'export'},
 }

@@ -141,6 +141,13 @@ def test_wheel_names_its_command(installed: Path) -> None:
     }
 
 
+def test_metadata_has_no_empty_line(installed: Path) -> None:
+    text = next(installed.glob('*.dist-info/METADATA')).read_text()
+    head = text.partition('\n\n')[0].splitlines()
+    fields = [line.partition(': ') for line in head]
+    assert len(fields) > 10 and all(value for _, _, value in fields)
+
+
 def test_index_of_models_has_each_config(installed: Path) -> None:
     yaml = pytest.importorskip('yaml')
     mim = installed / IN_MIM

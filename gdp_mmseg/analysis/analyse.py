@@ -299,10 +299,13 @@ def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
                                                  (set(), set()))
                 indices.add(index)
                 keys.add(key)
-    frozen = [
-        FrozenChannels(reason, _modules(sorted(keys)), len(indices))
-        for reason, (indices, keys) in found.items()
-    ]
+    frozen = []
+    for reason, (indices, keys) in found.items():
+        # One channel of each class, but all those of no layer are class 0.
+        channels = len(indices - {0})
+        if 0 in indices:
+            channels += max(int((axes[key] == 0).sum()) for key in keys)
+        frozen.append(FrozenChannels(reason, _modules(sorted(keys)), channels))
     # A layer with a computed kernel has no axis that could be frozen. It may
     # run several times, but is listed once.
     frozen += {

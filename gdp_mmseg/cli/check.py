@@ -21,14 +21,6 @@ from .rows import show
 Shape = tuple[int, ...]
 
 SIDE = 128
-# Largest relative difference of outputs with the weights that a model is built
-# with, in single precision. A network may amplify rounding beyond it: then
-# this multiple of what one rounding of the inputs changes.
-TOLERANCE = 1e-5
-ROUNDINGS = 4
-# Least relative change of the outputs by half-open gates. Below it, equal
-# outputs of the gated and the pruned network would say nothing.
-MIN_EFFECT = 1e-3
 
 
 def parse_args() -> argparse.Namespace:
@@ -163,7 +155,9 @@ def _prune_half(candidate: Candidate, shape: Shape) -> dict[str, Any]:
 
     from ..analysis.liveness import kept_channels
     from ..cost.counts import FlopCost
+    from ..engine.forwards import inference_forward
     from ..engine.model import analyse_model
+    from ..surgery.random_half import compare_half, is_right
     network = candidate.network
     start = time.process_time()
     analysis, _ = analyse_model(network, shape, candidate.ignore,
@@ -183,9 +177,8 @@ def _prune_half(candidate: Candidate, shape: Shape) -> dict[str, Any]:
         if 'output of the model' not in frozen.reason and 'for training only'
         not in frozen.reason and 'no traced forward' not in frozen.reason
     ]
-    found = _compare(network, analysis, shape)
-    right = _is_right(found)
-    status = ('part' if held else 'works') if right else 'wrong'
+    found = compare_half(network, analysis, shape, inference_forward)
+    status = ('part' if held else 'works') if is_right(found) else 'wrong'
     return dict(
         status=status,
         reason='',
@@ -196,111 +189,6 @@ def _prune_half(candidate: Candidate, shape: Shape) -> dict[str, Any]:
         seconds=round(seconds, 2),
         peak_gib=round(peak / 2**20, 2),
         **found)
-
-
-def _is_right(found: dict[str, Any]) -> bool:
-    """Return True if the differences of outputs are within the bounds.
-
-    Args:
-        found (dict[str, Any]): The result of :func:`_compare`.
-    """
-    from ..surgery.verify import is_exact
-
-    # Comparisons with nan are false, so nan is never right.
-    bound = max(TOLERANCE, ROUNDINGS * found.get('rounding', 0.))
-    return bool(
-        is_exact(found['rel_diff'], found['rel_diff_fp64'])
-        and found['rel_diff_built'] <= bound and found['effect'] > MIN_EFFECT)
-
-
-def _compare(network: Any, analysis: Any, shape: Shape) -> dict[str, Any]:
-    """Compare gated and pruned outputs at several weights.
-
-    Returns:
-        dict[str, Any]: Relative differences of gated and pruned outputs, that
-        of double precision None if the model cannot run in it; ``effect``,
-        the relative change of the outputs by the gates; and, if the
-        difference with the built weights exceeds ``TOLERANCE``,
-        ``rounding``: the change of the gated outputs by one rounding of the
-        inputs.
-    """
-    import torch
-
-    from ..gates.gdp import GDPGates
-    from ..surgery.outputs import largest_difference
-    from ..surgery.verify import default_dtype
-    generator = torch.Generator().manual_seed(7)
-    gates = GDPGates(analysis.num_gates)
-    images = torch.randn(1, *shape, generator=generator)
-    with torch.no_grad():
-        gates.theta.uniform_(0.3, 1., generator=generator)
-        closed = torch.rand(analysis.num_gates, generator=generator) < 0.5
-        # A closed group, e.g. one gate for all channels of a group norm, could
-        # leave constant outputs, which are equal whatever else was removed.
-        for group in analysis.groups:
-            closed[group.gates[0]] = False
-        gates.theta[closed] = 0
-    wanted, difference = _differ(network, analysis, gates, images)
-    found: dict[str, Any] = dict(rel_diff_built=difference)
-    if not difference <= TOLERANCE:  # true for nan, too
-        rounded = images * (
-            1 + torch.finfo(images.dtype).eps *
-            (torch.rand(images.shape, generator=generator) - 0.5))
-        found['rounding'] = largest_difference(
-            _outputs(_gated(network, analysis, gates), rounded), wanted)
-    found['rel_diff'], found['effect'] = _with_random_weights(
-        network, analysis, gates, images)
-    gates.double()
-    try:
-        with default_dtype(torch.float64):
-            found['rel_diff_fp64'], _ = _with_random_weights(
-                network, analysis, gates, images.double())
-    except Exception:  # a forward that names float32 can raise anything
-        found['rel_diff_fp64'] = None
-    return found
-
-
-def _with_random_weights(network: Any, analysis: Any, gates: Any,
-                         images: Any) -> tuple[float, float]:
-    """Compare outputs of copies with random weights, in the default dtype.
-
-    Returns:
-        tuple[float, float]: Relative difference of gated and pruned outputs,
-        and relative change of the outputs by the gates.
-    """
-    from ..surgery.outputs import largest_difference
-    from ..surgery.random_weights import copy_with_random_weights
-    random_copy = copy_with_random_weights(network,
-                                           lambda net: _outputs(net, images))
-    wanted, difference = _differ(random_copy, analysis, gates, images)
-    return difference, largest_difference(
-        _outputs(random_copy, images), wanted)
-
-
-def _differ(network: Any, analysis: Any, gates: Any,
-            images: Any) -> tuple[list[Any], float]:
-    """Return the gated outputs, and how far the pruned ones are from them."""
-    from ..surgery.outputs import largest_difference
-    from ..surgery.prune import cut
-    wanted = _outputs(_gated(network, analysis, gates), images)
-    pruned, _ = cut(network, analysis, gates.openness())
-    return wanted, largest_difference(_outputs(pruned, images), wanted)
-
-
-def _gated(network: Any, analysis: Any, gates: Any) -> Any:
-    """Return a copy of a network with gates on it."""
-    from ..analysis.tracer import copy_model
-    from ..gates.layers import gate_
-    network = copy_model(network)
-    gate_(network, analysis, gates)
-    return network
-
-
-def _outputs(network: Any, images: Any) -> list[Any]:
-    """Return all tensors that a network gives for images ``(N, C, H, W)``."""
-    from ..engine.forwards import inference_forward
-    from ..surgery.outputs import outputs_of
-    return outputs_of(network, inference_forward, images)
 
 
 def name_of(path: Path) -> str:

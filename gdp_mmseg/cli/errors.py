@@ -12,7 +12,9 @@ import os.path as osp
 import sys
 import traceback
 import warnings
-from typing import Any, Iterator, NoReturn, TextIO
+from typing import Any, Iterable, Iterator, NoReturn, TextIO
+
+from ..analysis.spelling import did_you_mean
 
 PACKAGE = __name__.partition('.')[0]
 # Types of the errors that this package raises about a user's input. Other
@@ -31,6 +33,19 @@ def fail(message: str) -> NoReturn:
     line = ' '.join(message.split())
     print(f'{osp.basename(sys.argv[0])}: error: {line}', file=sys.stderr)
     raise SystemExit(2)
+
+
+def fail_unknown(what: str, name: str, known: Iterable[str]) -> NoReturn:
+    """End the program because of a name that is none of the known ones.
+
+    Args:
+        what (str): Description of what was expected, e.g. ``a command``.
+        name (str): What came; empty if nothing did.
+        known (Iterable[str]): All names that would be right.
+    """
+    names = [*known]
+    fail(f'expected {what}, one of {", ".join(names)}, but got '
+         f'{name or "none"}' + did_you_mean(name, names))
 
 
 @contextlib.contextmanager

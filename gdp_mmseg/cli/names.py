@@ -120,8 +120,6 @@ def _names(registry: str) -> Iterator[str]:
 
     Names of the default scope, and mmengine's own, need no scope.
     """
-    # Nothing else imports our own names, if their scope is misspelt.
-    from .. import registry as _  # noqa: F401
     current = DefaultScope.get_current_instance()
     for root in vars(mmengine.registry).values():
         if isinstance(root, Registry) and root.name == registry:

@@ -127,8 +127,7 @@ class ShrinkHook(Hook):
         limit = _FALL * self._left
         # Channels that must stay although they are closed have FLOPs, too.
         is_due = self.flops <= limit and _share(
-            pruner, _kept_in_all(
-                runner, self._shrinkages[0].present)) <= limit
+            pruner, _kept_in_all(runner, self._shrinkages[0].present)) <= limit
         # Sums on GPUs differ in the last bit between processes.
         decision = torch.tensor([int(is_due)])
         broadcast(decision)
@@ -194,7 +193,8 @@ def _kept_in_all(runner: Runner, present: Tensor) -> Tensor:
     updated less often than the model.
     """
     pruners = [find_pruner(runner.model), *averages(runner)]
-    closed = torch.stack([pruner.gates.is_closed().cpu() for pruner in pruners])
+    closed = torch.stack(
+        [pruner.gates.is_closed().cpu() for pruner in pruners])
     return kept_channels(pruners[0].analysis, (~closed.all(0)).float(),
                          present)
 

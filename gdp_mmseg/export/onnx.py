@@ -13,7 +13,10 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
+import traceback
 import warnings
 from typing import Any, Iterator, Sequence
 
@@ -34,6 +37,12 @@ _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # Sides of the second input of a dynamic file: a multiple of this, because
 # many networks halve their input five times.
 _STEP = 32
+# Processor time that a captured program of any size may take. Networks that
+# can be captured need less than half a minute; with others, such as Swin,
+# PyTorch may reason about their sizes for hours.
+_SECONDS = 120.
+# Time between two signals, in case that code catches what the first raises.
+_AGAIN = 5.
 
 
 class Deployed(nn.Module):
@@ -78,6 +87,10 @@ class Deployed(nn.Module):
 
 class _Refused(Exception):
     """An exporter's reason; its message is the end of an error."""
+
+
+class _TookTooLong(BaseException):
+    """The end of a time limit; no ``except Exception`` may stop it."""
 
 
 @torch.no_grad()
@@ -249,7 +262,18 @@ def _by_program(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
     Raises:
         _Refused: If this does not work; names the operator and the module.
     """
-    image = _example(image, dynamic)
+    try:
+        with _time_limit(_SECONDS if dynamic else 0.):
+            return _converted(deployed, _example(image, dynamic), dynamic)
+    except _TookTooLong:
+        raise _Refused(
+            'expected a network whose sizes torch.export can compute from '
+            f'those of the input within {_SECONDS:g} s of processor time, but '
+            'got none by then') from None
+
+
+def _converted(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
+    """Capture a program and convert it (see :func:`_by_program`)."""
     try:
         shapes = {INPUT: {axis: torch.export.Dim.AUTO for axis in _AXES}}
         with _quiet():
@@ -272,24 +296,49 @@ def _by_program(deployed: Deployed, image: Tensor, dynamic: bool) -> bytes:
                 opset_version=_OPSET)
             return converted.model_proto.SerializeToString()
     except Exception as error:
-        raise _Refused(_missing_operator(program, error)) from error
+        raise _Refused(_missing_operator(error)) from error
 
 
-def _missing_operator(program: Any, error: BaseException) -> str:
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``_TookTooLong`` after some seconds of processor time; 0: never.
+
+    Only the main thread gets signals, so there is no limit in another one.
+    """
+    if (not seconds
+            or threading.current_thread() is not threading.main_thread()):
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise _TookTooLong
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, _AGAIN)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _missing_operator(error: BaseException) -> str:
     """Name the operator that could not be converted, and its module."""
     cause: BaseException | None = error
     while cause is not None:
-        found = re.search(r'node %(\w+)', str(cause))
-        if found:
-            for node in program.graph.nodes:
-                if node.name == found[1]:
-                    return _of_node(node)
+        for frame, _ in traceback.walk_tb(cause.__traceback__):
+            # The captured program may lack this node, because the exporter
+            # replaces some operators by simpler ones first.
+            node = frame.f_locals.get('node')
+            if (isinstance(node, torch.fx.Node)
+                    and f'node %{node.name} ' in str(cause)):
+                return _of_node(node)
         cause = cause.__cause__
     return ('expected operators that ONNX has, but got '
             f'{_short(error)}; replace the operator')
 
 
-def _of_node(node: Any) -> str:
+def _of_node(node: torch.fx.Node) -> str:
     """Sentence about a node that ONNX has no operator for."""
     stack = [*(node.meta.get('nn_module_stack') or {}).values()]
     module = stack[-1][0].removeprefix('network.') if stack else ''

@@ -76,6 +76,7 @@ class GateMethod(nn.Module, abc.ABC):
         super().__init__()
         # No buffers: an average of models would average these indices.
         self._slots: list[Tensor] = []
+        self._fixed: dict[int, tuple[Any, Tensor]] = {}
         self._known_open = -1, False
         self.gradual = self.heeded = True
         self.loss_scale: Tensor | None = None
@@ -152,9 +153,23 @@ class GateMethod(nn.Module, abc.ABC):
             slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
         """
         self._slots[index] = slots
+        self._fixed.pop(index, None)
 
     def slot_factors(self, index: int) -> Tensor:
         """Factors ``(C,)`` of a channel axis, differentiable in theta."""
+        if self.heeded or not self.training or torch.compiler.is_compiling():
+            return self._computed_factors(index)
+        # Nothing moves the gates now, so that their factors stay as they are.
+        state = (self.theta._version, self.closed._version, self.theta.device,
+                 self.theta.dtype)
+        known = self._fixed.get(index)
+        if known is None or known[0] != state:
+            known = state, self._computed_factors(index).detach()
+            self._fixed[index] = known
+        factors: Tensor = _Fixed.apply(self.theta, known[1])
+        return factors
+
+    def _computed_factors(self, index: int) -> Tensor:
         slots = self._slots[index]
         if slots.device != self.theta.device:
             slots = self._slots[index] = slots.to(self.theta.device)
@@ -457,3 +472,20 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     if signed:
         return high
     return torch.where(spent(torch.zeros_like(scale)) <= budget, 0., high)
+
+
+class _Fixed(torch.autograd.Function):
+    """Factors that do not move, with a gradient of zero for theta.
+
+    Wrappers of several processes wait for the gradient of each parameter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return factors.view_as(factors)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        theta, = ctx.saved_tensors
+        return torch.zeros_like(theta), None

@@ -303,7 +303,7 @@ class Settings:
         least, enough = (
             math.ceil(number * travel / share - 1e-6)
             for number in (1, _STEPS_TO_CLOSE))
-        found = f'{steps * share:.3g} {unit} ({share:.0%} of {steps})'
+        found = f'{steps * share:.3g} of {steps} {unit} ({share:.0%})'
         if steps < least:
             raise ValueError(
                 f'gdp.phases: expected a pruning phase of at least {travel:g} '

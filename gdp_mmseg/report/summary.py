@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis, Group, Layer
-from ..gates.layers import slot_values
 
 # Most parts that the numbered modules of one container become.
 _MOST = 12
@@ -275,7 +274,7 @@ def dead_parts(analysis: Analysis, keep: Tensor) -> list[str]:
 
     def dead(layer: Layer) -> bool:
         return not all(
-            bool(slot_values(keep.float(), slots).any())
+            bool(kept_slots(slots, keep).any())
             for slots in (layer.inputs, layer.outputs))
 
     layers = [layer for layer in analysis.layers if layer.in_inference]

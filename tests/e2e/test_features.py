@@ -215,8 +215,8 @@ def test_distributed_training_goes_on_to_an_export(
     runner, recorder = _train(project.load_for_processes(tmp_path, **options))
     assert (recorder.sizes[-1] == recorder.sizes[0]) == (
         name in KEEPING_OF_PROCESSES)
-    _check_the_whole_way(
-        runner, _export(project, tmp_path, **WITHOUT_SYNC, **gate))
+    _check_the_whole_way(runner,
+                         _export(project, tmp_path, **WITHOUT_SYNC, **gate))
 
 
 @pytest.fixture()
@@ -231,11 +231,9 @@ def amp_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures('amp_on_a_cpu')
 @pytest.mark.parametrize('clip, fused', [(None, False),
                                          (dict(max_norm=1.), True)])
-def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
-                                              fused: bool, project: Project,
-                                              tmp_path: Path,
-                                              gate_of: Callable[[int], str]
-                                              ) -> None:
+def test_mixed_precision_goes_on_to_an_export(
+        clip: dict[str, Any] | None, fused: bool, project: Project,
+        tmp_path: Path, gate_of: Callable[[int], str]) -> None:
     """The loss scale is too large at first: steps are skipped."""
     gate = {'model.gdp.gate': gate_of(int(fused))}
     options = _short(

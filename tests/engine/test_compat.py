@@ -61,7 +61,7 @@ def test_what_splits_the_gates_is_refused_before_anything_is_built(
 
 
 @pytest.mark.parametrize('accumulated, said', [
-    (1, '3 iterations (75% of 4); train for at least 11 iterations'),
+    (1, '3 of 4 iterations (75%); train for at least 11 iterations'),
     (2, 'steps of the optimizer, of 2 iterations each'),
 ])
 def test_too_short_training_is_refused_before_anything_is_built(
@@ -83,7 +83,7 @@ def test_too_short_training_by_epochs_is_refused_by_the_hook(
 
 def test_short_pruning_phase_is_warned_of(trained: Trained) -> None:
     log = next(trained.work_dir.glob('*/*.log')).read_text()
-    assert 'the pruning phase is short with 24 iterations' in log
+    assert 'the pruning phase is short with 24 of 32 iterations' in log
 
 
 def test_target_below_one_channel_in_each_group_is_warned_of(

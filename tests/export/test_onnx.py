@@ -1,12 +1,14 @@
 """ONNX files: what PyTorch computes, in one size or any, or nothing."""
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
 import shutil
+import signal
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -47,11 +49,15 @@ class Classifier(nn.Module):
         return self.last(self.first(images)).mean((2, 3))
 
 
-class Qr(nn.Module):
-    """An operator that ONNX has not."""
+class Calls(nn.Module):
+    """A function of PyTorch, for example one that ONNX has not."""
+
+    def __init__(self, function: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.function = function
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return torch.linalg.qr(inputs)[0]
+        return self.function(inputs)
 
 
 class FixedSize(nn.Module):
@@ -115,23 +121,22 @@ def test_dynamic_file_gives_the_classes_at_any_size(classes: int) -> None:
 
 
 @needs_onnx
-def test_missing_operator_is_named_with_its_module(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    """The exporter's errors are made here, because it is slow to import."""
-
-    def refuse(*_: Any, dynamo: bool, **__: Any) -> None:
-        cause = RuntimeError('Error when translating node %linalg_qr : [...')
-        raise RuntimeError('Failed to convert\n') from (cause
-                                                        if dynamo else None)
-
-    monkeypatch.setattr(torch.onnx, 'export', refuse)
-    network = Classifier(nn.Sequential(nn.ReLU(), Qr())).eval()
+@pytest.mark.parametrize(
+    'function, name',
+    [
+        (lambda x: torch.linalg.qr(x)[0], 'aten.linalg_qr.default'),
+        # PyTorch replaces it before ONNX lacks what it is made of.
+        (torch.special.i0, 'prims.bessel_i0.default'),
+    ])
+def test_missing_operator_is_named_with_its_module(function: Callable[[Tensor],
+                                                                      Any],
+                                                   name: str) -> None:
+    network = Classifier(nn.Sequential(nn.ReLU(), Calls(function))).eval()
     with pytest.raises(ValueError) as found:
         to_onnx(network, images(), 'noise')
     assert str(found.value) == (
-        'onnx: expected operators that ONNX has, but got '
-        'aten.linalg_qr.default in module last.1; replace it there; nothing '
-        'was written')
+        f'onnx: expected operators that ONNX has, but got {name} in module '
+        'last.1; replace it there; nothing was written')
 
 
 @needs_onnx
@@ -145,6 +150,28 @@ def test_file_that_is_right_at_one_size_only_is_refused(
             match='relative difference of .*above .*'
             'leave --dynamic out.*nothing was written'):
         to_onnx(network, images(), 'noise', dynamic=True)
+
+
+@needs_onnx
+def test_capture_of_sizes_without_end_is_refused(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+
+    def endless(*_: Any, **__: Any) -> None:
+        while True:
+            with contextlib.suppress(Exception):
+                sum(range(1000))
+
+    monkeypatch.setattr(exporting, '_by_trace', exporting._by_program)
+    monkeypatch.setattr(exporting, '_SECONDS', 0.1)
+    monkeypatch.setattr(torch.export, 'export', endless)
+    before = signal.getsignal(signal.SIGVTALRM)
+    with pytest.raises(
+            ValueError,
+            match=r'within 0\.1 s of processor time, but got none by then; '
+            'leave --dynamic out.*nothing was written'):
+        to_onnx(Classifier(nn.ReLU()).eval(), images(), 'noise', dynamic=True)
+    assert signal.getsignal(signal.SIGVTALRM) == before
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0, 0)
 
 
 def test_missing_package_is_named_with_its_installation(

@@ -10,6 +10,7 @@ from torch import Tensor
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.gates.base import CostFunction, GateMethod
 from gdp_mmseg.gates.blocks import Blocks
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Gate, Settings, Target
@@ -160,3 +161,36 @@ def test_a_target_made_in_python_is_checked_too() -> None:
         Target(40)
     with pytest.raises(ValueError, match='gdp.target.type: .* but got'):
         Target(0.4, 'flop')
+
+
+def test_factors_of_gates_that_do_not_move_are_computed_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    plain = GDPGates.factors
+
+    def factors(self: GDPGates, gates: torch.Tensor) -> torch.Tensor:
+        computed.append(gates)
+        return plain(self, gates)
+
+    monkeypatch.setattr(GDPGates, 'factors', factors)
+    gates = GDPGates(4)
+    index = gates.add_slots(torch.tensor([2, -1, 0]))
+    gates.theta.data.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8]))
+    moving = gates.slot_factors(index)
+    gates.heeded = False
+    for _ in range(3):
+        fixed = gates.slot_factors(index)
+        assert torch.equal(fixed, moving)
+        gates.theta.grad = None
+        fixed.sum().backward()
+        # The gradient exists, for wrappers of several processes.
+        assert torch.equal(gates.theta.grad, torch.zeros(4))
+    assert len(computed) == 2
+    with torch.no_grad():
+        gates.theta[0] = 0.9
+    assert torch.equal(gates.slot_factors(index)[:2], moving[:2])
+    assert gates.slot_factors(index)[2] > moving[2]
+    gates.close_(torch.tensor([True, False, False, False]))
+    assert gates.slot_factors(index)[2] == 0
+    gates.set_slots_(index, torch.tensor([3]))
+    assert gates.slot_factors(index).shape == (1, )

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gdp_mmseg.gates.deactivation import edges_of, log_active
-from gdp_mmseg.gates.masks import (drop_probability, soft_mask,
-                                   uniform_numbers)
+from gdp_mmseg.gates.masks import drop_probability, soft_mask, uniform_numbers
 
 TAU, K, T = 0.05, 20., 0.5
 C = torch.tensor(0.95, dtype=torch.double)

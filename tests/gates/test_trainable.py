@@ -33,8 +33,8 @@ TABLE = [
     (-.25, 10., (.05, 1.), (.02189117, .45013020), (.04700074, .96303757)),
     (.07, 10., (1.07, 1.), (1.03622450, .53497144), (1.06965812, .98537972)),
     (.8, 4., (1.05, 1.), (1.03449872, .70066997), (1.02795276, .52193185)),
-    (.123456, 1e5, (1.000006, 1.), (1.00000318, .53082635),
-     (1.00000591, .98491070)),
+    (.123456, 1e5, (1.000006, 1.), (1.00000318, .53082635), (1.00000591,
+                                                             .98491070)),
 ]
 
 
@@ -59,8 +59,8 @@ def test_the_papers_formula_has_the_step_for_its_limit(
             derivative.item(), abs=1e-8)
 
 
-@pytest.mark.parametrize('dtype',
-                         [torch.float, torch.half, torch.bfloat16, torch.double])
+@pytest.mark.parametrize(
+    'dtype', [torch.float, torch.half, torch.bfloat16, torch.double])
 def test_values_and_gradients_in_each_precision(dtype: torch.dtype) -> None:
     values = torch.tensor([-100., -.25, 0., .25, 100.]).to(dtype)
     slopes = dict(
@@ -75,7 +75,8 @@ def test_values_and_gradients_in_each_precision(dtype: torch.dtype) -> None:
         opened.backward(torch.full_like(opened, 2.))
         assert w.grad is not None
         assert w.grad.tolist() == pytest.approx(
-            [2 * one for one in wanted], abs=max(20 * torch.finfo(dtype).eps, 1e-7))
+            [2 * one for one in wanted],
+            abs=max(20 * torch.finfo(dtype).eps, 1e-7))
 
 
 def test_no_shape_is_zero_where_gates_lie() -> None:
@@ -112,10 +113,8 @@ def two_layers() -> tuple[nn.Module, Analysis]:
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('w, slope, slope_of_square', [(0.5, .5, .75),
                                                        (-.5, -.5, -.25)])
-def test_flops_of_two_layers_and_their_gradients(shape: str, w: float,
-                                                 slope: float,
-                                                 slope_of_square: float
-                                                 ) -> None:
+def test_flops_of_two_layers_and_their_gradients(
+        shape: str, w: float, slope: float, slope_of_square: float) -> None:
     _, analysis = two_layers()
     cost = FlopCost(analysis)
     assert cost.dense == 25 * (3 * 2 + 4 * 2)
@@ -178,9 +177,10 @@ def test_no_gate_moves_further_than_lr(shape: str) -> None:
     generator = torch.Generator().manual_seed(0)
     for index in range(150):
         before = gates.theta.detach().clone()
-        move(gates, torch.randn(32, generator=generator) * 10**(index % 3),
-             Linear(torch.rand(32, generator=generator) / 16),
-             1 - index / 200, lr)
+        move(gates,
+             torch.randn(32, generator=generator) * 10**(index % 3),
+             Linear(torch.rand(32, generator=generator) / 16), 1 - index / 200,
+             lr)
         way = (gates.theta - before).abs()
         assert float(way.detach().max()) <= lr * (1 + 1e-5)
         assert float(gates.theta.detach().abs().max()) <= 1
@@ -256,8 +256,7 @@ def test_a_penalty_below_the_marginal_worth_misses_its_target(
     """The marginal worth of a gate is 0.4, by a price of 1 / 500."""
     worth = torch.rand(500, generator=torch.Generator().manual_seed(0))
     prices = torch.full((500, ), 1 / 500)
-    gates = trained(
-        prices, worth, .6, 500, noise=.1, penalty=share * .4 * 500)
+    gates = trained(prices, worth, .6, 500, noise=.1, penalty=share * .4 * 500)
     found = float(Linear(prices)(gates.decided()))
     assert (abs(found - .6) < .01) == hit
     assert hit or found > .65
@@ -271,8 +270,8 @@ def test_a_penalty_below_the_marginal_worth_misses_its_target(
 # -- the end of the pruning phase ------------------------------------------
 
 
-def voted(votes: list[float], w: list[float], **options: float
-          ) -> TrainableGates:
+def voted(votes: list[float], w: list[float],
+          **options: float) -> TrainableGates:
     gates = TrainableGates(len(w), **options)  # type: ignore[arg-type]
     gates.theta.data.copy_(torch.tensor(w))
     gates.votes.copy_(torch.tensor(votes))
@@ -283,8 +282,8 @@ def voted(votes: list[float], w: list[float], **options: float
 def settled(gates: TrainableGates, budget: float,
             **options: Tensor) -> list[float]:
     number = len(gates.theta)
-    gates.settle_(
-        Linear([1 / number] * number), budget, **options)  # type: ignore
+    gates.settle_(Linear([1 / number] * number), budget,
+                  **options)  # type: ignore
     opened = gates.openness().tolist()
     assert gates.is_settled()
     assert gates.is_closed().tolist() == [one == 0 for one in opened]

@@ -15,7 +15,7 @@ def test_short_pruning_phase_is_noted(steps: int, note: bool) -> None:
     found = SETTINGS.check_length(steps)
     assert bool(found) == note
     if found:
-        assert f'of {steps})' in found and '160 steps in all' in found
+        assert f' of {steps} steps (' in found and '160 steps in all' in found
 
 
 @pytest.mark.parametrize('steps', [1, 2, 15])
@@ -24,7 +24,7 @@ def test_pruning_phase_without_enough_steps_is_refused(steps: int) -> None:
         SETTINGS.check_length(steps, 'iterations')
     message = str(error.value)
     assert 'at least 8 iterations (gdp.gate_travel)' in message
-    assert f'(50% of {steps}); train for at least 16 iterations' in message
+    assert f'of {steps} iterations (50%); train for at least 16 iterations' in message
     assert 'better 160' in message
 
 
