@@ -435,11 +435,7 @@ def test_fixed_threshold_and_penalty_are_the_papers() -> None:
 # -- trainings -------------------------------------------------------------
 
 
-def train(model: Any,
-          first: int,
-          end: int,
-          number: int,
-          optimizer: Any = None) -> Any:
+def train(model: Any, first: int, end: int, optimizer: Any = None) -> Any:
     optimizer = optimizer or torch.optim.SGD(
         model.parameters(), lr=.02, momentum=.9, weight_decay=1e-4)
     model.train()
