@@ -11,13 +11,14 @@ from typing import Any, Sequence
 
 from mmengine.runner import Runner
 
+from ..analysis.reasons import frozen_by_kind
 from ..pruner.figures import HALF_OPEN, Figures
 from ..pruner.pruner import Pruner
 from ..pruner.schedule import Schedule
 from ..report.plots import draw_record, draw_widths, pixels
 from ..report.record import RECORD
-from ..report.summary import (dead_parts, frozen_by_kind, kept_by_part,
-                              kept_share, note_on_widths)
+from ..report.summary import (dead_parts, kept_by_part, kept_share,
+                              note_on_widths)
 
 # Most reasons that the start of the log gives for channels without a gate.
 _REASONS = 5

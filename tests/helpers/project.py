@@ -275,7 +275,9 @@ class Recorder(Hook):
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         gates = find_pruner(runner.model).gates
-        self.theta.append(gates.theta.detach().clone())
+        # The theta of SCP is not used.
+        moving = gates.openness() if hasattr(gates, 'score') else gates.theta
+        self.theta.append(moving.detach().clone())
         # SCP has no gains, but Phi, masks and a number of steps.
         gain, square, observed = ((gates.score, gates.mask, gates.step_number)
                                   if hasattr(gates, 'score') else
