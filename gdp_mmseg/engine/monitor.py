@@ -52,8 +52,7 @@ def _meanings(pruner: Pruner) -> dict[str, str]:
         f'{pruner.settings.target.ratio}',
         held_cost='cost held to the budget: between its shares by openness '
         'and by channels',
-        multiplier='price of the cost: a gate closes if its gain in loss is '
-        'worth less',
+        multiplier=pruner.gates.MULTIPLIER,
         undecided=f'share of the gates with an openness between {low} and '
         f'{high}')
     if pruner.cost is not pruner.flops:
@@ -165,7 +164,10 @@ def log_summary(runner: Runner, pruner: Pruner) -> None:
     _log(
         runner, f'{float(pruner.cost(channels)):.4f} of the '
         f'{target.resource} are left (target {target.ratio:.4f})',
-        [f'channels kept: {kept}', f'removed parts: {dead}'])
+        [
+            f'channels kept: {kept}', f'removed parts: {dead}',
+            *pruner.gates.outcome()
+        ])
     notes = (pruner.note_on(float(pruner.cost(channels))),
              note_on_widths(pruner.analysis, keep, pruner.settings.multiple))
     for note in filter(None, notes):

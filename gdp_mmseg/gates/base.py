@@ -51,6 +51,7 @@ class GateMethod(nn.Module, abc.ABC):
         ABSORBING (bool): Whether a gate of openness 0 is closed for good. If
             not, gates come back until :meth:`settle_`, and nothing may take
             them for closed before.
+        MULTIPLIER (str): Meaning of the multiplier, in a few words.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
         closed (Tensor): ``(G,)``, positive for gates that are closed for
@@ -68,6 +69,8 @@ class GateMethod(nn.Module, abc.ABC):
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     ABSORBING: ClassVar[bool] = True
+    MULTIPLIER: ClassVar[str] = (
+        'price of the cost: a gate closes if its gain in loss is worth less')
     theta: nn.Parameter
     closed: Tensor
     multiplier: Tensor
@@ -129,6 +132,10 @@ class GateMethod(nn.Module, abc.ABC):
 
     def notes(self) -> list[str]:
         """List what a user should know at the start of a training."""
+        return []
+
+    def outcome(self) -> list[str]:
+        """List what a user should know when the gates are settled."""
         return []
 
     # -- the forward pass --------------------------------------------------

@@ -84,6 +84,8 @@ class SCPGates(GateMethod):
 
     OPTIONS = ('tau', 'k', 'T', 's', 'streams', 'threshold', 'penalty')
     ABSORBING = False
+    MULTIPLIER = ('strength of the penalty of the norms; 0 while the budget is '
+                  'met without it')
     score: Tensor
     kept: Tensor
     phase: Tensor
@@ -198,6 +200,16 @@ class SCPGates(GateMethod):
             f'gdp.gate has a fixed threshold of {self.threshold} and a fixed '
             f'penalty of {self.penalty}: they decide how much is pruned, and '
             'gdp.target is not held'
+        ]
+
+    def outcome(self) -> list[str]:
+        """Tell the last threshold, and what the budget forced out."""
+        closed = self.is_closed()
+        forced = closed & (self._phi() < THRESHOLD)
+        return [
+            f'threshold of SCP at the end: {float(self.limit):.4f}; '
+            f'{int(forced.sum())} of {int(closed.sum())} closed gates had a '
+            f'Phi below {THRESHOLD}, and were forced out by the budget'
         ]
 
     # -- the forward pass --------------------------------------------------

@@ -399,6 +399,7 @@ def test_settling_fixes_all_gates() -> None:
     # Also those that the budget forced out.
     assert gates.is_closed().tolist() == [False, False, True, True]
     assert gates.openness().tolist() == [1., 1., 0., 0.]
+    assert 'end: 0.3500; 1 of 2 closed' in gates.outcome()[0]
     # Even if their channels left the norm.
     net[1] = nn.BatchNorm2d(2)
     assert gates.slot_factors(0).tolist() == [1., 1., 0., 0.]
