@@ -51,6 +51,8 @@ class GateMethod(nn.Module, abc.ABC):
         ABSORBING (bool): Whether a gate of openness 0 is closed for good. If
             not, gates come back until :meth:`settle_`, and nothing may take
             them for closed before.
+        WHOLE_CHANNELS (bool): Whether gates that are not closed are held to
+            the budget as full channels, whatever their openness is.
         MULTIPLIER (str): Meaning of the multiplier, in a few words.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
@@ -69,6 +71,7 @@ class GateMethod(nn.Module, abc.ABC):
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     ABSORBING: ClassVar[bool] = True
+    WHOLE_CHANNELS: ClassVar[bool] = False
     MULTIPLIER: ClassVar[str] = (
         'price of the cost: a gate closes if its gain in loss is worth less')
     theta: nn.Parameter

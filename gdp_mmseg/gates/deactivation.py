@@ -30,6 +30,9 @@ _LEAST_SCALE = 1e-8
 # Least |gamma| of the derivatives, which are infinite at 0.
 _LEAST_SLOPE_SCALE = 1e-3
 _LEAST_MASS = 1e-300
+# Quantile of 0.95: Phi is below that if beta + 1.645 |gamma| > tau.
+_QUANTILE = 1.6448536
+_LEAST_DISTANCE = 0.1
 
 
 class _Quotient(torch.autograd.Function):
@@ -279,11 +282,22 @@ class Evidence(nn.Module):
                                 found)
         return found.max(1).values
 
-    def upper(self, beta: Tensor, gamma: Tensor, quantile: float) -> Tensor:
-        """Largest beta + quantile |gamma| ``(G,)`` of the read points."""
+    def distance(self, beta: Tensor, gamma: Tensor) -> Tensor:
+        """Measure how far the median gate is from Phi = 0.95, a scalar.
+
+        Args:
+            beta (Tensor): ``(R,)`` offsets.
+            gamma (Tensor): ``(R,)`` scales.
+
+        Returns:
+            Tensor: In units of a new norm's distance, and at least 0.1.
+        """
         mean, scale = self._summed(beta, gamma)
-        return (mean + quantile * scale).masked_fill(self.kinds < 0,
-                                                     -torch.inf).amax(1)
+        upper = (mean + _QUANTILE * scale).masked_fill(self.kinds < 0,
+                                                       -torch.inf).amax(1)
+        median = upper.sort().values[len(upper) // 2]
+        return ((median - self.tau) /
+                (_QUANTILE - self.tau)).clamp(min=_LEAST_DISTANCE)
 
     def _summed(self, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``(G, P)`` at each read point."""

@@ -24,14 +24,12 @@ from .deactivation import Evidence
 from .masks import drop_probability, soft_mask, uniform_numbers
 from .norm_checks import with_evidence
 from .ranking import Ranking, midway
+from .scp_options import (SHARPNESS, SPREAD, TAU, TEMPERATURE, THRESHOLD,
+                          check_options)
 
-# Defaults of the official code.
-TAU, SHARPNESS, THRESHOLD, TEMPERATURE, SPREAD = 0.05, 20., 0.95, 0.5, 2.
 # Least solved threshold: a fresh norm has Phi = 0.52, and a threshold there
 # would turn the masks of a whole layer into noise.
 _LEAST_THRESHOLD = 0.75
-# Phi^-1(0.95): a channel stays if beta + 1.645 |gamma| >= tau.
-_QUANTILE = 1.6448536
 # Distance by which the penalty alone would move beta in the pruning phase, in
 # units of how far the channels are from being deactivated: that of the
 # authors' ResNet-56 on CIFAR-10, 5e-5 times the sum of lr / (1 - momentum).
@@ -41,7 +39,6 @@ _TRAVEL = 8.
 # Growth of the strength over a phase of steps that miss the budget: by e^2,
 # about 1 % a step in 200 steps.
 _GROWTH = 2.
-_LEAST_DISTANCE = 0.1
 # Least openness of a gate that is kept.
 _LEAST_OPENNESS = 1e-3
 
@@ -84,8 +81,10 @@ class SCPGates(GateMethod):
 
     OPTIONS = ('tau', 'k', 'T', 's', 'streams', 'threshold', 'penalty')
     ABSORBING = False
-    MULTIPLIER = ('strength of the penalty of the norms; 0 while the budget is '
-                  'met without it')
+    WHOLE_CHANNELS = True
+    MULTIPLIER = (
+        'strength of the penalty of the norms; 0 while the budget is '
+        'met without it')
     score: Tensor
     kept: Tensor
     phase: Tensor
@@ -130,8 +129,6 @@ class SCPGates(GateMethod):
         self._drawn = self._settled = False
         self._finite: Tensor | None = None
 
-    # -- which gates there are ---------------------------------------------
-
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Check the values of some options.
@@ -139,26 +136,7 @@ class SCPGates(GateMethod):
         Raises:
             ValueError: If one is out of its range.
         """
-        for name, value in options.items():
-            if name == 'streams':
-                if not isinstance(value, bool):
-                    raise ValueError('gdp.gate.streams: expected True or '
-                                     f'False, but got {value!r}')
-                continue
-            least = 'at least 0' if name in ('s', 'penalty') else 'above 0'
-            most = ' and below 1' if name == 'threshold' else ''
-            if (not isinstance(value, (int, float)) or isinstance(value, bool)
-                    or not math.isfinite(value) or value < 0
-                    or (value == 0 and least == 'above 0')
-                    or (value >= 1 and most)):
-                raise ValueError(f'gdp.gate.{name}: expected a number {least}'
-                                 f'{most}, but got {value!r}')
-        given = {'threshold', 'penalty'} & {*options}
-        if len(given) == 1:
-            raise ValueError(
-                f'gdp.gate.{given.pop()}: expected both threshold and penalty,'
-                " which are the paper's own objective, but got one of them; "
-                'set the other too, or leave both out')
+        check_options(options)
 
     @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
@@ -197,9 +175,8 @@ class SCPGates(GateMethod):
         if self.penalty is None:
             return []
         return [
-            f'gdp.gate has a fixed threshold of {self.threshold} and a fixed '
-            f'penalty of {self.penalty}: they decide how much is pruned, and '
-            'gdp.target is not held'
+            f'gdp.gate.threshold={self.threshold} and penalty={self.penalty} '
+            'decide how much is pruned, and gdp.target is not held'
         ]
 
     def outcome(self) -> list[str]:
@@ -231,7 +208,7 @@ class SCPGates(GateMethod):
             self.mask.fill_(1)
             return
         mask = self._masks(*self.evidence.values())
-        self.mask.copy_(torch.where(self._is(1), mask, 1.))
+        self.mask.copy_(torch.where(self._prunes(), mask, 1.))
 
     def _masks(self, beta: Tensor, gamma: Tensor) -> Tensor:
         """Masks ``(G,)`` of this step, differentiable in both ``(R,)``."""
@@ -240,14 +217,14 @@ class SCPGates(GateMethod):
         uniform = uniform_numbers(self.seed, self.step_number, len(phi))
         return soft_mask(drop, uniform, self.temperature)
 
-    def _is(self, phase: int) -> Tensor:
-        """Tell on the device whether a phase is running, a scalar bool."""
-        # An average of models may average it.
-        return self.phase.round() == phase
+    def _prunes(self) -> Tensor:
+        """Tell on the device whether the pruning phase runs, a scalar bool."""
+        # An average of models may average it: above 1 is settled.
+        return (self.phase > 0) & (self.phase <= 1)
 
     def are_open(self) -> Tensor:
         """Return whether all masks are 1 in training, a scalar bool."""
-        return ~self._is(1) & ~self.is_closed().any()
+        return ~self._prunes() & ~self.is_closed().any()
 
     # -- the state of the gates --------------------------------------------
 
@@ -257,12 +234,12 @@ class SCPGates(GateMethod):
             drop_probability(phi, self.limit.double(), self.sharpness)
             for phi in (self._phi(), 1., 0.))
         soft = ((least - drop) / (least - most)).clamp(min=_LEAST_OPENNESS)
-        value = torch.where(self._is(1), soft.to(self.score), 1.)
+        value = torch.where(self._prunes(), soft.to(self.score), 1.)
         return value * self.decided()
 
     def decided(self) -> Tensor:
         """Openness ``(G,)`` in evaluation and for the cut: 0 or 1."""
-        value = torch.where(self._is(0), 1., (self.kept > 0.5).float())
+        value = torch.where(self._prunes() & (self.kept <= 0.5), 0., 1.)
         return value.masked_fill(self.is_closed(), 0)
 
     def worth(self) -> Tensor:
@@ -287,7 +264,8 @@ class SCPGates(GateMethod):
         """
         gradient = self.gradient()
         self._finite = gradient.isfinite().all()
-        passed = torch.where(self._finite & self._is(1), gradient.double(), 0.)
+        passed = torch.where(self._finite & self._prunes(), gradient.double(),
+                             0.)
         beta, gamma = (one.requires_grad_() for one in self.evidence.values())
         with torch.enable_grad():
             found = torch.autograd.grad(
@@ -315,11 +293,13 @@ class SCPGates(GateMethod):
             channel_weight (float): Not used: whole channels count.
             protected (Tensor, optional): ``(G,)`` bool, gates that are kept
                 whatever their Phi is.
-            scarcity (Tensor | float): Not used: SCP has no gain.
+            scarcity (Tensor | float): Not used.
             blocks (Blocks, optional): Gates that close together.
         """
         beta, gamma = self.evidence.values()
-        self._measure_distance_(beta, gamma)
+        self.distance.copy_(
+            torch.where(self.phase == 0, self.evidence.distance(beta, gamma),
+                        self.distance))
         self.score.copy_(self.evidence.log_active(beta, gamma))
         if self.penalty is None:
             self._push_(gamma)
@@ -330,19 +310,6 @@ class SCPGates(GateMethod):
         self.phase.fill_(1)
         self.step_number += 1
         self._drawn = False
-
-    def _measure_distance_(self, beta: Tensor, gamma: Tensor) -> None:
-        """Measure in the first step how far gates are from deactivation.
-
-        In units of a fresh norm: the median over the gates.
-        """
-        tau = self.evidence.tau
-        upper = self.evidence.upper(beta, gamma, _QUANTILE).sort().values
-        distance = (upper[len(upper) // 2] - tau) / (_QUANTILE - tau)
-        self.distance.copy_(
-            torch.where(
-                self._is(0), distance.clamp(min=_LEAST_DISTANCE),
-                self.distance))
 
     def _phi(self) -> Tensor:
         return -self.score.double().expm1()
@@ -384,15 +351,14 @@ class SCPGates(GateMethod):
 
     def _penalise_(self, gamma: Tensor, penalty: float) -> None:
         """Add the gradient of the paper's penalty to that of the norms."""
-        rows = self.evidence.rows_of(self._finite_or_not()
-                                     & ~self.is_closed()) * penalty
+        rows = self.evidence.rows_of(~self.is_closed()
+                                     & self._finite_or_not()) * penalty
         self.evidence.add_gradients_(rows, rows * self.spread * gamma.sign(),
                                      self.loss_scale)
 
-    def _finite_or_not(self) -> Tensor:
-        """Mask ``(G,)``, False if the last gradient was not finite."""
-        found = torch.ones_like(self.score, dtype=torch.bool)
-        return found if self._finite is None else found & self._finite
+    def _finite_or_not(self) -> Tensor | bool:
+        """Tell whether the last gradient was finite, a scalar bool."""
+        return True if self._finite is None else self._finite
 
     def agree_(self) -> None:
         """Copy the first process's gates to all processes, in place."""
@@ -431,4 +397,4 @@ class SCPGates(GateMethod):
 
     def is_settled(self) -> bool:
         """Tell whether the pruning phase is over."""
-        return bool(self._is(2))
+        return bool(self.phase > 1)

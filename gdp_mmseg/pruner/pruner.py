@@ -186,8 +186,9 @@ class Pruner(nn.Module):
 
     def _state(self, progress: float) -> dict[str, Tensor]:
         """Compute what :class:`Figures` tells, on the device of the gates."""
-        return state_of(self.gates, self.flops, self.cost,
-                        self.schedule.channel_weight_at(progress))
+        weight = 1. if self.gates.WHOLE_CHANNELS else (
+            self.schedule.channel_weight_at(progress))
+        return state_of(self.gates, self.flops, self.cost, weight)
 
     # -- the training ------------------------------------------------------
 
