@@ -47,7 +47,7 @@ from gdp_mmseg.report.measure import count_flops, count_parameters
 from gdp_mmseg.report.record import last_metrics
 
 from accuracy_tasks import TASKS, Task
-from accuracy_variants import CHANGES
+from accuracy_variants import CHANGES, hold_
 
 HERE = Path(__file__).resolve().parent
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
@@ -97,6 +97,15 @@ def parse_args() -> argparse.Namespace:
         help='length of the dense training that all runs start from, in '
         'iterations; by default that of the data set')
     parser.add_argument(
+        '--lr',
+        type=float,
+        help='learning rate after the start; by default that of the data set')
+    parser.add_argument(
+        '--hold',
+        type=float,
+        help='share of the training after the start that keeps its learning '
+        'rate, which then falls linearly; by default that of the data set')
+    parser.add_argument(
         '--tune',
         action='store_true',
         help='train on three quarters of the training images and evaluate on '
@@ -108,7 +117,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--one', help=argparse.SUPPRESS)  # name of a run for this process
     args = parser.parse_args()
-    args.start = args.start or task_of(args).start
+    task = task_of(args)
+    args.start = args.start or task.start
+    args.lr = args.lr or task.lr_after_start
+    args.hold = task.hold if args.hold is None else args.hold
     return args
 
 
@@ -144,6 +156,10 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     unusual = args.start != task_of(args).start
     start = f'-from-{args.start}' if unusual else ''
     start += '-tune' if args.tune else ''
+    if name != START_RUN and (args.lr,
+                              args.hold) != (task_of(args).lr_after_start,
+                                             task_of(args).hold):
+        start += f'-lr-{args.lr:g}-hold-{args.hold:g}'
     folder: Path = args.work_dir / f'{args.data}{start}-{length}' / name
     return folder
 
@@ -192,8 +208,10 @@ def config_of(args: argparse.Namespace, method: str, target: float,
     cfg.default_hooks.checkpoint.interval = iterations
     if method not in ('start', 'narrow'):
         cfg.load_from = str(start_checkpoint(args))
-        cfg.optim_wrapper.optimizer.lr = task.lr_after_start
+        cfg.optim_wrapper.optimizer.lr = args.lr
         cfg.optim_wrapper.paramwise_cfg = None
+        if args.hold:
+            hold_(cfg, args.hold)
     base, *changes = method.split('+')
     if base in GATED:
         cfg.model.update(
@@ -201,6 +219,8 @@ def config_of(args: argparse.Namespace, method: str, target: float,
             gdp=dict(
                 dict(target=target, phases=PHASES, input_shape=cfg.crop_size),
                 **GATED[base]))
+        # The export evaluates the network.
+        cfg.train_cfg.val_begin = iterations + 1
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     for name in changes:
         CHANGES[name](cfg, _teacher(args, seed))
@@ -287,9 +307,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     except refusal as error:
         print(error)
         return dict(row, score=None)
-    row.update(
-        score=score_of(task, folder / 'training'),
-        minutes=(time.time() - start) / 60)
+    row.update(minutes=(time.time() - start) / 60)
     if base in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
@@ -306,6 +324,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     dense_params = count_parameters(Runner.build_model(runner, cfg.model))
     return dict(
         row,
+        score=score_of(task, folder / 'training'),
         macs=count_flops(runner.model, shape, inference_forward) / dense_flops,
         params=count_parameters(runner.model) / dense_params)
 
@@ -350,12 +369,19 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
         f'(start: {lr_of_start(args)}), '
-        f'{DECAY[cfg.param_scheduler[0].type]} decay',
+        f'{_decay(args, cfg)} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
         torch_pruning=torch_pruning,
         machine=_machine())
+
+
+def _decay(args: argparse.Namespace, cfg: Config) -> str:
+    """Describe how the learning rate falls."""
+    if args.hold:
+        return f'held for {args.hold:g} of the training, then linear'
+    return DECAY[cfg.param_scheduler[0].type]
 
 
 def _machine() -> str:

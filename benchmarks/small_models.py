@@ -123,6 +123,7 @@ class Run:
         seed (int): Seed of the weights and of the order of the images.
         loss_weight (float): Factor of the task's loss.
         multiple (int): Number of which the widths are to be multiples.
+        gate (str): Name of the gate method.
     """
     model: str
     target: float
@@ -130,6 +131,7 @@ class Run:
     seed: int = 0
     loss_weight: float = 1.
     multiple: int = 1
+    gate: str = 'gdp'
 
 
 class Watch(Hook):
@@ -284,7 +286,11 @@ def gated_model(run: Run) -> dict[str, Any]:
     model.update(
         base=model['type'],
         type='gdp_mmseg.GDPModel',
-        gdp=dict(target=run.target, phases=PHASES, multiple=run.multiple))
+        gdp=dict(
+            target=run.target,
+            gate=run.gate,
+            phases=PHASES,
+            multiple=run.multiple))
     return model
 
 

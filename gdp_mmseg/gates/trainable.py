@@ -205,10 +205,7 @@ class TrainableGates(GainMethod):
         return self._opened(self.theta).masked_fill(self.is_closed(), 0)
 
     def _opened(self, values: Tensor) -> Tensor:
-        """Steps of some values; 1 once the open gates are settled.
-
-        In an average of models, w is an average, which may be below 0.
-        """
+        """Steps of some values; 1 once the open gates are settled."""
         return step(values, self.shape).masked_fill(self.settled > 0, 1)
 
     def are_open(self) -> Tensor:
@@ -235,11 +232,21 @@ class TrainableGates(GainMethod):
     def begin_(self, pruned_share: float) -> None:
         """Let gates move that another training has settled, in place.
 
-        Those that are closed stay closed.
+        Those that are closed stay closed, and the others stay open.
         """
         # A training that resumes later than that has begun already.
         if pruned_share == 0:
-            self.settled.zero_()
+            self._unsettle_()
+
+    @torch.no_grad()
+    def _unsettle_(self) -> None:
+        """Give gates that are settled the w of open ones, in place.
+
+        In an average of models, w is an average, which may be below 0.
+        """
+        is_open = (self.settled > 0) & ~self.is_closed()
+        self.theta.masked_fill_(is_open, 1)
+        self.settled.zero_()
 
     def anneal_(self, pruned_share: float) -> None:
         """Remove the votes until the last part of the phase, in place."""

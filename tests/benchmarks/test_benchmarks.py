@@ -425,7 +425,9 @@ def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
         work_dir=Path('work'),
         iterations=10,
         start=accuracy.TASKS[name].start,
-        tune=False)
+        tune=False,
+        lr=accuracy.TASKS[name].lr_after_start,
+        hold=0.)
     start = accuracy.config_of(args, 'start', 1., 0)
     for init in (start.model.backbone.init_cfg,
                  start.model.head.init_cfg.override):

@@ -383,6 +383,10 @@ def test_gates_settled_in_one_model_are_settled_in_an_average(
     for name in ('openness', 'decided'):
         assert getattr(average.module, name)().tolist() == [1, 0, 1]
     assert average.module.factors(torch.arange(2)).tolist()[0] == 1
+    # Another training that begins with the average, as it is.
+    average.module.begin_(0.)
+    assert average.module.openness().tolist() == [1, 0, 1]
+    assert not average.module.is_settled()
 
 
 def test_a_new_training_moves_settled_gates() -> None:
