@@ -33,6 +33,9 @@ class Task:
         start (int): Length of the dense training that all runs start from,
             in iterations.
         lr_after_start (float): Learning rate of all parameters after it.
+        hold (float): Share of the training after the start that keeps this
+            learning rate, which then falls linearly; 0 for the decay of the
+            config.
     """
 
     title: str
@@ -48,6 +51,7 @@ class Task:
     workers: int = 3
     start: int = 3000
     lr_after_start: float = 2e-4
+    hold: float = 0.
 
 
 _VOC_TRAIN = ('Pascal VOC 2012, a subset: 330 images of train.txt and 600 of '
@@ -87,13 +91,16 @@ TASKS = dict(
         'DeepLabV3Plus-ResNet50 on a subset of Pascal VOC 2012',
         weights=_PRODUCT_QUANTISED,
         train=_VOC_TRAIN,
-        test='173 images of val.txt, short side 193'),
+        test='173 images of val.txt, short side 193',
+        lr_after_start=5e-4,
+        hold=0.6),
     voc_r50_512=Task(
         'DeepLabV3Plus-ResNet50 on a subset of Pascal VOC 2012, crops of 512',
         weights=_PRODUCT_QUANTISED,
         train=_VOC_TRAIN,
         test='173 images of val.txt, short side 512',
-        lr_after_start=1e-4),
+        lr_after_start=5e-4,
+        hold=0.6),
     cifar10_resnet20=_CIFAR10,
     cifar10_resnet56=replace(
         _CIFAR10, title='ResNet-56 on JPEG images of CIFAR-10'))

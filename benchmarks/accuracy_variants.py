@@ -115,11 +115,19 @@ def _faster(factor: float) -> Callable[[Config, Path], None]:
     return change
 
 
-def _flat(cfg: Config, teacher: Path) -> None:
-    """Hold the learning rate for 0.6 of the training, then fall to zero."""
+def hold_(cfg: Config, share: float) -> None:
+    """Hold the learning rate for a share of the training, in place.
+
+    Then it falls linearly.
+    """
     end = cfg.train_cfg.max_iters
     cfg.param_scheduler[0].update(
-        type='PolyLR', power=1., begin=round(0.6 * end), end=end)
+        type='PolyLR', power=1., begin=round(share * end), end=end)
+
+
+def _flat(cfg: Config, teacher: Path) -> None:
+    """Hold the learning rate for 0.6 of the training."""
+    hold_(cfg, 0.6)
 
 
 def _phases(*phases: float) -> Callable[[Config, Path], None]:

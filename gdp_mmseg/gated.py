@@ -250,7 +250,8 @@ class GatedModel(nn.Module):
             f'{" x ".join(map(str, analysis.input_shape))}',
             f'parameters: {_share(parameters, channels.cpu(), 1e6, "M")}',
             'removed parts: ' +
-            ('; '.join(dead_parts(analysis, keep)) or 'none')
+            ('; '.join(dead_parts(analysis, keep)) or 'none'),
+            *self.pruner.gates.outcome()
         ]
         return '\n'.join([*lines, '', table(rows)])
 

@@ -9,6 +9,7 @@ from mmengine.dist import broadcast, is_main_process
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
+from ..gates.base import GateMethod
 from ..pruner.figures import Figures
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
@@ -128,7 +129,7 @@ class GDPHook(ResumeHook):
         # of the network, and would be compiled anew at each step.
         @torch.compiler.disable
         def step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            overflow = _unscale_(optimizer, pruner.gates.theta)
+            overflow = _unscale_(optimizer, pruner.gates)
             figures = pruner.step_(runner.iter / runner.max_iters, steps)
             self._figures = figures or self._figures
             if figures and not figures.moved and not bool(overflow):
@@ -257,8 +258,7 @@ def _exclude_from_clipping_(optim_wrapper: Any,
     return undo
 
 
-def _unscale_(optimizer: Any,
-              theta: torch.nn.Parameter) -> torch.Tensor | bool:
+def _unscale_(optimizer: Any, gates: GateMethod) -> torch.Tensor | bool:
     """Undo the loss scale that mixed precision leaves to a fused optimizer.
 
     A fused optimizer is stepped with scaled gradients, also at an overflow;
@@ -269,8 +269,10 @@ def _unscale_(optimizer: Any,
         that the gates do not move. It is not read here, because the host
         would wait for the GPU.
     """
+    theta = gates.theta
     scale = getattr(optimizer, 'grad_scale', None)
     overflow = getattr(optimizer, 'found_inf', None)
+    gates.loss_scale = scale
     if theta.grad is not None and scale is not None:
         theta.grad.div_(scale)
     if overflow is None:

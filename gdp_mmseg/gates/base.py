@@ -51,6 +51,9 @@ class GateMethod(nn.Module, abc.ABC):
         ABSORBING (bool): Whether a gate of openness 0 is closed for good. If
             not, gates come back until :meth:`settle_`, and nothing may take
             them for closed before.
+        WHOLE_CHANNELS (bool): Whether gates that are not closed are held to
+            the budget as full channels, whatever their openness is.
+        MULTIPLIER (str): Meaning of the multiplier, in a few words.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
         closed (Tensor): ``(G,)``, positive for gates that are closed for
@@ -59,6 +62,8 @@ class GateMethod(nn.Module, abc.ABC):
         multiplier (Tensor): Scalar, the price multiplier of the last step.
         gradual (bool): Whether the budget falls gradually. If not, it is the
             target in all of the pruning phase.
+        loss_scale (Tensor | None): Factor that the gradients of the model's
+            parameters still have in this step, and that of theta has not.
         heeded (bool): False if no step observes the gradient of theta that
             the next passes compute. It may then be zero.
     """
@@ -66,6 +71,9 @@ class GateMethod(nn.Module, abc.ABC):
     SETTINGS: ClassVar[tuple[str, ...]] = ()
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     ABSORBING: ClassVar[bool] = True
+    WHOLE_CHANNELS: ClassVar[bool] = False
+    MULTIPLIER: ClassVar[str] = (
+        'price of the cost: a gate closes if its gain in loss is worth less')
     theta: nn.Parameter
     closed: Tensor
     multiplier: Tensor
@@ -77,6 +85,7 @@ class GateMethod(nn.Module, abc.ABC):
         self._fixed: dict[int, tuple[Any, Tensor]] = {}
         self._known_open = -1, False
         self.gradual = self.heeded = True
+        self.loss_scale: Tensor | None = None
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))
@@ -126,6 +135,10 @@ class GateMethod(nn.Module, abc.ABC):
 
     def notes(self) -> list[str]:
         """List what a user should know at the start of a training."""
+        return []
+
+    def outcome(self) -> list[str]:
+        """List what a user should know when the gates are settled."""
         return []
 
     # -- the forward pass --------------------------------------------------

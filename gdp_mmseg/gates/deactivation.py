@@ -30,6 +30,9 @@ _LEAST_SCALE = 1e-8
 # Least |gamma| of the derivatives, which are infinite at 0.
 _LEAST_SLOPE_SCALE = 1e-3
 _LEAST_MASS = 1e-300
+# Quantile of 0.95: Phi is below that if beta + 1.645 |gamma| > tau.
+_QUANTILE = 1.6448536
+_LEAST_DISTANCE = 0.1
 
 
 class _Quotient(torch.autograd.Function):
@@ -228,9 +231,41 @@ class Evidence(nn.Module):
         return (torch.cat([one.detach() for one in offsets]).double(),
                 torch.cat([one.detach() for one in scales]).double())
 
-    def split(self, rows: Tensor) -> list[Tensor]:
-        """Split ``(R,)`` into one part for each norm."""
-        return list(rows.split(self._sizes))
+    def rows_of(self, gates: Tensor) -> Tensor:
+        """Spread values ``(G,)`` of gates over their rows, ``(R,)``."""
+        return gates.double()[self.gate_of_row.clamp(min=0)].masked_fill(
+            self.gate_of_row < 0, 0)
+
+    @torch.no_grad()
+    def add_gradients_(self,
+                       beta: Tensor,
+                       gamma: Tensor,
+                       loss_scale: Tensor | None = None) -> None:
+        """Add to the gradients of the norms, in place.
+
+        Args:
+            beta (Tensor): ``(R,)`` gradient of the offsets.
+            gamma (Tensor): ``(R,)`` gradient of the scales.
+            loss_scale (Tensor, optional): Factor of all other gradients.
+        """
+        for parameters, rows in zip(self.pairs(), (beta, gamma)):
+            for one in parameters:
+                if one.grad is None:
+                    one.grad = torch.zeros_like(one)
+            self._add_([one.grad for one in parameters],
+                       rows if loss_scale is None else rows * loss_scale)
+
+    @torch.no_grad()
+    def move_(self, beta: Tensor, gamma: Tensor) -> None:
+        """Add ``(R,)`` to offsets and scales of the norms, in place."""
+        for parameters, rows in zip(self.pairs(), (beta, gamma)):
+            self._add_([one.data for one in parameters], rows)
+
+    def _add_(self, tensors: list[Any], rows: Tensor) -> None:
+        """Add rows ``(R,)`` to one tensor for each norm, in place."""
+        torch._foreach_add_(tensors, [
+            part.to(one) for one, part in zip(tensors, rows.split(self._sizes))
+        ])
 
     def log_active(self, beta: Tensor, gamma: Tensor) -> Tensor:
         """Logarithm ``(G,)`` of 1 - Phi, differentiable in both.
@@ -247,11 +282,22 @@ class Evidence(nn.Module):
                                 found)
         return found.max(1).values
 
-    def upper(self, beta: Tensor, gamma: Tensor, quantile: float) -> Tensor:
-        """Largest beta + quantile |gamma| ``(G,)`` of the read points."""
+    def distance(self, beta: Tensor, gamma: Tensor) -> Tensor:
+        """Measure how far the median gate is from Phi = 0.95, a scalar.
+
+        Args:
+            beta (Tensor): ``(R,)`` offsets.
+            gamma (Tensor): ``(R,)`` scales.
+
+        Returns:
+            Tensor: In units of a new norm's distance, and at least 0.1.
+        """
         mean, scale = self._summed(beta, gamma)
-        return (mean + quantile * scale).masked_fill(self.kinds < 0,
-                                                     -torch.inf).amax(1)
+        upper = (mean + _QUANTILE * scale).masked_fill(self.kinds < 0,
+                                                       -torch.inf).amax(1)
+        median = upper.sort().values[len(upper) // 2]
+        return ((median - self.tau) /
+                (_QUANTILE - self.tau)).clamp(min=_LEAST_DISTANCE)
 
     def _summed(self, beta: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation ``(G, P)`` at each read point."""

@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 
-def drop_probability(phi: Tensor, threshold: Tensor | float,
+def drop_probability(phi: Tensor | float, threshold: Tensor,
                      sharpness: float) -> Tensor:
     """Probability that a channel is masked: sigma(k (Phi - c)).
 
     Args:
-        phi (Tensor): Probability that the channel is deactivated.
-        threshold (Tensor | float): c.
+        phi (Tensor | float): Probability that the channel is deactivated.
+        threshold (Tensor): c.
         sharpness (float): k.
 
     Examples:
         Even a channel that is never active is kept at times.
 
-        >>> found = drop_probability(torch.tensor([0.95, 1.]), 0.95, 20.)
+        >>> found = drop_probability(
+        ...     torch.tensor([0.95, 1.]), torch.tensor(0.95), 20.)
         >>> [round(value, 4) for value in found.tolist()]
         [0.5, 0.7311]
     """

@@ -10,27 +10,34 @@ from ..analysis.structure import Analysis, ReadPoint
 from ..analysis.tracer import copy_model
 
 
-def refusals(analysis: Analysis, model: nn.Module,
-             streams: bool) -> dict[int, str]:
-    """Find the groups whose read points are no evidence, with the reasons.
+def with_evidence(analysis: Analysis, model: nn.Module,
+                  streams: bool) -> Analysis:
+    """Freeze the groups that no batch norm tells enough of.
 
     Args:
         analysis (Analysis): Analysis of the model.
         model (nn.Module): The model, which stays unchanged.
         streams (bool): See :func:`refusal`.
 
-    Returns:
-        dict[int, str]: Reason by the index of the group.
+    Raises:
+        ValueError: If no group is left.
     """
     useless = _useless_norms(analysis, model)
-    found = {}
+    reasons = {}
     for index, group in enumerate(analysis.groups):
         norms = [norm for point in group.read_points for norm in point.norms]
         reason = refusal(group.read_points, streams) or next(
             (useless[norm] for norm in norms if norm in useless), None)
         if reason is not None:
-            found[index] = reason
-    return found
+            reasons[index] = reason
+    left = analysis.without(reasons)
+    if not left.num_gates:
+        shown = '; '.join(f'{row.channels} channels: {row.reason}'
+                          for row in left.frozen[len(analysis.frozen):][:3])
+        raise ValueError(
+            'gdp.gate: expected channels behind a batch norm and a ReLU for '
+            f"type='scp', but got none ({shown}); use gate='gdp'")
+    return left
 
 
 def refusal(points: tuple[ReadPoint, ...], streams: bool) -> str | None:

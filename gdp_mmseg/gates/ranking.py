@@ -94,3 +94,9 @@ class Ranking:
             high = torch.where(meets, middle, high)
             low = torch.where(meets, low, middle)
         return high
+
+
+def midway(values: Tensor, cut: Tensor) -> Tensor:
+    """Mean, a scalar, of the last of the first ``cut`` values and the next."""
+    ends = torch.stack([cut - 1, cut]).clamp(0, len(values) - 1)
+    return values[ends].mean()

@@ -22,16 +22,14 @@ from .base import CostFunction, GateMethod
 from .blocks import Blocks
 from .deactivation import Evidence
 from .masks import drop_probability, soft_mask, uniform_numbers
-from .norm_checks import refusals
-from .ranking import Ranking
+from .norm_checks import with_evidence
+from .ranking import Ranking, midway
+from .scp_options import (SHARPNESS, SPREAD, TAU, TEMPERATURE, THRESHOLD,
+                          check_options)
 
-# Defaults of the official code.
-TAU, SHARPNESS, THRESHOLD, TEMPERATURE, SPREAD = 0.05, 20., 0.95, 0.5, 2.
 # Least solved threshold: a fresh norm has Phi = 0.52, and a threshold there
 # would turn the masks of a whole layer into noise.
 _LEAST_THRESHOLD = 0.75
-# Phi^-1(0.95): a channel stays if beta + 1.645 |gamma| >= tau.
-_QUANTILE = 1.6448536
 # Distance by which the penalty alone would move beta in the pruning phase, in
 # units of how far the channels are from being deactivated: that of the
 # authors' ResNet-56 on CIFAR-10, 5e-5 times the sum of lr / (1 - momentum).
@@ -41,7 +39,6 @@ _TRAVEL = 8.
 # Growth of the strength over a phase of steps that miss the budget: by e^2,
 # about 1 % a step in 200 steps.
 _GROWTH = 2.
-_LEAST_DISTANCE = 0.1
 # Least openness of a gate that is kept.
 _LEAST_OPENNESS = 1e-3
 
@@ -84,6 +81,10 @@ class SCPGates(GateMethod):
 
     OPTIONS = ('tau', 'k', 'T', 's', 'streams', 'threshold', 'penalty')
     ABSORBING = False
+    WHOLE_CHANNELS = True
+    MULTIPLIER = (
+        'strength of the penalty of the norms; 0 while the budget is '
+        'met without it')
     score: Tensor
     kept: Tensor
     phase: Tensor
@@ -109,6 +110,7 @@ class SCPGates(GateMethod):
         self.evidence = evidence
         self.sharpness, self.temperature, self.spread = k, T, s
         self.threshold, self.penalty = threshold, penalty
+        self.gradual = penalty is None
         # It only receives the gradient of the masks, and stays zero.
         nn.init.zeros_(self.theta)
         # Logarithm of 1 - Phi at the last step.
@@ -127,8 +129,6 @@ class SCPGates(GateMethod):
         self._drawn = self._settled = False
         self._finite: Tensor | None = None
 
-    # -- which gates there are ---------------------------------------------
-
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
         """Check the values of some options.
@@ -136,26 +136,7 @@ class SCPGates(GateMethod):
         Raises:
             ValueError: If one is out of its range.
         """
-        for name, value in options.items():
-            if name == 'streams':
-                if not isinstance(value, bool):
-                    raise ValueError('gdp.gate.streams: expected True or '
-                                     f'False, but got {value!r}')
-                continue
-            least = 'at least 0' if name in ('s', 'penalty') else 'above 0'
-            most = ' and below 1' if name == 'threshold' else ''
-            if (not isinstance(value, (int, float)) or isinstance(value, bool)
-                    or not math.isfinite(value) or value < 0
-                    or (value == 0 and least == 'above 0')
-                    or (value >= 1 and most)):
-                raise ValueError(f'gdp.gate.{name}: expected a number {least}'
-                                 f'{most}, but got {value!r}')
-        given = {'threshold', 'penalty'} & {*options}
-        if len(given) == 1:
-            raise ValueError(
-                f'gdp.gate.{given.pop()}: expected both threshold and penalty,'
-                " which are the paper's own objective, but got one of them; "
-                'set the other too, or leave both out')
+        check_options(options)
 
     @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
@@ -183,15 +164,7 @@ class SCPGates(GateMethod):
         Raises:
             ValueError: If no gate is left.
         """
-        left = analysis.without(refusals(analysis, model, streams))
-        if not left.num_gates:
-            shown = '; '.join(
-                f'{row.channels} channels: {row.reason}'
-                for row in left.frozen[len(analysis.frozen):][:3])
-            raise ValueError(
-                "gdp.gate: expected channels behind a batch norm and a ReLU "
-                f"for type='scp', but got none ({shown}); use gate='gdp'")
-        return left
+        return with_evidence(analysis, model, streams)
 
     def bind_(self, model: nn.Module) -> None:
         """Take the norms of a model, in place."""
@@ -202,9 +175,18 @@ class SCPGates(GateMethod):
         if self.penalty is None:
             return []
         return [
-            f'gdp.gate has a fixed threshold of {self.threshold} and a fixed '
-            f'penalty of {self.penalty}: they decide how much is pruned, and '
-            'gdp.target is not held'
+            f'gdp.gate.threshold={self.threshold} and penalty={self.penalty} '
+            'decide how much is pruned, and gdp.target is not held'
+        ]
+
+    def outcome(self) -> list[str]:
+        """Tell the last threshold, and what the budget forced out."""
+        closed = self.is_closed()
+        forced = closed & (self._phi() < THRESHOLD)
+        return [
+            f'threshold of SCP at the end: {float(self.limit):.4f}; '
+            f'{int(forced.sum())} of {int(closed.sum())} closed gates had a '
+            f'Phi below {THRESHOLD}, and were forced out by the budget'
         ]
 
     # -- the forward pass --------------------------------------------------
@@ -226,7 +208,7 @@ class SCPGates(GateMethod):
             self.mask.fill_(1)
             return
         mask = self._masks(*self.evidence.values())
-        self.mask.copy_(torch.where(self._is(1), mask, 1.))
+        self.mask.copy_(torch.where(self._prunes(), mask, 1.))
 
     def _masks(self, beta: Tensor, gamma: Tensor) -> Tensor:
         """Masks ``(G,)`` of this step, differentiable in both ``(R,)``."""
@@ -235,31 +217,29 @@ class SCPGates(GateMethod):
         uniform = uniform_numbers(self.seed, self.step_number, len(phi))
         return soft_mask(drop, uniform, self.temperature)
 
-    def _is(self, phase: int) -> Tensor:
-        """Tell on the device whether a phase is running, a scalar bool."""
-        # An average of models may average it.
-        return self.phase.round() == phase
+    def _prunes(self) -> Tensor:
+        """Tell on the device whether the pruning phase runs, a scalar bool."""
+        # An average of models may average it: above 1 is settled.
+        return (self.phase > 0) & (self.phase <= 1)
 
     def are_open(self) -> Tensor:
         """Return whether all masks are 1 in training, a scalar bool."""
-        return ~self._is(1) & ~self.is_closed().any()
+        return ~self._prunes() & ~self.is_closed().any()
 
     # -- the state of the gates --------------------------------------------
 
     def openness(self) -> Tensor:
         """Rescaled probability ``(G,)`` of being kept, from 0 at Phi = 1."""
-        drop = drop_probability(-self.score.double().expm1(), self.limit,
-                                self.sharpness)
-        least, most = (
-            drop_probability(end, self.limit, self.sharpness)
-            for end in torch.tensor([1., 0.]).to(drop).unbind())
+        drop, least, most = (
+            drop_probability(phi, self.limit.double(), self.sharpness)
+            for phi in (self._phi(), 1., 0.))
         soft = ((least - drop) / (least - most)).clamp(min=_LEAST_OPENNESS)
-        value = torch.where(self._is(1), soft.to(self.score), 1.)
+        value = torch.where(self._prunes(), soft.to(self.score), 1.)
         return value * self.decided()
 
     def decided(self) -> Tensor:
         """Openness ``(G,)`` in evaluation and for the cut: 0 or 1."""
-        value = torch.where(self._is(0), 1., (self.kept > 0.5).float())
+        value = torch.where(self._prunes() & (self.kept <= 0.5), 0., 1.)
         return value.masked_fill(self.is_closed(), 0)
 
     def worth(self) -> Tensor:
@@ -284,13 +264,13 @@ class SCPGates(GateMethod):
         """
         gradient = self.gradient()
         self._finite = gradient.isfinite().all()
-        passed = torch.where(self._finite & self._is(1), gradient.double(), 0.)
+        passed = torch.where(self._finite & self._prunes(), gradient.double(),
+                             0.)
         beta, gamma = (one.requires_grad_() for one in self.evidence.values())
         with torch.enable_grad():
             found = torch.autograd.grad(
                 self._masks(beta, gamma), (beta, gamma), passed)
-        for parameters, rows in zip(self.evidence.pairs(), found):
-            _add_gradients_(parameters, self.evidence.split(rows))
+        self.evidence.add_gradients_(found[0], found[1], self.loss_scale)
         return self._finite
 
     @torch.no_grad()
@@ -313,11 +293,13 @@ class SCPGates(GateMethod):
             channel_weight (float): Not used: whole channels count.
             protected (Tensor, optional): ``(G,)`` bool, gates that are kept
                 whatever their Phi is.
-            scarcity (Tensor | float): Not used: SCP has no gain.
+            scarcity (Tensor | float): Not used.
             blocks (Blocks, optional): Gates that close together.
         """
         beta, gamma = self.evidence.values()
-        self._measure_distance_(beta, gamma)
+        self.distance.copy_(
+            torch.where(self.phase == 0, self.evidence.distance(beta, gamma),
+                        self.distance))
         self.score.copy_(self.evidence.log_active(beta, gamma))
         if self.penalty is None:
             self._push_(gamma)
@@ -328,19 +310,6 @@ class SCPGates(GateMethod):
         self.phase.fill_(1)
         self.step_number += 1
         self._drawn = False
-
-    def _measure_distance_(self, beta: Tensor, gamma: Tensor) -> None:
-        """Measure in the first step how far gates are from deactivation.
-
-        In units of a fresh norm: the median over the gates.
-        """
-        tau = self.evidence.tau
-        upper = self.evidence.upper(beta, gamma, _QUANTILE).sort().values
-        distance = (upper[len(upper) // 2] - tau) / (_QUANTILE - tau)
-        self.distance.copy_(
-            torch.where(
-                self._is(0), distance.clamp(min=_LEAST_DISTANCE),
-                self.distance))
 
     def _phi(self) -> Tensor:
         return -self.score.double().expm1()
@@ -355,7 +324,7 @@ class SCPGates(GateMethod):
         is_met = cut <= natural
         self.limit.copy_(
             torch.where(is_met, THRESHOLD,
-                        _between(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
+                        midway(phi, cut)).clamp(_LEAST_THRESHOLD, THRESHOLD))
         # Those that the soft masks keep, too.
         soft_cut = torch.minimum(
             torch.maximum(cut, natural), (phi > _LEAST_THRESHOLD).sum())
@@ -376,32 +345,20 @@ class SCPGates(GateMethod):
 
         All processes agree on it.
         """
-        moved = self._rows(self.push * self._finite_or_not())
-        shrunk = torch.minimum(moved * self.spread, gamma.abs()) * gamma.sign()
-        for parameters, rows in zip(self.evidence.pairs(), (moved, shrunk)):
-            parts = [
-                part.to(one)
-                for one, part in zip(parameters, self.evidence.split(rows))
-            ]
-            torch._foreach_sub_([one.data for one in parameters], parts)
+        moved = self.evidence.rows_of(self.push * self._finite_or_not())
+        shrunk = torch.minimum(moved * self.spread, gamma.abs())
+        self.evidence.move_(-moved, -shrunk * gamma.sign())
 
     def _penalise_(self, gamma: Tensor, penalty: float) -> None:
         """Add the gradient of the paper's penalty to that of the norms."""
-        rows = self._rows(self._finite_or_not() & ~self.is_closed()) * penalty
-        for parameters, part in zip(self.evidence.pairs(),
-                                    (rows, rows * self.spread * gamma.sign())):
-            _add_gradients_(parameters, self.evidence.split(part))
+        rows = self.evidence.rows_of(~self.is_closed()
+                                     & self._finite_or_not()) * penalty
+        self.evidence.add_gradients_(rows, rows * self.spread * gamma.sign(),
+                                     self.loss_scale)
 
-    def _rows(self, gates: Tensor) -> Tensor:
-        """Mask ``(R,)`` in double of the rows of some gates ``(G,)``."""
-        gate_of_row = self.evidence.gate_of_row
-        return gates.double()[gate_of_row.clamp(min=0)].masked_fill(
-            gate_of_row < 0, 0)
-
-    def _finite_or_not(self) -> Tensor:
-        """Mask ``(G,)``, False if the last gradient was not finite."""
-        found = torch.ones_like(self.score, dtype=torch.bool)
-        return found if self._finite is None else found & self._finite
+    def _finite_or_not(self) -> Tensor | bool:
+        """Tell whether the last gradient was finite, a scalar bool."""
+        return True if self._finite is None else self._finite
 
     def agree_(self) -> None:
         """Copy the first process's gates to all processes, in place."""
@@ -433,30 +390,11 @@ class SCPGates(GateMethod):
             cut = ranking.least_cut(budget)
             self.kept.copy_(ranking.trimmed(cut, budget))
             phi = -ranking.worth[ranking.order].double().expm1()
-            self.limit.copy_(_between(phi, cut).clamp(max=THRESHOLD))
+            self.limit.copy_(midway(phi, cut).clamp(max=THRESHOLD))
         self.close_(self.kept < 0.5)
         self.phase.fill_(2)
         self._settled, self._drawn = True, False
 
     def is_settled(self) -> bool:
         """Tell whether the pruning phase is over."""
-        return bool(self._is(2))
-
-
-def _between(phi: Tensor, cut: Tensor) -> Tensor:
-    """Threshold midway between the last kept and the first cut of Phi."""
-    last = len(phi) - 1
-    ends = torch.stack([cut - 1, cut]).clamp(0, last)
-    return phi[ends].mean()
-
-
-def _add_gradients_(parameters: list[nn.Parameter],
-                    parts: list[Tensor]) -> None:
-    """Add to the gradients of some parameters, in place."""
-    gradients = []
-    for one in parameters:
-        if one.grad is None:
-            one.grad = torch.zeros_like(one)
-        gradients.append(one.grad)
-    torch._foreach_add_(gradients,
-                        [part.to(one) for one, part in zip(parameters, parts)])
+        return bool(self.phase > 1)

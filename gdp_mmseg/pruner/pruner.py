@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.liveness import constant_channels, kept_channels
+from ..analysis.reasons import frozen_by_kind
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import STOPWATCHES, LatencyCost, Stopwatch, measure
@@ -112,7 +113,16 @@ class Pruner(nn.Module):
                 f'pruned, but got {target.ratio}; raise gdp.target, or let '
                 'more be pruned by gdp.ignore, gdp.only and '
                 'gdp.min_keep_ratio; gdp-mmseg groups lists the layers without'
-                ' a gate and why')
+                f' a gate and why{self._main_reason()}')
+
+    def _main_reason(self) -> str:
+        """Add why most of the channels without a gate have none."""
+        kinds = frozen_by_kind(
+            (row.reason, row.channels) for row in self.analysis.frozen)
+        if not kinds:
+            return ''
+        reason, channels = kinds[0]
+        return f' (for {channels} channels: {reason})'
 
     def note_on_target(self) -> str | None:
         """Compose a note on a target that is too low for each group.
@@ -178,8 +188,9 @@ class Pruner(nn.Module):
 
     def _state(self, progress: float) -> dict[str, Tensor]:
         """Compute what :class:`Figures` tells, on the device of the gates."""
-        return state_of(self.gates, self.flops, self.cost,
-                        self.schedule.channel_weight_at(progress))
+        weight = 1. if self.gates.WHOLE_CHANNELS else (
+            self.schedule.channel_weight_at(progress))
+        return state_of(self.gates, self.flops, self.cost, weight)
 
     # -- the training ------------------------------------------------------
 

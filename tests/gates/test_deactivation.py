@@ -11,7 +11,8 @@ from torch import Tensor
 from gdp_mmseg.gates.deactivation import edges_of, log_active
 from gdp_mmseg.gates.masks import drop_probability, soft_mask, uniform_numbers
 
-TAU, K, C, T = 0.05, 20., 0.95, 0.5
+TAU, K, T = 0.05, 20., 0.5
+C = torch.tensor(0.95, dtype=torch.double)
 
 
 def of(*values: float) -> Tensor:
