@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from gdp_mmseg.files import write_json
-from gdp_mmseg.gates import METHODS
 
-from small_models import MODELS, Run, conditions, least_flops, train_once
+from small_models import (MODELS, Run, add_gate_option, conditions,
+                          least_flops, train_once)
 
 TARGETS = [0.2, 0.3, 0.4, 0.5, 0.7]
 
@@ -43,18 +43,13 @@ def main() -> None:
         type=int,
         default=1,
         help='number of which all widths are to be multiples (default: 1)')
-    parser.add_argument(
-        '--gate',
-        choices=METHODS,
-        default='gdp',
-        help='gate method (default: gdp)')
+    add_gate_option(parser)
     args = parser.parse_args()
     least = {name: least_flops(name) for name in args.models}
     report = dict(
         title='Budget: target and FLOPs reached' +
-        (f', widths in multiples of {args.multiple}'
-         if args.multiple > 1 else '') +
-        (f', gate {args.gate}' if args.gate != 'gdp' else ''),
+        (f', widths in multiples of {args.multiple}' if args.multiple > 1 else
+         '') + (f', gate {args.gate}' if args.gate != 'gdp' else ''),
         least_flops=least,
         targets=sorted(args.targets),
         multiple=args.multiple,

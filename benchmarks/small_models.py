@@ -6,6 +6,7 @@ runner, ``GDPModel`` and ``GDPHook``, on images of 64 x 64 pixels of
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -30,6 +31,7 @@ from mmengine.runner import Runner
 from gdp_mmseg.demo.data import CLASSES, PALETTE, make_demo_data
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.files import write_json
+from gdp_mmseg.gates import METHODS
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.report.summary import other_widths
 
@@ -168,6 +170,15 @@ class Watch(Hook):
                                       pruner.channels().cpu() > 0,
                                       pruner.settings.multiple),
             multiplier=float(pruner.gates.multiplier))
+
+
+def add_gate_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--gate`` to the options of a benchmark, in place."""
+    parser.add_argument(
+        '--gate',
+        choices=METHODS,
+        default='gdp',
+        help='gate method (default: gdp)')
 
 
 def train_once(run: Run,

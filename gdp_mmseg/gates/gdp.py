@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import (LEAST_SCALE, CostFunction, first_guess, held_cost,
-                   solve_multiplier)
+from .base import CostFunction
 from .blocks import Blocks
 from .gains import GainMethod
+from .multiplier import LEAST_SCALE, first_guess, held_cost, solve_multiplier
 
 # Weight of the root mean square of dL/dg in the gain of an open gate. Once the
 # weights have settled, the mean of dL/dg is about zero, and only its square
@@ -229,7 +229,8 @@ class GDPGates(GainMethod):
             lr (float): Distance that a theta moves where gain and price do
                 not oppose each other. Under a steady gain it is 1.3 times
                 that.
-            channel_weight (float): See :func:`gdp_mmseg.gates.base.held_cost`.
+            channel_weight (float): See
+                :func:`gdp_mmseg.gates.multiplier.held_cost`.
             protected (Tensor, optional): ``(G,)`` bool, gates whose price is
                 zero in this step, so that they cannot close.
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the

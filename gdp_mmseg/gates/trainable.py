@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..analysis.spelling import did_you_mean
-from .base import LEAST_SCALE, CostFunction, first_guess, solve_multiplier
+from .base import CostFunction
 from .blocks import Blocks
 from .gains import GainMethod
+from .multiplier import LEAST_SCALE, first_guess, solve_multiplier
 from .trimming import trimmed
 
 # Share of the pruning phase, at its end, in which the gates vote by whether

@@ -164,6 +164,8 @@ class Pruner(nn.Module):
             'or the last channels of groups cost more than it allows' if left
             > target.ratio else 'it was trained to a lower target, or large '
             'groups closed as a whole')
+        if self.gates.notes():
+            reason = 'the options of gdp.gate do not hold it'
         return (f'{left:.4f} of the {target.resource} are left, but gdp.target'
                 f' is {target.ratio}: {reason}')
 

@@ -60,8 +60,8 @@ def trained_toy(kind: str,
     return net, pruner
 
 
-@pytest.mark.parametrize('gate, floor', [*[(one, 0.) for one in METHODS],
-                                         ('gdp', 0.3)])
+@pytest.mark.parametrize('gate, floor',
+                         [*[(one, 0.) for one in METHODS], ('gdp', 0.3)])
 def test_a_step_reads_once_from_the_device(gate: str, floor: float) -> None:
     _, pruner = trained_toy('flops', min_keep_ratio=floor, gate=gate)
     gates = pruner.gates
@@ -276,3 +276,14 @@ def test_a_missed_target_is_noted(left: float, noted: bool) -> None:
     note = pruner.note_on(left)
     assert bool(note) == noted
     assert not note or f'{left:.4f} of the FLOPs' in note
+
+
+def test_a_target_that_a_penalty_misses_is_noted() -> None:
+    """The budget is the target at once, and the gates pull one way."""
+    gate = dict(type='trainable', penalty=1e-9)
+    _, pruner = trained_toy('flops', gate=gate)
+    assert pruner.budget(0.05) == 1 and pruner.budget(0.11) == RATIO
+    assert pruner.gates.is_settled()
+    left = float(pruner.cost(pruner.channels()))
+    assert left > RATIO + 0.1
+    assert 'options of gdp.gate do not hold it' in str(pruner.note_on(left))
