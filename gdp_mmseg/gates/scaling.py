@@ -164,11 +164,8 @@ def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
     return values.reshape(shape)
 
 
-class FixedFactors(torch.autograd.Function):
-    """Factors that do not move, with a gradient of zero for theta.
-
-    Wrappers of several processes wait for the gradient of each parameter.
-    """
+class _Fixed(torch.autograd.Function):
+    """Factors that do not move."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
@@ -179,3 +176,12 @@ class FixedFactors(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
         theta, = ctx.saved_tensors
         return torch.zeros_like(theta), None
+
+
+def fixed(theta: Tensor, factors: Tensor) -> Tensor:
+    """Return factors that do not move, with a gradient of zero for theta.
+
+    Wrappers of several processes wait for the gradient of each parameter.
+    """
+    found: Tensor = _Fixed.apply(theta, factors)
+    return found
