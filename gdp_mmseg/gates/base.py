@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
 from .blocks import Blocks
-from .fixed import Fixed
+from .scaling import fixed
 
 
 class CostFunction(Protocol):
@@ -177,8 +177,7 @@ class GateMethod(nn.Module, abc.ABC):
         if known is None or known[0] != state:
             known = state, self._computed_factors(index).detach()
             self._fixed[index] = known
-        factors: Tensor = Fixed.apply(self.theta, known[1])
-        return factors
+        return fixed(self.theta, known[1])
 
     def _computed_factors(self, index: int) -> Tensor:
         slots = self._slots[index]
