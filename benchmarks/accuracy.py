@@ -46,46 +46,24 @@ from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.measure import count_flops, count_parameters
 from gdp_mmseg.report.record import last_metrics
 
-HERE = Path(__file__).resolve().parent
+from accuracy_configs import (GATED, PHASES, START_RUN, config_of, folder_of,
+                              start_checkpoint, task_of, teacher_checkpoint)
+from accuracy_tasks import TASKS, Task
+from accuracy_variants import CHANGES
+
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
 # Only on request: not every target can be met in the head alone, nor with one
 # threshold that must leave channels in every layer.
 OPTIONAL = ('l1_head', 'slimming_global')
-# Phases of the gates: a trained network needs no long warm-up, the pruned one
-# needs time to settle.
-PHASES = (0.1, 0.2, 0.7)
-# Variants of GDP, each with one more setting.
-GDP: dict[str, dict[str, Any]] = dict(
-    gdp={},
-    gdp_min_keep=dict(min_keep_ratio=0.1),
-    gdp_slow=dict(phases=(0.1, 0.6, 0.3)),
-    gdp_plain={})  # Pruner._scarcity is patched away
 ITERATIONS = 1600
-# Length of the dense training that all runs start from, in iterations.
-START = 3000
-START_RUN = 'start-1.0-0'
-# Learning rate of all parameters after the start.
-LR_AFTER_START = 2e-4
-TITLE = dict(
-    camvid='DeepLabV3Plus-ResNet18 on CamVid: GDP and the alternatives',
-    voc='DeepLabV3Plus-MobileNetV2 on a subset of Pascal VOC 2012: GDP and '
-    'the alternatives')
-WEIGHTS = dict(
-    camvid='ImageNet, stages 1 to 3; stage 4 is random', voc='ImageNet')
-TRAIN = dict(
-    camvid='CamVid, the 367 images of ImageSets/Segmentation/train.txt',
-    voc='Pascal VOC 2012, a subset: 330 images of train.txt and 600 of aug.txt'
-)
-TEST = dict(
-    camvid='the 101 images of val.txt, 480 x 360, in windows of 192',
-    voc='173 images of val.txt, short side 193')
+DECAY = dict(PolyLR='polynomial', CosineAnnealingLR='cosine')
 
 
 def parse_args() -> argparse.Namespace:
     """Parse the flags of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('data', choices=TITLE)
+    parser.add_argument('data', choices=TASKS)
     parser.add_argument('--data-root', type=Path, required=True)
     parser.add_argument(
         '--weights', type=Path, required=True, help='file of the backbone')
@@ -95,83 +73,85 @@ def parse_args() -> argparse.Namespace:
         '--methods',
         nargs='+',
         default=USUAL,
-        choices=list(dict.fromkeys([*USUAL, *OPTIONAL, *GDP])))
+        type=_method,
+        help=f'of {list(dict.fromkeys([*USUAL, *OPTIONAL, *GATED]))}, and for '
+        f'dense and gates with changes of {list(CHANGES)}, as in gdp+ema')
     parser.add_argument(
         '--targets', nargs='+', type=float, default=[0.4, 0.25, 0.5])
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--iterations', type=int, default=ITERATIONS)
+    parser.add_argument(
+        '--start',
+        type=int,
+        help='length of the dense training that all runs start from, in '
+        'iterations; by default that of the data set')
+    parser.add_argument(
+        '--lr',
+        type=float,
+        help='learning rate after the start; by default that of the data set')
+    parser.add_argument(
+        '--hold',
+        type=float,
+        help='share of the training after the start that keeps its learning '
+        'rate, which then falls linearly; by default that of the data set')
+    parser.add_argument(
+        '--tune',
+        action='store_true',
+        help='train on three quarters of the training images and evaluate on '
+        'the rest, to choose settings on them')
     parser.add_argument(
         '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
         '--report', type=Path, required=True, help='file for all rows')
     parser.add_argument(
         '--one', help=argparse.SUPPRESS)  # name of a run for this process
-    return parser.parse_args()
+    args = parser.parse_args()
+    task = task_of(args)
+    args.start = args.start or task.start
+    args.lr = args.lr or task.lr_after_start
+    args.hold = task.hold if args.hold is None else args.hold
+    return args
+
+
+def _method(text: str) -> str:
+    """Check the name of a method with its changes, if it has any."""
+    base, *changes = text.split('+')
+    known = [*USUAL, *OPTIONAL, *GATED]
+    if base not in known or not {*changes} <= {*CHANGES}:
+        raise argparse.ArgumentTypeError(
+            f'expected one of {list(dict.fromkeys(known))}, with changes of '
+            f'{list(CHANGES)}, as in gdp+ema, but got {text!r}')
+    return text
 
 
 def plan(args: argparse.Namespace) -> Iterator[str]:
     """Yield the names of the runs, ``method-target-seed``, seed by seed."""
     for seed, target, method in itertools.product(args.seeds, args.targets,
                                                   args.methods):
-        if method != 'dense':
+        if not method.startswith('dense'):
             yield f'{method}-{target}-{seed}'
         elif target == args.targets[0]:
-            yield f'dense-1.0-{seed}'
+            yield f'{method}-1.0-{seed}'
 
 
-def folder_of(args: argparse.Namespace, name: str) -> Path:
-    """Return the folder of a run; runs of all lengths share the start."""
-    length = START if name == START_RUN else args.iterations
-    folder: Path = args.work_dir / f'{args.data}-{length}' / name
-    return folder
-
-
-def start_checkpoint(args: argparse.Namespace) -> Path:
-    """Return the checkpoint that all runs start from."""
-    return folder_of(args, START_RUN) / f'training/iter_{START}.pth'
-
-
-def config_of(args: argparse.Namespace, method: str, target: float,
-              seed: int) -> Config:
-    """Return the config of one run's training."""
-    cfg = Config.fromfile(HERE / f'configs/{args.data}.py')
-    root = str(args.data_root.resolve())
-    train = cfg.train_dataloader.dataset
-    for dataset in train.get('datasets', [train]):
-        dataset.data_root = root
-    for loader in (cfg.val_dataloader, cfg.test_dataloader):
-        loader.dataset.data_root = root
-    cfg.model.backbone.init_cfg = dict(
-        type='Pretrained', checkpoint=str(args.weights.resolve()))
-    iterations = dict(
-        start=START,
-        narrow=START + args.iterations).get(method, args.iterations)
-    cfg.randomness = dict(seed=seed)
-    cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
-    cfg.param_scheduler[0].end = iterations
-    cfg.default_hooks.checkpoint.interval = iterations
-    if method not in ('start', 'narrow'):
-        cfg.load_from = str(start_checkpoint(args))
-        cfg.optim_wrapper.optimizer.lr = LR_AFTER_START
-        cfg.optim_wrapper.paramwise_cfg = None
-    if method in GDP:
-        cfg.model.update(
-            type='gdp_mmseg.GDPModel',
-            gdp=dict(dict(target=target, phases=PHASES), **GDP[method]))
-        cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
-    return cfg
+def _can_start(args: argparse.Namespace, name: str) -> bool:
+    """Tell whether a run has what it needs of other runs."""
+    method, _, seed = name.split('-')
+    return 'kd' not in method.split('+') or teacher_checkpoint(
+        args, int(seed)).exists()
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     """Train, prune and evaluate one run; return its row.
 
-    ``miou`` of the row is None if the method cannot meet the target.
+    ``score`` of the row is None if the method cannot meet the target.
     """
     method, target, seed = name.split('-')
+    task = task_of(args)
     cfg = config_of(args, method, float(target), int(seed))
     iterations = cfg.train_cfg.max_iters
     cfg.work_dir = str(folder / 'training')
-    init_default_scope('mmseg')
+    init_default_scope(task.scope)
     start = time.time()
     runner = Runner.from_cfg(cfg)
     # The same sums in a quarter less time on CPUs.
@@ -179,31 +159,33 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
     shape = (1, 3, *cfg.crop_size)
     dense_flops = count_flops(runner.model, shape, inference_forward)
     refusal: tuple[type[Exception], ...] = ()
-    if method not in ('start', 'dense', *GDP):
+    base = method.split('+')[0]
+    if base not in ('start', 'dense', *GATED):
         from one_shot import OutOfReach, PruneOnce
         refusal = (OutOfReach, )
         begin = 0 if method == 'narrow' else round(PHASES[0] * args.iterations)
         runner.register_hook(
-            PruneOnce(method, float(target), begin, shape, int(seed)))
+            PruneOnce(method, float(target), begin, shape, int(seed),
+                      task.whole))
     plain = (
         mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
-        if method == 'gdp_plain' else contextlib.nullcontext())
+        if base == 'gdp_plain' else contextlib.nullcontext())
     row = dict(
         method=method,
         target=float(target),
         seed=int(seed),
         iterations=iterations,
-        start_miou=(miou_of(start_checkpoint(args).parent)
-                    if cfg.load_from else None))
+        start_score=(score_of(task,
+                              start_checkpoint(args).parent)
+                     if cfg.load_from else None))
     try:
         with plain:
             runner.train()
     except refusal as error:
         print(error)
-        return dict(row, miou=None)
-    row.update(
-        miou=miou_of(folder / 'training'), minutes=(time.time() - start) / 60)
-    if method in GDP:
+        return dict(row, score=None)
+    row.update(minutes=(time.time() - start) / 60)
+    if base in GATED:
         report = export(cfg, str(folder / f'training/iter_{iterations}.pth'),
                         folder / 'pair', 'gdp')
         g = runner.model.gdp.gates.openness()
@@ -211,21 +193,22 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
             row,
             macs=report.share('flops'),
             params=report.share('params'),
-            miou=(report.network('pruned').metrics or {})['mIoU'],
-            miou_gated=(report.network('gated').metrics or {})['mIoU'],
+            score=(report.network('pruned').metrics or {})[task.metric],
+            score_gated=(report.network('gated').metrics or {})[task.metric],
             max_rel_diff=report.max_rel_diff,
             half_open=float(((g > 0.01) & (g < 0.5)).float().mean()),
             groups=[dataclasses.asdict(row) for row in report.groups])
     dense_params = count_parameters(Runner.build_model(runner, cfg.model))
     return dict(
         row,
+        score=score_of(task, folder / 'training'),
         macs=count_flops(runner.model, shape, inference_forward) / dense_flops,
         params=count_parameters(runner.model) / dense_params)
 
 
-def miou_of(work_dir: Path) -> float:
-    """Return the mIoU of the last evaluation in a work folder."""
-    return last_metrics(work_dir, ['mIoU'])['mIoU']
+def score_of(task: Task, work_dir: Path) -> float:
+    """Return the score of the last evaluation in a work folder."""
+    return last_metrics(work_dir, [task.metric])[task.metric]
 
 
 def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
@@ -240,6 +223,7 @@ def run_apart(name: str, folder: Path) -> subprocess.Popen[bytes]:
 
 def conditions(args: argparse.Namespace) -> dict[str, Any]:
     """Return the conditions that all runs of a report share."""
+    task = task_of(args)
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
     try:
@@ -247,23 +231,41 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     except PackageNotFoundError:  # only the alternatives need it
         torch_pruning = ''
     return dict(
-        title=f'{TITLE[args.data]}, {args.iterations} iterations',
+        title=f'{task.title}: GDP and the alternatives, {args.iterations} '
+        'iterations',
         data=args.data,
-        weights=WEIGHTS[args.data],
+        metric=task.metric_name,
+        weights=task.weights,
         weights_sha256=hashlib.sha256(args.weights.read_bytes()).hexdigest(),
-        train=TRAIN[args.data],
-        test=TEST[args.data],
-        start=START,
+        train=task.train,
+        test=task.test,
+        notes=list(task.notes),
+        start=args.start,
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
-        f'(start: {lr_of_start(args)}), polynomial decay',
+        f'(start: {lr_of_start(args)}), '
+        f'{_decay(args, cfg)} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         torch=torch.__version__,
         torch_pruning=torch_pruning,
-        machine=f'{platform.machine()}, one of {os.cpu_count()} CPU cores')
+        machine=_machine())
+
+
+def _decay(args: argparse.Namespace, cfg: Config) -> str:
+    """Describe how the learning rate falls."""
+    if args.hold:
+        return f'held for {args.hold:g} of the training, then linear'
+    return DECAY[cfg.param_scheduler[0].type]
+
+
+def _machine() -> str:
+    """Describe the machine of the runs."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f'{platform.machine()}, one of {os.cpu_count()} CPU cores'
 
 
 def lr_of_start(args: argparse.Namespace) -> str:
@@ -323,11 +325,17 @@ def main() -> None:
                      f'{folder / "log.txt"}')
     collect()
     waiting = [name for name in plan(args) if name not in rows]
+    for name in waiting:
+        dense = f'dense-1.0-{name.split("-")[2]}'
+        if not _can_start(args, name) and dense not in waiting:
+            sys.exit(f'--methods: expected dense with {name}, because it '
+                     'distils from it; add dense')
     running: dict[str, subprocess.Popen[bytes]] = {}
     failed = []
     while waiting or running:
-        while waiting and len(running) < args.jobs:
-            name = waiting.pop(0)
+        ready = [name for name in waiting if _can_start(args, name)]
+        for name in ready[:args.jobs - len(running)]:
+            waiting.remove(name)
             print(f'{time.strftime("%H:%M")} {name}', flush=True)
             running[name] = run_apart(name, folder_of(args, name))
         time.sleep(2)

@@ -15,10 +15,12 @@ from budget_report import phases
 
 Report = dict[str, Any]
 
-# Target of the README's table.
-README_TARGET = 0.4
+# Targets of the README's table, the preferred one first.
+README_TARGETS = (0.4, 0.5)
+# Gates, by the first part of the names of their methods.
+GATES = dict(gdp='GDP', scp='SCP', trainable='Trainable gate')
 LABELS = dict(
-    gdp='GDP',
+    **GATES,
     narrow='narrower network, from the beginning',
     random='random channels',
     l1='L1 norm',
@@ -50,10 +52,10 @@ NOTES = (
 
 
 def accuracy(report: Report) -> list[str]:
-    """Return the mean and the spread of the mIoU, by method and target."""
+    """Return the mean and the spread of the score, by method and target."""
     rows = report['rows']
     targets = sorted({row['target'] for row in rows if row['target'] < 1})
-    cells = [['mIoU', *(f'FLOPs {target:g}' for target in targets)]]
+    cells = [[report['metric'], *(f'FLOPs {target:g}' for target in targets)]]
     ran = {row['method'] for row in rows}
     for method in filter(ran.__contains__, LABELS):
         cells.append([
@@ -65,7 +67,8 @@ def accuracy(report: Report) -> list[str]:
         'network and all rows start from one dense network, trained for '
         f'{report["start"]} iterations from a pretrained backbone '
         f'({report["weights"]}): {_starts(rows)}.', '',
-        table(cells), '', f'![mIoU over FLOPs]({plot_name(report)})', '',
+        table(cells), '',
+        f'![{report["metric"]} over FLOPs]({plot_name(report)})', '',
         *_training(report, ran), *_below_dense(report, targets),
         *_pruning(report),
         f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
@@ -101,25 +104,45 @@ def _training(report: Report, ran: set[str]) -> list[str]:
 
 
 def _pruning(report: Report) -> list[str]:
-    """Return list items about the settings and the results of GDP."""
-    rows = [row for row in report['rows'] if row['miou'] is not None]
-    gdp = [row for row in rows if row['method'].startswith('gdp')]
-    others = [
-        row for row in rows if row['method'] in LABELS and row not in gdp
+    """Return list items about the settings and the results of the gates."""
+    rows = [
+        row for row in report['rows']
+        if row['score'] is not None and row['method'] in LABELS
     ]
-    apart = max(abs(row['miou'] - row['miou_gated']) for row in gdp)
+    families = {
+        label: found
+        for name, label in GATES.items()
+        if (found := [row for row in rows if gate_of(row['method']) == name])
+    }
+    others = [row for row in rows if gate_of(row['method']) is None]
+    distances = [
+        f'{label} {_off_target(found)} points'
+        for label, found in families.items()
+    ] + ([f'the alternatives {_off_target(others)}'] if others else [])
+    gated = [row for found in families.values() for row in found]
+    apart = max(abs(row['score'] - row['score_gated']) for row in gated)
+    notes = ' '.join(report.get('notes', ()))
     return [
-        '- The phases of GDP, whose first is also the time at which the '
-        'alternatives prune, and the learning rate of all rows were chosen on '
-        'these images; no other setting of the alternatives was. Their '
-        'optimizer starts anew when they prune.',
+        f'- {notes} Their optimizer starts anew when they prune.',
         f'- Warm-up, pruning, settling of GDP: {phases(report)}.',
-        f'- FLOPs reached minus target: GDP {_off_target(gdp)} points'
-        f'{f", the alternatives {_off_target(others)}" if others else ""}.',
-        f'- GDP: the mIoU before and after the export differs by {apart:.2f} '
-        'at most; gates with an openness between 0.01 and 0.5 at the end: '
-        f'{max(row["half_open"] for row in gdp):.2%} at most.'
+        f'- FLOPs reached minus target: {", ".join(distances)}.',
+        f'- {_and([*families])}: the {report["metric"]} before and after the '
+        f'export differs by {apart:.2f} at most; gates with an openness '
+        'between 0.01 and 0.5 at the end: '
+        f'{max(row["half_open"] for row in gated):.2%} at most.'
     ]
+
+
+def gate_of(method: str) -> str | None:
+    """Return the gate of a method, a key of ``GATES``; None without gates."""
+    name = method.partition('_')[0]
+    return name if name in GATES else None
+
+
+def _and(words: Sequence[str]) -> str:
+    """Join words as in a sentence."""
+    *most, last = words
+    return f'{", ".join(most)} and {last}' if most else last
 
 
 def _below_dense(report: Report, targets: Iterable[float]) -> list[str]:
@@ -139,25 +162,25 @@ def _below_dense(report: Report, targets: Iterable[float]) -> list[str]:
 
 
 def _starts(rows: list[Report]) -> str:
-    """Return the mIoU of the networks that rows start from.
+    """Return the score of the networks that rows start from.
 
     The usual start comes first. Runs on another machine had one of their own.
     """
     names: dict[float, list[str]] = {}
     for row in rows:
         name = f'`{row["method"]}-{row["target"]}-{row["seed"]}`'
-        if row['start_miou'] and row['miou'] is not None:
-            names.setdefault(row['start_miou'], []).append(name)
-    usual, *others = sorted(names, key=lambda miou: -len(names[miou]))
+        if row['start_score'] and row['score'] is not None:
+            names.setdefault(row['start_score'], []).append(name)
+    usual, *others = sorted(names, key=lambda score: -len(names[score]))
     return f'{usual:.2f}' + ''.join(
-        f'; {", ".join(names[miou])} started from a second training of it: '
-        f'{miou:.2f}' for miou in others)
+        f'; {", ".join(names[score])} started from a second training of it: '
+        f'{score:.2f}' for score in others)
 
 
 def _cell(report: Report, method: str, target: float) -> str:
     """Return a cell of the table of :func:`accuracy`."""
     if any(row['method'] == method and row['target'] == target
-           and row['miou'] is None for row in report['rows']):
+           and row['score'] is None for row in report['rows']):
         return 'out of reach'
     return mean_and_spread(values_of(report, method, target))
 
@@ -165,11 +188,11 @@ def _cell(report: Report, method: str, target: float) -> str:
 def values_of(report: Report,
               method: str,
               target: float,
-              key: str = 'miou') -> list[float]:
+              key: str = 'score') -> list[float]:
     """Return a value of the rows of all seeds that met the target."""
     return [
         row[key] for row in report['rows'] if row['method'] == method
-        and row['target'] == target and row['miou'] is not None
+        and row['target'] == target and row['score'] is not None
     ]
 
 
@@ -197,28 +220,36 @@ def _off_target(rows: list[Report]) -> str:
 
 def readme_table(reports: Iterable[Report]) -> str:
     """Return the README's table: the longest runs of each data set."""
-    longest: dict[str, Report] = {}
+    longest: dict[str, tuple[Report, float]] = {}
     for report in sorted(reports, key=lambda report: report['iterations']):
-        if values_of(report, 'dense', 1.) and values_of(
-                report, 'gdp', README_TARGET):
-            longest[report['data']] = report
+        for target in README_TARGETS:
+            if values_of(report, 'dense', 1.) and values_of(
+                    report, 'gdp', target):
+                longest[report['data']] = report, target
+                break
+    gates = [
+        name for name in GATES if any(
+            values_of(report, name, target)
+            for report, target in longest.values())
+    ]
     cells = [[
-        'mIoU on real images', 'dense', f'GDP, {README_TARGET:g} of the FLOPs',
-        'best alternative'
+        'on real images', 'score', 'dense', 'FLOPs',
+        *(GATES[name] for name in gates), 'best alternative'
     ]]
-    for report in longest.values():
+    for report, target in longest.values():
         others = [(statistics.mean(values), mean_and_spread(values), label)
                   for method, label in LABELS.items()
-                  if not method.startswith('gdp') and (
-                      values := values_of(report, method, README_TARGET))]
+                  if gate_of(method) is None and (
+                      values := values_of(report, method, target))]
         cells.append([
-            report['title'].partition(':')[0],
-            mean_and_spread(values_of(report, 'dense', 1.)),
-            mean_and_spread(values_of(report, 'gdp', README_TARGET)),
-            ', '.join(max(others)[1:]) if others else '-'
+            report['title'].partition(':')[0], report['metric'],
+            mean_and_spread(values_of(report, 'dense', 1.)), f'{target:g}',
+            *(mean_and_spread(values_of(report, name, target))
+              for name in gates), ', '.join(max(others)[1:]) if others else '-'
         ])
-    return (f'{table(cells)}\n\nMean and standard deviation (number of '
-            'seeds); [all results](docs/results.md).')
+    return (f'{table(cells)}\n\nFLOPs: share of those of the dense network. '
+            'Mean and standard deviation (number of seeds); '
+            '[all results](docs/results.md).')
 
 
 def plot_name(report: Report) -> str:
@@ -227,7 +258,7 @@ def plot_name(report: Report) -> str:
 
 
 def plot_accuracy(report: Report, folder: Path) -> None:
-    """Draw the mIoU over FLOPs with the spread over seeds; dense as a band."""
+    """Draw the score over FLOPs with its spread, and dense as a band."""
     figure = Figure(figsize=(6, 4), layout='constrained')
     axes = figure.subplots()
     dense = values_of(report, 'dense', 1.)
@@ -240,7 +271,7 @@ def plot_accuracy(report: Report, folder: Path) -> None:
         targets = sorted({
             row['target']
             for row in report['rows']
-            if row['method'] == method and row['miou'] is not None
+            if row['method'] == method and row['score'] is not None
         })
         if not targets:
             continue
@@ -260,7 +291,9 @@ def plot_accuracy(report: Report, folder: Path) -> None:
             linewidth=3 if method == 'gdp' else 1,
             capsize=3)
     axes.set(
-        xlabel='share of the dense multiply-adds', ylabel='mIoU', xlim=(0, 1))
+        xlabel='share of the dense multiply-adds',
+        ylabel=report['metric'],
+        xlim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(fontsize='small')
     figure.savefig(folder / plot_name(report), dpi=120)

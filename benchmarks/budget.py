@@ -14,7 +14,8 @@ from pathlib import Path
 
 from gdp_mmseg.files import write_json
 
-from small_models import MODELS, Run, conditions, least_flops, train_once
+from small_models import (MODELS, Run, add_gate_option, conditions,
+                          least_flops, train_once)
 
 TARGETS = [0.2, 0.3, 0.4, 0.5, 0.7]
 
@@ -42,15 +43,17 @@ def main() -> None:
         type=int,
         default=1,
         help='number of which all widths are to be multiples (default: 1)')
+    add_gate_option(parser)
     args = parser.parse_args()
     least = {name: least_flops(name) for name in args.models}
     report = dict(
         title='Budget: target and FLOPs reached' +
-        (f', widths in multiples of {args.multiple}'
-         if args.multiple > 1 else ''),
+        (f', widths in multiples of {args.multiple}' if args.multiple > 1 else
+         '') + (f', gate {args.gate}' if args.gate != 'gdp' else ''),
         least_flops=least,
         targets=sorted(args.targets),
         multiple=args.multiple,
+        gate=args.gate,
         runs=[],
         **conditions())
     for iterations in args.iterations:
@@ -64,7 +67,8 @@ def main() -> None:
                         target,
                         iterations,
                         args.seed,
-                        multiple=args.multiple)
+                        multiple=args.multiple,
+                        gate=args.gate)
                     report['runs'].append(train_once(run, args.work_dir))
                     write_json(args.report, report)
 

@@ -46,7 +46,7 @@ def budget(report: Report) -> list[str]:
         '- Half-open gates: share of the gates with an openness between 0.01 '
         'and 0.5 at the end, the maximum of the row. Largest step: the '
         'largest share of FLOPs that one iteration removed.',
-        *_multiples(report), *conditions(report)
+        *_multiples(report), *_gate(report), *conditions(report)
     ]
 
 
@@ -61,6 +61,12 @@ def _multiples(report: Report) -> list[str]:
         f'layer are no multiple of {multiple}: {others} of '
         f'{len(report["runs"])}.'
     ]
+
+
+def _gate(report: Report) -> list[str]:
+    """Return a list item about the gates of a report, if not GDP's."""
+    gate = report.get('gate', 'gdp')
+    return [] if gate == 'gdp' else [f'- With `gate={gate!r}`.']
 
 
 def _reached(one: Report | None, target: float, least: float) -> str:

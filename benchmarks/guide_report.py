@@ -37,9 +37,11 @@ def guide_sections(reports: Mapping[str, Report]) -> dict[str, str]:
 
 def _targets(reports: Mapping[str, Report]) -> str:
     """Return the distance from dense by network, length and target."""
+    metrics = ' or '.join(
+        dict.fromkeys(report['metric'] for report in reports.values()))
     rows = [[
-        'network and data', 'iterations', 'FLOPs', 'parameters', 'dense mIoU',
-        'pruned mIoU', 'difference'
+        'network and data', 'iterations', 'FLOPs', 'parameters',
+        f'dense {metrics}', f'pruned {metrics}', 'difference'
     ]]
     for report in reports.values():
         for target in _targets_of(report):
@@ -54,11 +56,11 @@ def _targets(reports: Mapping[str, Report]) -> str:
             ])
     return '\n'.join([
         tables.table(rows), '',
-        'FLOPs and parameters are shares of the dense network. mIoU: mean and '
-        'standard deviation, with the number of seeds in brackets. All of '
-        'these networks were trained before they were pruned; `iterations` is '
-        'the length of the gated training. The dense network was trained for '
-        'the same number of further iterations.', '',
+        f'FLOPs and parameters are shares of the dense network. {metrics}: '
+        'mean and standard deviation, with the number of seeds in brackets. '
+        'All of these networks were trained before they were pruned; '
+        '`iterations` is the length of the gated training. The dense network '
+        'was trained for the same number of further iterations.', '',
         _sources(reports)
     ])
 
@@ -90,6 +92,10 @@ def _length(reports: Mapping[str, Report]) -> str:
         'network and data', 'dense training', 'gated training', 'ratio',
         'difference at 0.4'
     ]]
+    reports = {
+        name: report
+        for name, report in reports.items() if 0.4 in _targets_of(report)
+    }
     rows += [[
         _network(report),
         str(report['start']),
@@ -181,9 +187,9 @@ def _mean(report: Report, method: str, target: float, key: str) -> float:
 
 
 def _difference(report: Report, target: float) -> float:
-    """Return the mean mIoU of GDP minus that of the dense network."""
-    return (_mean(report, 'gdp', target, 'miou') -
-            _mean(report, 'dense', 1., 'miou'))
+    """Return the mean score of GDP minus that of the dense network."""
+    return (_mean(report, 'gdp', target, 'score') -
+            _mean(report, 'dense', 1., 'score'))
 
 
 def _one(reports: Mapping[str, Report], key: str) -> Any:

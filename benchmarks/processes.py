@@ -10,6 +10,7 @@ two cores.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 
 from pages import put_between
-from small_models import ROOT, Run, config_of
+from small_models import ROOT, Run, add_gate_option, config_of
 
 RUN = Run('DeepLabV3Plus-ResNet18', target=0.4, iterations=60)
 PAGE = ROOT / 'docs' / 'reliability.md'
@@ -66,13 +67,13 @@ def theta_file(work_dir: Path, rank: int) -> Path:
     return work_dir / f'theta{rank}.pth'
 
 
-def exact_config(folder: Path) -> Config:
+def exact_config(folder: Path, gate: str) -> Config:
     """Return a training in which two batches equal one batch of both.
 
     The loss of both is the mean of the two only with norms in eval mode or no
     norms, and without random draws: no dropout, no flips.
     """
-    cfg = config_of(RUN, folder / 'data')
+    cfg = config_of(dataclasses.replace(RUN, gate=gate), folder / 'data')
     cfg.model.backbone.update(norm_cfg=dict(type='BN'), norm_eval=True)
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
         head.update(norm_cfg=None, dropout_ratio=0.)
@@ -104,10 +105,10 @@ def run(command: list[Any]) -> None:
                    check=True)
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, gate: str) -> dict[str, Any]:
     """Train in two processes and in one, export, and compare."""
     path = folder / 'config.py'
-    cfg = exact_config(folder)
+    cfg = exact_config(folder, gate)
     cfg.dump(path)
     # The hook is registered in this process already.
     for key in ('custom_imports', 'custom_hooks'):
@@ -130,13 +131,14 @@ def measure(folder: Path) -> dict[str, Any]:
         evaluate=False)
     return dict(
         model=RUN.model,
+        gate=gate,
         target=RUN.target,
         iterations=RUN.iterations,
         batch_size=batch,
         gates=first.shape[1],
-        closed=int((first[-1] == 0).sum()),
+        closed=int((first[-1] <= 0).sum()),
         equal_in_both=int((first == second).all(1).sum()),
-        same_closed_as_alone=int(((first == 0) == (alone == 0)).all(1).sum()),
+        same_closed_as_alone=int(((first <= 0) == (alone <= 0)).all(1).sum()),
         theta_apart=float((first - alone).abs().max()),
         flops=report.share('flops'),
         max_rel_diff=report.max_rel_diff,
@@ -147,7 +149,13 @@ def measure(folder: Path) -> dict[str, Any]:
 
 def markdown(report: dict[str, Any]) -> str:
     """Return the section of the page."""
-    steps = report['iterations']
+    steps, gate = report['iterations'], report.get('gate', 'gdp')
+    if gate != 'gdp':
+        return (f'With `gate={gate!r}`, theta is equal in both processes '
+                f'after {report["equal_in_both"]} of {steps} iterations, and '
+                'a single process has the same gates closed after '
+                f'{report["same_closed_as_alone"]} of them. Report: '
+                f'`reports/processes_{gate}.json`.')
     return (
         f'Two processes by `tools/dist_train.sh`: theta of all '
         f'{report["gates"]} gates is equal in both, bit for bit, after '
@@ -175,13 +183,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path, required=True)
+    add_gate_option(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(Path(folder))
+        report = measure(Path(folder), args.gate)
     write_json(args.report, report)
     print(json.dumps(report, indent=1))
-    if args.report.resolve() == ROOT / 'docs' / 'reports' / 'processes.json':
-        put_between(PAGE, 'processes', markdown(report))
+    if args.report.resolve().parent == ROOT / 'docs' / 'reports':
+        put_between(PAGE, args.report.stem, markdown(report))
 
 
 if __name__ == '__main__':

@@ -6,6 +6,7 @@ runner, ``GDPModel`` and ``GDPHook``, on images of 64 x 64 pixels of
 """
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import json
@@ -30,6 +31,7 @@ from mmengine.runner import Runner
 from gdp_mmseg.demo.data import CLASSES, PALETTE, make_demo_data
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.files import write_json
+from gdp_mmseg.gates import METHODS
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.report.summary import other_widths
 
@@ -123,6 +125,7 @@ class Run:
         seed (int): Seed of the weights and of the order of the images.
         loss_weight (float): Factor of the task's loss.
         multiple (int): Number of which the widths are to be multiples.
+        gate (str): Name of the gate method.
     """
     model: str
     target: float
@@ -130,6 +133,7 @@ class Run:
     seed: int = 0
     loss_weight: float = 1.
     multiple: int = 1
+    gate: str = 'gdp'
 
 
 class Watch(Hook):
@@ -166,6 +170,15 @@ class Watch(Hook):
                                       pruner.channels().cpu() > 0,
                                       pruner.settings.multiple),
             multiplier=float(pruner.gates.multiplier))
+
+
+def add_gate_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--gate`` to the options of a benchmark, in place."""
+    parser.add_argument(
+        '--gate',
+        choices=METHODS,
+        default='gdp',
+        help='gate method (default: gdp)')
 
 
 def train_once(run: Run,
@@ -284,7 +297,11 @@ def gated_model(run: Run) -> dict[str, Any]:
     model.update(
         base=model['type'],
         type='gdp_mmseg.GDPModel',
-        gdp=dict(target=run.target, phases=PHASES, multiple=run.multiple))
+        gdp=dict(
+            target=run.target,
+            gate=run.gate,
+            phases=PHASES,
+            multiple=run.multiple))
     return model
 
 

@@ -90,7 +90,8 @@ def gate(model: nn.Module,
     if pruner.unmeasured:
         pruner.measure_()
         pruner.check_target()
-    for note in filter(None, [*notes, pruner.note_on_target()]):
+    notes += [pruner.note_on_target(), *pruner.gates.notes()]
+    for note in filter(None, notes):
         warnings.warn(note)
     gate_(model, analysis, pruner.gates)
     return GatedModel(model, pruner, num_steps, forward)
@@ -109,7 +110,8 @@ def _analyse(model: nn.Module, input_shape: tuple[int, ...], forward: Forward,
     """
     found = analyse(model, input_shape, forward, forward, settings.ignore,
                     settings.only)
-    return verify(model, found, forward, forward)[0]
+    verified, _ = verify(model, found, forward, forward)
+    return settings.gate.admitted(verified, model)
 
 
 class GatedModel(nn.Module):
@@ -248,7 +250,8 @@ class GatedModel(nn.Module):
             f'{" x ".join(map(str, analysis.input_shape))}',
             f'parameters: {_share(parameters, channels.cpu(), 1e6, "M")}',
             'removed parts: ' +
-            ('; '.join(dead_parts(analysis, keep)) or 'none')
+            ('; '.join(dead_parts(analysis, keep)) or 'none'),
+            *self.pruner.gates.outcome()
         ]
         return '\n'.join([*lines, '', table(rows)])
 

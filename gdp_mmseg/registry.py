@@ -12,7 +12,7 @@ MODELS = Registry(
     'model',
     parent=MMENGINE_MODELS,
     scope='gdp_mmseg',
-    locations=['gdp_mmseg.engine.model'])
+    locations=['gdp_mmseg.engine.model', 'gdp_mmseg.engine.cifar_resnet'])
 HOOKS = Registry(
     'hook',
     parent=MMENGINE_HOOKS,

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 import torch
@@ -22,6 +22,13 @@ LONGEST = ('tests/e2e/test_models', 'tests/benchmarks', 'tests/e2e',
 SPREAD = ('tests/e2e/test_models', 'tests/e2e/test_features',
           'tests/e2e/test_stock_tools', 'tests/benchmarks',
           'tests/cli/test_bad_inputs', 'tests/export/test_export')
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        '--gate',
+        help='gate method of the tests that take another one in each of '
+        'their cases')
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -53,6 +60,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     chosen = config.getoption('dist') == 'loadscope'
     return Scheduler(config, log) if chosen else None
+
+
+@pytest.fixture(scope='session')
+def gate_of(pytestconfig: pytest.Config) -> Callable[[int], str]:
+    """Name of the gate method for the case of a number.
+
+    All cases with all methods would take too long in each run of the tests:
+    ``--gate NAME`` runs all cases with one of them.
+    """
+    from gdp_mmseg.gates import METHODS
+    chosen, names = pytestconfig.getoption('gate'), [*METHODS]
+    return lambda number: chosen or names[number % len(names)]
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -19,7 +19,8 @@ PRUNED = [name for name in CONFIGS if name.startswith('gdp_')]
 @pytest.mark.parametrize('name', CONFIGS)
 def test_config_parses(name: str) -> None:
     cfg = mmengine.Config.fromfile(ROOT / 'configs' / name)
-    assert cfg.model.type in ('EncoderDecoder', 'gdp_mmseg.GDPModel')
+    assert cfg.model.type in ('EncoderDecoder', 'ImageClassifier',
+                              'gdp_mmseg.GDPModel')
     assert cfg.train_dataloader and cfg.test_dataloader and cfg.train_cfg
 
 
@@ -50,3 +51,44 @@ def test_demo_config_names_the_classes_that_are_drawn() -> None:
         assert loader.dataset.metainfo.classes == data.CLASSES
         assert loader.dataset.metainfo.palette == data.PALETTE
     assert cfg.model.decode_head.num_classes == len(data.CLASSES)
+
+
+def test_metafile_names_each_config_once() -> None:
+    yaml = pytest.importorskip('yaml')
+    content = yaml.safe_load((ROOT / 'configs' / 'metafile.yml').read_text())
+    collections = {one['Name'] for one in content['Collections']}
+    listed = [model['Config'] for model in content['Models']]
+    assert sorted(listed) == [
+        f'configs/{name}' for name in CONFIGS if name != 'drop_in_template.py'
+    ]
+    for model in content['Models']:
+        assert model['Config'] == f'configs/{model["Name"]}.py'
+        assert model['In Collection'] in collections
+
+
+@pytest.mark.parametrize('name, millions, widest', [
+    ('gdp_resnet56_cifar10.py', 125.5, 64),
+    ('gdp_vgg16_cifar10.py', 313.2, 512),
+    ('gdp_resnet50_imagenet.py', 4089.2, 2048),
+    ('gdp_mobilenetv2_imagenet.py', 300.8, 1280),
+])
+def test_classifier_can_lose_half_of_its_flops(name: str, millions: float,
+                                               widest: int) -> None:
+    pytest.importorskip('mmpretrain')
+    from mmengine.registry import MODELS, init_default_scope
+
+    from gdp_mmseg.analysis.analyse import analyse
+    from gdp_mmseg.cost.counts import FlopCost
+    from gdp_mmseg.engine.bare import without_random_weights
+    from gdp_mmseg.engine.config import ModelConfig
+    from gdp_mmseg.engine.forwards import inference_forward
+    cfg = mmengine.Config.fromfile(ROOT / 'configs' / name)
+    init_default_scope(cfg.default_scope)
+    config = ModelConfig.of(cfg)
+    with without_random_weights():
+        network = MODELS.build(config.ungated)
+    analysis = analyse(network, config.input_shape(), inference_forward)
+    cost = FlopCost(analysis)
+    assert cost.dense / 1e6 == pytest.approx(millions, abs=0.1)
+    assert cost.fixed_share() < config.settings.target.ratio / 2
+    assert widest in [len(layer.outputs) for layer in analysis.layers]

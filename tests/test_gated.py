@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any, Callable
 
@@ -71,11 +72,19 @@ def train(model: GatedModel,
     return optimizer
 
 
-@pytest.fixture(scope='module')
-def trained() -> GatedModel:
-    model = gated()
+GATES = ('gdp', 'trainable')
+
+
+@functools.cache
+def trained_with(gate: str) -> GatedModel:
+    model = gated(gate=gate)
     train(model)
     return model
+
+
+@pytest.fixture()
+def trained() -> GatedModel:
+    return trained_with('gdp')
 
 
 def outputs(model: nn.Module) -> Tensor:
@@ -99,8 +108,10 @@ def test_fresh_gates_change_no_output_mode_or_parameter() -> None:
     assert torch.equal(outputs(frozen), before)
 
 
+@pytest.mark.parametrize('gate', GATES)
 def test_training_meets_the_target_and_the_export_computes_the_same(
-        trained: GatedModel) -> None:
+        gate: str) -> None:
+    trained = trained_with(gate)
     # One channel of the stem costs two points.
     assert trained.flops() == pytest.approx(TARGET, abs=0.03)
     pruned, widths = trained.export()
@@ -160,20 +171,24 @@ def test_overflow_moves_no_gate() -> None:
     assert model.pruner.gates.theta.grad is None
 
 
+# In the pruning phase, and among the votes of its last steps.
+@pytest.mark.parametrize('gate, stop', [('gdp', STEPS // 2),
+                                        ('trainable', STEPS // 2),
+                                        ('trainable', 47)])
 def test_resume_by_state_dicts_goes_on_as_the_straight_training(
-        trained: GatedModel, tmp_path: Path) -> None:
-    first = gated()
-    optimizer = train(first, end=STEPS // 2)
+        gate: str, stop: int, tmp_path: Path) -> None:
+    first = gated(gate=gate)
+    optimizer = train(first, end=stop)
     torch.save((first.state_dict(), optimizer.state_dict()),
                tmp_path / 'half.pt')
-    model = gated()
+    model = gated(gate=gate)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     state, momenta = torch.load(tmp_path / 'half.pt', weights_only=True)
     model.load_state_dict(state)
     optimizer.load_state_dict(momenta)
-    train(model, first=STEPS // 2, optimizer=optimizer)
-    for name, value in trained.state_dict().items():
+    train(model, first=stop, optimizer=optimizer)
+    for name, value in trained_with(gate).state_dict().items():
         if isinstance(value, Tensor):
             assert torch.equal(model.state_dict()[name], value), name
 
@@ -184,9 +199,13 @@ def test_state_of_other_gates_is_refused(trained: GatedModel) -> None:
         other.set_extra_state(trained.get_extra_state())
 
 
-@pytest.mark.parametrize('use_buffers', [False, True])
-def test_average_of_the_weights_can_be_exported(use_buffers: bool) -> None:
-    model = gated()
+@pytest.mark.parametrize('use_buffers, gate', [(False, 'gdp'),
+                                               (True, 'gdp'),
+                                               (False, 'trainable'),
+                                               (True, 'trainable')])
+def test_average_of_the_weights_can_be_exported(use_buffers: bool,
+                                                gate: str) -> None:
+    model = gated(gate=gate)
     average = torch.optim.swa_utils.AveragedModel(
         model,
         multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9),
@@ -195,6 +214,8 @@ def test_average_of_the_weights_can_be_exported(use_buffers: bool) -> None:
     pruned, _ = average.module.export()
     assert torch.allclose(outputs(pruned), outputs(average), atol=1e-5)
     assert float((average.module.pruner.gates.closed > 0).float().mean()) > 0
+    assert torch.equal(average.module.pruner.channels(),
+                       model.pruner.channels())
 
 
 def test_saved_model_is_loaded_into_the_dense_class(trained: GatedModel,

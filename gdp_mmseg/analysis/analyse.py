@@ -26,6 +26,7 @@ from scipy.sparse.csgraph import connected_components
 from torch import Tensor, nn
 
 from .labels import Labels
+from .read_points import ReadPointTracker
 from .spelling import did_you_mean
 from .structure import Analysis, FrozenChannels, Group, Layer
 from .tracer import Forward, ForwardError, Tracer, copy_model
@@ -74,7 +75,7 @@ def analyse(model: nn.Module,
         elif (chosen is not None and owner not in chosen
               and (name, axis) in labels.written_axes):
             labels.freeze_labels(slots, 'kept out by only')
-    found = _collect(labels, (1, *input_shape))
+    found = _collect(labels, tracer.read_points, (1, *input_shape))
     if not found.num_gates:
         raise ValueError(nothing_left(found))
     return dataclasses.replace(
@@ -170,7 +171,8 @@ def _unread(model: nn.Module,
         modules, sum(len(model.get_parameter(name)) for name in kernels)), )
 
 
-def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
+def _collect(labels: Labels, read_points: ReadPointTracker,
+             input_shape: tuple[int, ...]) -> Analysis:
     """Turn traced labels into classes, gates and groups."""
     classes = _classes(labels)
     axes = {key: classes[slots.numpy()] for key, slots in labels.axes.items()}
@@ -192,13 +194,14 @@ def _collect(labels: Labels, input_shape: tuple[int, ...]) -> Analysis:
         gates = np.arange(number, number + len(indices))
         gate_of[indices] = gates
         number += len(indices)
-        touched = [keys[key] for key, _ in place]
+        touched = {keys[key]: count for key, count in place}
+        read = [key for key in touched if key in labels.read_axes]
         groups.append(
             Group(
                 torch.from_numpy(gates),
                 _modules(key for key in touched if key in labels.written_axes),
-                _modules(key for key in touched if key in labels.read_axes),
-                stopped.isdisjoint(indices)))
+                _modules(read), stopped.isdisjoint(indices),
+                read_points.points((kernel for kernel, _ in read), touched)))
 
     gate_axes = {
         key: torch.from_numpy(gate_of[index])
@@ -296,10 +299,13 @@ def _frozen(labels: Labels, axes: dict[tuple[str, int], np.ndarray],
                                                  (set(), set()))
                 indices.add(index)
                 keys.add(key)
-    frozen = [
-        FrozenChannels(reason, _modules(sorted(keys)), len(indices))
-        for reason, (indices, keys) in found.items()
-    ]
+    frozen = []
+    for reason, (indices, keys) in found.items():
+        # One channel of each class, but all those of no layer are class 0.
+        channels = len(indices - {0})
+        if 0 in indices:
+            channels += max(int((axes[key] == 0).sum()) for key in keys)
+        frozen.append(FrozenChannels(reason, _modules(sorted(keys)), channels))
     # A layer with a computed kernel has no axis that could be frozen. It may
     # run several times, but is listed once.
     frozen += {

@@ -130,7 +130,7 @@ def apply(labels: Labels, operation: Operation) -> bool:
         return False
     if name in _SOURCE_RULES:
         return _SOURCE_RULES[name](labels, operation, known)
-    if name.startswith(_SPATIAL):
+    if name.startswith(SPATIAL):
         return _spatial(labels, operation, known)
     return False
 
@@ -598,9 +598,9 @@ def _softmax(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 # Prefixes of operators on the last axes that neither mix channels nor depend
 # on their number.
-_SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
-            '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
-            'replication_pad')
+SPATIAL = ('upsample_', '_upsample_', 'max_pool', 'avg_pool', 'adaptive_',
+           '_adaptive_', 'mkldnn_adaptive', 'reflection_pad',
+           'replication_pad')
 
 
 def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:
@@ -612,7 +612,28 @@ def _spatial(labels: Labels, operation: Operation, known: Tensor) -> bool:
 
 @_source_rule('constant_pad_nd')
 def _pad(labels: Labels, operation: Operation, known: Tensor) -> bool:
-    return _on_last_axes(labels, operation, known, len(operation.args[1]) // 2)
+    """Give label 0 to the channels that are added; no layer writes them.
+
+    The padding must not be negative along an axis of channels: which channels
+    are cut off would depend on their number.
+    """
+    labels.needs_channels(known)
+    output = operation.outputs[0]
+    sides = operation.args[1]
+    known = thinned(known)
+    for last, pair in enumerate(zip(sides[::2], sides[1::2])):
+        dim = known.dim() - 1 - last
+        if not varies(known, dim):
+            known = known.narrow(dim, 0, 1)
+        elif min(pair) < 0:
+            return False
+        else:
+            before, after = (
+                known.new_zeros(
+                    (*known.shape[:dim], size, *known.shape[dim + 1:]))
+                for size in pair)
+            known = torch.cat([before, known, after], dim)
+    return labels.set(output, known.expand(output.shape))
 
 
 def _on_last_axes(labels: Labels, operation: Operation, known: Tensor,

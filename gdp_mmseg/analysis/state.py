@@ -12,7 +12,8 @@ from typing import Any, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .structure import Analysis, FrozenChannels, Group, Layer, LayerCall
+from .structure import (Analysis, FrozenChannels, Group, Layer, LayerCall,
+                        ReadPoint)
 
 
 def to_state(analysis: Analysis) -> dict[str, Any]:
@@ -56,7 +57,8 @@ def from_state(state: Mapping[str, Any]) -> Analysis:
             groups=tuple(
                 Group(
                     torch.tensor(row['gates']), tuple(row['writers']),
-                    tuple(row['readers']), row['can_be_empty'])
+                    tuple(row['readers']), row['can_be_empty'],
+                    _read_points(row.get('read_points', ())))
                 for row in state['groups']),
             parameters={
                 name: tuple(shape)
@@ -123,6 +125,14 @@ def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
                 for name, value in call.items()
             }) for call in calls),
         **rest)
+
+
+def _read_points(rows: Iterable[Mapping[str, Any]]) -> tuple[ReadPoint, ...]:
+    return tuple(
+        ReadPoint(**{
+            name: _tuples(value)
+            for name, value in row.items()
+        }) for row in rows)
 
 
 def _plain(value: Any) -> Any:

@@ -46,6 +46,26 @@ class Layer:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReadPoint:
+    """What a gated layer sees of the channels of a group.
+
+    Args:
+        norms (tuple[str, ...]): Batch norms whose outputs are added up there,
+            each the last one on its way; empty if that is not known.
+        activation (str): Activation function after them: ``'relu'`` (also
+            ReLU6), ``'silu'``, ``'gelu'``, ``'hardswish'`` or none.
+        summed (bool): Whether something was added since the norms.
+        of_sum (bool): Whether a norm reads a sum.
+        reason (str): The reason why there is no norm; empty if there is one.
+    """
+    norms: tuple[str, ...] = ()
+    activation: str = ''
+    summed: bool = False
+    of_sum: bool = False
+    reason: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class Group:
     """Channels that lie between the same layers.
 
@@ -58,11 +78,15 @@ class Group:
         can_be_empty (bool): Whether all channels can be removed. False where
             an operator between the layers may refuse a tensor without
             channels; one channel is then kept.
+        read_points (tuple[ReadPoint, ...]): What the layers that read the
+            channels see of them; empty in an analysis that an earlier version
+            saved.
     """
     gates: Tensor
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     can_be_empty: bool
+    read_points: tuple[ReadPoint, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from .labels import Labels
 from .operators import PRODUCTS, Operation, apply
+from .read_points import ReadPointTracker
 
 Forward = Callable[[nn.Module, Tensor], Any]
 
@@ -40,6 +41,7 @@ class Tracer(TorchDispatchMode):
 
     Attributes:
         labels (Labels): The labels of all forward passes so far.
+        read_points (ReadPointTracker): What the layers read in them.
         unread (dict[int, str]): Names of the parameters that no operator has
             read so far, by the tensors' ids.
     """
@@ -48,6 +50,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.model = model
         self.labels = Labels(model, shared)
+        self.read_points = ReadPointTracker(self.labels)
         self.unread = {
             id(parameter): name
             for name, parameter in model.named_parameters()
@@ -82,6 +85,7 @@ class Tracer(TorchDispatchMode):
                     labels.freeze(output, 'output of the model')
         finally:
             labels.forget_activations()
+            self.read_points.forget_activations()
             self._alive.clear()
 
     def __torch_dispatch__(self,
@@ -113,6 +117,7 @@ class Tracer(TorchDispatchMode):
                 for tensor in tensors:
                     labels.freeze(tensor,
                                   f'{operation.name} in {labels.here()}')
+            self.read_points.follow(operation)
         return output
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import os
 import os.path as osp
+import re
 from pathlib import Path
 from typing import Any, Iterator, Mapping, Sequence
 
@@ -93,13 +94,15 @@ def _check_dataset(key: str, dataset: dict) -> None:
 def _is_known(dataset: Mapping[str, Any]) -> bool:
     """Tell whether a dataset lists its files with the code of a library.
 
-    A dataset that can download its files itself is not known: nothing needs
-    to be there.
+    A dataset that downloads its files itself is not known: nothing needs to be
+    there.
     """
     kind = find_class(DATASETS, dataset.get('type'))
-    return (isinstance(kind, type) and issubclass(kind, BaseDataset)
-            and all(_library(getattr(kind, name)) for name in LISTING)
-            and 'download' not in inspect.signature(kind).parameters)
+    if not (isinstance(kind, type) and issubclass(kind, BaseDataset)
+            and all(_library(getattr(kind, name)) for name in LISTING)):
+        return False
+    download = inspect.signature(kind).parameters.get('download')
+    return download is None or not dataset.get('download', download.default)
 
 
 def _library(code: Any) -> bool:
@@ -144,11 +147,14 @@ def _check_listed(key: str, dataset: dict) -> None:
     try:
         built = DATASETS.build(dataset)
         infos = [built.get_data_info(index) for index in range(len(built))]
+    except FileNotFoundError as error:
+        fail(f'expected the files of {key}, but got no {error.filename}; add '
+             f'it, change data_root or data_prefix of {key}, {SKIP}')
     except Exception as error:
-        # NumPy's error when mmengine stores an empty list of images. Other
-        # errors, of any type, come from code that the runner will call in the
-        # same way: they are reported there.
-        if 'at least one array' in str(error):
+        # Errors of NumPy, when mmengine stores an empty list of images, and of
+        # mmpretrain. Others, of any type, come from code that the runner will
+        # call in the same way: they are reported there.
+        if re.search('at least one array|Found 0 files', str(error)):
             fail(f'expected images in {key}, but got none; change its '
                  f'ann_file, data_prefix or img_suffix, {SKIP}')
         return

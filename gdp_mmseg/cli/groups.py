@@ -18,16 +18,21 @@ def parse_args() -> argparse.Namespace:
         description='Show which channels of a model can be pruned, before a '
         'training.')
     parser.add_argument('config', help='config, with GDPModel or without')
+    parser.add_argument(
+        '--gate',
+        help='gate method, e.g. scp, which has no gates for some channels '
+        '(default: that of the config)')
     parser.add_argument('--json', help='file that gets the groups as JSON')
     add_cfg_options(parser)
     return parser.parse_args()
 
 
-def describe(config: ModelConfig) -> dict[str, Any]:
+def describe(config: ModelConfig, gate: str | None = None) -> dict[str, Any]:
     """Return the groups of a model as plain types.
 
     Args:
         config (ModelConfig): Config of the model.
+        gate (str, optional): Gate method. Defaults to that of the config.
 
     Returns:
         dict[str, Any]: ``input_shape`` ``(C, H, W)``; ``macs``, the dense
@@ -37,7 +42,7 @@ def describe(config: ModelConfig) -> dict[str, Any]:
     """
     from ..cost.counts import FlopCost
     from ..engine.model import analyse_config
-    analysis = analyse_config(config)
+    analysis = analyse_config(config, gate)
     cost = FlopCost(analysis)
     return dict(
         input_shape=list(analysis.input_shape),
@@ -105,7 +110,7 @@ def main() -> None:
     from ..engine.config import ModelConfig
     from ..files import write_json
     init_default_scope(cfg.get('default_scope') or 'mmseg')
-    found = describe(ModelConfig.of(cfg))
+    found = describe(ModelConfig.of(cfg), args.gate)
     show(found)
     if args.json:
         write_json(Path(args.json), found)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..report.summary import frozen_by_kind
+from ..analysis.reasons import frozen_by_kind
 
 # Text of a row's status in tables.
 STATUS = dict(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import os.path as osp
+from typing import Any
 
 from mmengine.config import Config, DictAction
+from mmengine.registry import METRICS
 from mmengine.runner import Runner
 
+from ..engine.config import name_of
 from .checks import join_processes_, load_config, verify_checkpoint
 from .data_checks import check_paths
 from .errors import fail, held_output, one_line_errors
+from .names import find_class
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,11 +77,15 @@ def trigger_visualization_hook(cfg: Config,
     if 'visualization' in default_hooks:
         visualization_hook = default_hooks['visualization']
         # Turn on visualization
-        visualization_hook['draw'] = True
+        # The hook of mmpretrain has other options than that of mmseg.
+        classifies = name_of(visualization_hook['type']) == 'VisualizationHook'
+        visualization_hook['enable' if classifies else 'draw'] = True
         if args.show:
             visualization_hook['show'] = True
             visualization_hook['wait_time'] = args.wait_time
-        if args.show_dir:
+        if args.show_dir and classifies:
+            visualization_hook.update(out_dir=args.show_dir, interval=1)
+        elif args.show_dir:
             visualizer = cfg.visualizer
             visualizer['save_dir'] = args.show_dir
     else:
@@ -85,6 +94,26 @@ def trigger_visualization_hook(cfg: Config,
              "type='SegVisualizationHook') to default_hooks")
 
     return cfg
+
+
+def check_tta(cfg: Config) -> None:
+    """Fail if a config has no augmentation for its test."""
+    missing = [key for key in ('tta_pipeline', 'tta_model') if key not in cfg]
+    if missing:
+        fail(
+            'expected tta_pipeline and tta_model in the config for --tta, but '
+            f'got no {" and no ".join(missing)}; add it, or do not pass '
+            '--tta')
+
+
+def check_evaluator(evaluator: Any) -> None:
+    """Fail if an evaluator cannot write the predictions to a folder."""
+    kind = evaluator.get('type') if isinstance(evaluator, dict) else evaluator
+    found = find_class(METRICS, kind)
+    options = inspect.signature(found).parameters if callable(found) else {}
+    if 'output_dir' not in options:
+        fail('expected a test_evaluator with the option output_dir for --out, '
+             f'such as IoUMetric, but got {kind}; do not pass --out')
 
 
 @one_line_errors()
@@ -114,12 +143,14 @@ def main() -> None:
         cfg = trigger_visualization_hook(cfg, args)
 
     if args.tta:
+        check_tta(cfg)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
 
     # add output_dir in metric
     if args.out is not None:
+        check_evaluator(cfg.test_evaluator)
         cfg.test_evaluator['output_dir'] = args.out
         cfg.test_evaluator['keep_results'] = True
 

@@ -23,7 +23,7 @@ from .names import check_training_names
 
 def parse_args() -> argparse.Namespace:
     """Parse mmseg's flags of a training."""
-    parser = argparse.ArgumentParser(description='Train a segmentor')
+    parser = argparse.ArgumentParser(description='Train a model')
     parser.add_argument('config', help='train config file path')
     parser.add_argument('--work-dir', help='the dir to save logs and models')
     parser.add_argument(
@@ -82,7 +82,8 @@ def main() -> None:
 
     # enable automatic-mixed-precision training
     if args.amp is True:
-        optim_wrapper = cfg.optim_wrapper.type
+        # mmengine's default; configs of mmpretrain do not name it.
+        optim_wrapper = cfg.optim_wrapper.get('type', 'OptimWrapper')
         if optim_wrapper == 'AmpOptimWrapper':
             print_log(
                 'AMP training is already enabled in your config.',

@@ -1,7 +1,6 @@
 """The hook that moves the gates while an mmengine runner trains."""
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
@@ -10,6 +9,7 @@ from mmengine.dist import broadcast, is_main_process
 from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
+from ..gates.base import GateMethod
 from ..pruner.figures import Figures
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
@@ -93,13 +93,14 @@ class GDPHook(ResumeHook):
         pruner.hooked = True
         note = check_length(pruner.settings, runner.max_iters,
                             accumulated_gradients(runner.optim_wrapper))
-        steps = math.ceil(runner.max_iters /
-                          accumulated_gradients(runner.optim_wrapper))
+        # No whole number, so that progress from step to step is exact.
+        steps = runner.max_iters / accumulated_gradients(runner.optim_wrapper)
         for one in (pruner, *averages(runner)):
             one.begin_(runner.iter / runner.max_iters, steps)
         if pruner.unmeasured:
             _measure_(pruner, runner)
-        for line in filter(None, [note, pruner.note_on_target()]):
+        notes = [note, pruner.note_on_target(), *pruner.gates.notes()]
+        for line in filter(None, notes):
             runner.logger.warning(f'GDP: {line}')
         if is_main_process():
             begin_record(
@@ -122,13 +123,13 @@ class GDPHook(ResumeHook):
         self._undo = []
 
     def _gate_step(self, runner: Runner, pruner: Pruner,
-                   steps: int) -> Callable[..., None]:
+                   steps: float) -> Callable[..., None]:
         """Make the pre-hook of the optimizer's step that moves the gates."""
         # mmengine may compile its train_step. The gates' step is not a part
         # of the network, and would be compiled anew at each step.
         @torch.compiler.disable
         def step(optimizer: Any, args: Any, kwargs: Any) -> None:
-            overflow = _unscale_(optimizer, pruner.gates.theta)
+            overflow = _unscale_(optimizer, pruner.gates)
             figures = pruner.step_(runner.iter / runner.max_iters, steps)
             self._figures = figures or self._figures
             if figures and not figures.moved and not bool(overflow):
@@ -257,8 +258,7 @@ def _exclude_from_clipping_(optim_wrapper: Any,
     return undo
 
 
-def _unscale_(optimizer: Any,
-              theta: torch.nn.Parameter) -> torch.Tensor | bool:
+def _unscale_(optimizer: Any, gates: GateMethod) -> torch.Tensor | bool:
     """Undo the loss scale that mixed precision leaves to a fused optimizer.
 
     A fused optimizer is stepped with scaled gradients, also at an overflow;
@@ -269,8 +269,10 @@ def _unscale_(optimizer: Any,
         that the gates do not move. It is not read here, because the host
         would wait for the GPU.
     """
+    theta = gates.theta
     scale = getattr(optimizer, 'grad_scale', None)
     overflow = getattr(optimizer, 'found_inf', None)
+    gates.loss_scale = scale
     if theta.grad is not None and scale is not None:
         theta.grad.div_(scale)
     if overflow is None:

@@ -26,12 +26,14 @@ def gate_meta(pruner: Pruner) -> dict[str, Any]:
         pruner (Pruner): Pruner of the model.
 
     Returns:
-        dict[str, Any]: The gate method, the modules that the settings keep
-        out of the pruning, and the whole analysis.
+        dict[str, Any]: The gate method and its options, the modules that the
+        settings keep out of the pruning, and the whole analysis.
     """
+    gate = pruner.settings.gate
     return dict(
         _kept_out(pruner.settings),
-        gate=pruner.settings.gate,
+        gate=gate.type,
+        options=dict(gate.options),
         analysis=to_state(pruner.analysis))
 
 
@@ -61,6 +63,10 @@ def stored_analysis(gates: Mapping[str, Any] | None, settings: Settings,
     """
     kept_out = _kept_out(settings)
     if gates is None or any(gates[key] != kept_out[key] for key in kept_out):
+        return None
+    # A method may have gates for a part of the channels only.
+    if (gates['gate'] != settings.gate.type
+            or gates.get('options', {}) != dict(settings.gate.options)):
         return None
     analysis = from_state(gates['analysis'])
     same = analysis.input_shape[1:] == shape and fits(analysis, tensors)
@@ -94,10 +100,11 @@ def check_gates(pruner: Pruner, state: Mapping[str, Any],
     check_gate_meta(meta)
     gates = meta['gdp']
     settings = pruner.settings
-    if gates['gate'] != settings.gate:
+    if gates['gate'] != settings.gate.type:
         raise ValueError(
-            f'checkpoint: expected gates of the method {settings.gate!r}, as '
-            f'in gdp.gate, but got those of {gates["gate"]!r}; change '
+            f'checkpoint: expected gates of the method '
+            f'{settings.gate.type!r}, as in gdp.gate, but got those of '
+            f'{gates["gate"]!r}; change '
             'gdp.gate or the checkpoint')
     module = first_difference(from_state(gates['analysis']), pruner.analysis)
     if module is not None:
@@ -128,11 +135,15 @@ def check_gate_meta(meta: Mapping[str, Any]) -> None:
 def _other_analysis(pruner: Pruner, gates: Mapping[str, Any],
                     meta: Mapping[str, Any], module: str) -> str:
     """Message for a checkpoint with gates on other channels."""
-    for key, ours in _kept_out(pruner.settings).items():
-        if gates[key] != ours:
+    kept_out, options = _kept_out(
+        pruner.settings), pruner.settings.gate.options
+    wanted = [(key, ours, gates[key]) for key, ours in kept_out.items()]
+    wanted.append(('gate', dict(options), gates.get('options', {})))
+    for key, ours, theirs in wanted:
+        if theirs != ours:
             return (f'checkpoint: expected one that was trained with gdp.{key}'
                     f'={ours}, as in the config, but got one with gdp.{key}='
-                    f'{gates[key]}; change gdp.{key} or the checkpoint')
+                    f'{theirs}; change gdp.{key} or the checkpoint')
     other = other_versions(meta)
     return ('checkpoint: expected the gates of this model, but got gates on '
             f'other channels ({module} first); change load_from, the model, '

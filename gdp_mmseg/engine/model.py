@@ -23,7 +23,7 @@ from ..analysis.structure import Analysis, Layer, LayerCall
 from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
 from ..gates.layers import gate_
-from ..pruner.settings import Settings
+from ..pruner.settings import Gate, Settings
 from ..registry import MODELS
 from ..surgery.outputs import first_line
 from ..surgery.verify import verify
@@ -107,7 +107,7 @@ def build_gated_model(gdp: Mapping[str, Any] | None = None,
     if analysis is None:
         _check_without_pretrained(network, config)
         analysis, _ = analyse_model(network, shape, settings.ignore,
-                                    settings.only)
+                                    settings.only, settings.gate)
     return add_gates_(network, analysis, settings)
 
 
@@ -211,19 +211,28 @@ def build_base_model(base: Any, parts: Mapping[str, Any]) -> nn.Module:
     return MMENGINE_MODELS.build(dict(parts, type=base or default_base(parts)))
 
 
-def analyse_config(config: ModelConfig) -> Analysis:
-    """Analyse the model of a config, gated or not."""
+def analyse_config(config: ModelConfig, gate: str | None = None) -> Analysis:
+    """Analyse the model of a config, gated or not.
+
+    Args:
+        config (ModelConfig): Config of the model.
+        gate (str, optional): Gate method. Defaults to that of the config.
+    """
+    settings = config.settings
+    chosen = Gate(gate) if gate else settings.gate
     with without_random_weights():
         network = MMENGINE_MODELS.build(config.ungated)
-    settings = config.settings
     return analyse_model(network, config.input_shape(), settings.ignore,
-                         settings.only)[0]
+                         settings.only, chosen)[0]
 
 
-def analyse_model(network: nn.Module,
-                  shape: tuple[int, ...],
-                  ignore: Sequence[str] = (),
-                  only: Sequence[str] | None = None) -> tuple[Analysis, float]:
+def analyse_model(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    ignore: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    gate: Gate = Gate()
+) -> tuple[Analysis, float]:
     """Analyse an mm model, and verify on a copy that its surgery is exact.
 
     Args:
@@ -231,6 +240,8 @@ def analyse_model(network: nn.Module,
         shape (tuple[int, ...]): Shape ``(C, H, W)`` of one input.
         ignore (Sequence[str]): See :class:`Settings`.
         only (Sequence[str], optional): See :class:`Settings`.
+        gate (Gate): Gate method; channels that it has no gates for are
+            frozen.
 
     Returns:
         tuple[Analysis, float]: See :func:`gdp_mmseg.surgery.verify.verify`.
@@ -254,6 +265,7 @@ def analyse_model(network: nn.Module,
              'networks on real ones',
              logger='current',
              level=logging.WARNING))
+    analysis = gate.admitted(analysis, network)
     return _with_fixed_cost(network, analysis), difference
 
 

@@ -11,13 +11,14 @@ from typing import Any, Sequence
 
 from mmengine.runner import Runner
 
+from ..analysis.reasons import frozen_by_kind
 from ..pruner.figures import HALF_OPEN, Figures
 from ..pruner.pruner import Pruner
 from ..pruner.schedule import Schedule
 from ..report.plots import draw_record, draw_widths, pixels
 from ..report.record import RECORD
-from ..report.summary import (dead_parts, frozen_by_kind, kept_by_part,
-                              kept_share, note_on_widths)
+from ..report.summary import (dead_parts, kept_by_part, kept_share,
+                              note_on_widths)
 
 # Most reasons that the start of the log gives for channels without a gate.
 _REASONS = 5
@@ -51,8 +52,7 @@ def _meanings(pruner: Pruner) -> dict[str, str]:
         f'{pruner.settings.target.ratio}',
         held_cost='cost held to the budget: between its shares by openness '
         'and by channels',
-        multiplier='price of the cost: a gate closes if its gain in loss is '
-        'worth less',
+        multiplier=pruner.gates.MULTIPLIER,
         undecided=f'share of the gates with an openness between {low} and '
         f'{high}')
     if pruner.cost is not pruner.flops:
@@ -164,7 +164,10 @@ def log_summary(runner: Runner, pruner: Pruner) -> None:
     _log(
         runner, f'{float(pruner.cost(channels)):.4f} of the '
         f'{target.resource} are left (target {target.ratio:.4f})',
-        [f'channels kept: {kept}', f'removed parts: {dead}'])
+        [
+            f'channels kept: {kept}', f'removed parts: {dead}',
+            *pruner.gates.outcome()
+        ])
     notes = (pruner.note_on(float(pruner.cost(channels))),
              note_on_widths(pruner.analysis, keep, pruner.settings.multiple))
     for note in filter(None, notes):

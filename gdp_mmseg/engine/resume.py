@@ -288,11 +288,12 @@ def set_random_state(state: RandomState) -> None:
 
 
 def check_labels(model: nn.Module, batch: Any) -> None:
-    """Check the labels of a batch against the classes of a segmentor.
+    """Check the labels of a batch against the classes of a model.
 
     Args:
-        model (nn.Module): Model whose decode head (the last one of several)
-            has ``num_classes`` and ``ignore_index``.
+        model (nn.Module): Segmentor whose decode head (the last one of
+            several) has ``num_classes`` and ``ignore_index``, or a classifier
+            whose head has ``num_classes``.
         batch (Any): Training batch before preprocessing.
 
     Raises:
@@ -300,6 +301,8 @@ def check_labels(model: nn.Module, batch: Any) -> None:
             image. The map may be finer or coarser than the image.
     """
     head = getattr(network_of(model), 'decode_head', None)
+    if head is None:
+        return _check_classes(getattr(network_of(model), 'head', None), batch)
     head = head[-1] if isinstance(head, (nn.ModuleList, Sequence)) else head
     classes = getattr(head, 'num_classes', None)
     if classes is None or not isinstance(batch, Mapping):
@@ -318,6 +321,22 @@ def check_labels(model: nn.Module, batch: Any) -> None:
                 f'{path}; replace the file by a map of class numbers of the '
                 f'size of its image, {_SKIP}')
         _check_range(labels, classes, getattr(head, 'ignore_index', 255), path)
+
+
+def _check_classes(head: Any, batch: Any) -> None:
+    """Check that each label of a classifier's batch is a class of its head."""
+    classes = getattr(head, 'num_classes', None)
+    if classes is None or not isinstance(batch, Mapping):
+        return
+    for sample in batch.get('data_samples') or ():
+        labels = getattr(sample, 'gt_label', None)
+        if not isinstance(labels, Tensor):
+            continue
+        if bool(((labels < 0) | (labels >= classes)).any()):
+            raise ValueError(
+                f'labels: expected classes up to {classes - 1}, but got '
+                f'{labels.tolist()} in {sample.get("img_path", "an image")}; '
+                f'change num_classes of the head or the data set, {_SKIP}')
 
 
 def _same_scene(labels: Sequence[int], image: Sequence[int]) -> bool:

@@ -97,9 +97,9 @@ class ShrinkHook(Hook):
         if not self._shrinkages or self._done:
             return
         pruner = find_pruner(runner.model)
+        phase = pruner.schedule.phase_at(runner.iter / runner.max_iters)
         # The gates close no more.
-        self._done = 'settling' == pruner.schedule.phase_at(runner.iter /
-                                                            runner.max_iters)
+        self._done = phase == 'settling' and pruner.gates.is_settled()
         if not self._done and not self._is_due(runner):
             return
         present = self._shrinkages[0].present
@@ -120,13 +120,14 @@ class ShrinkHook(Hook):
     def _is_due(self, runner: Runner) -> bool:
         """Tell whether enough FLOPs can go; the first process decides."""
         period = max(runner.max_iters // _CHECKS, 1)
-        if _compiles(runner) or runner.iter % period:
+        pruner = find_pruner(runner.model)
+        if (_compiles(runner) or runner.iter % period
+                or not pruner.gates.ABSORBING):
             return False
         limit = _FALL * self._left
         # Channels that must stay although they are closed have FLOPs, too.
         is_due = self.flops <= limit and _share(
-            find_pruner(runner.model),
-            _kept_in_all(runner, self._shrinkages[0].present)) <= limit
+            pruner, _kept_in_all(runner, self._shrinkages[0].present)) <= limit
         # Sums on GPUs differ in the last bit between processes.
         decision = torch.tensor([int(is_due)])
         broadcast(decision)
@@ -188,12 +189,14 @@ def averaged_models(runner: Runner) -> list[BaseAveragedModel]:
 def _kept_in_all(runner: Runner, present: Tensor) -> Tensor:
     """Gates ``(G,)`` whose channels the model or one of its averages needs.
 
-    An average may be updated less often than the model.
+    Those of gates that may come back are among them. An average may be
+    updated less often than the model.
     """
     pruners = [find_pruner(runner.model), *averages(runner)]
-    openness = torch.stack(
-        [pruner.gates.openness().detach().cpu() for pruner in pruners])
-    return kept_channels(pruners[0].analysis, openness.amax(0), present)
+    closed = torch.stack(
+        [pruner.gates.is_closed().cpu() for pruner in pruners])
+    return kept_channels(pruners[0].analysis, (~closed.all(0)).float(),
+                         present)
 
 
 @torch.no_grad()

@@ -24,6 +24,9 @@ from ..surgery.outputs import (TOLERANCE, first_line, largest_difference,
 # pixel between two classes that are equally likely, and no more than that.
 METRIC_TOLERANCE = 0.01
 _BATCHES = 2
+# Images of a batch that are compared one by one. A classifier is often tested
+# on hundreds at a time.
+_IMAGES = 8
 # Largest side of made-up images for a loss step: it is no matter of size.
 _SMALL = 128
 # Errors by which a data set says that its files are missing; mmengine and
@@ -225,12 +228,12 @@ def _in_this_process(settings: Any) -> dict[str, Any]:
 
 
 def preprocessed(batches: list[Any], model: nn.Module) -> list[Tensor]:
-    """Inputs ``(1, C, H, W)`` of some batches."""
+    """Inputs ``(1, C, H, W)`` of the first images of some batches."""
     preprocess: Any = model.data_preprocessor
     images: list[Tensor] = []
     for data in batches:
         inputs = preprocess(copy.deepcopy(data), False)['inputs']
-        images += [image[None] for image in inputs]
+        images += [image[None] for image in inputs[:_IMAGES]]
     settings = getattr(model, 'test_cfg', None) or {}
     if settings.get('mode') == 'slide':
         # A model that is tested on windows may accept nothing larger.

@@ -61,7 +61,7 @@ def build_networks(cfg: Config, state: Mapping[str, Tensor],
                                dense.state_dict())
     if analysis is None:
         analysis, _ = analyse_model(dense, shape, settings.ignore,
-                                    settings.only)
+                                    settings.only, settings.gate)
     gated = add_gates_(clone_model(dense), analysis, settings)
     check_gates(find_pruner(gated), state, meta)
     load_strictly(gated, state)

@@ -4,9 +4,10 @@
 """
 from __future__ import annotations
 
-from typing import Callable
-
 from .base import GateMethod
 from .gdp import GDPGates
+from .scp import SCPGates
+from .trainable import TrainableGates
 
-METHODS: dict[str, Callable[..., GateMethod]] = dict(gdp=GDPGates)
+METHODS: dict[str, type[GateMethod]] = dict(
+    gdp=GDPGates, scp=SCPGates, trainable=TrainableGates)

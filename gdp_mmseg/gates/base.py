@@ -1,4 +1,4 @@
-"""Interface of a gate method, and the multiplier that holds a budget.
+"""Interface of a gate method.
 
 A gate method decides how open each channel is and moves that while the
 network trains. Everything else (which channels share a gate, what they cost,
@@ -10,12 +10,13 @@ Letters: ``G`` gates, one for each class of channels (see ``analysis``);
 from __future__ import annotations
 
 import abc
-from typing import Callable, Protocol
+from typing import Any, ClassVar, Mapping, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..analysis.structure import Analysis
 from .blocks import Blocks
 
 
@@ -43,16 +44,36 @@ class GateMethod(nn.Module, abc.ABC):
         num_gates (int): ``G``.
 
     Attributes:
+        SETTINGS (tuple[str, ...]): Keys of ``gdp=dict(...)`` that belong to
+            this method alone. The constructor takes them.
+        OPTIONS (tuple[str, ...]): Keys of ``gate=dict(type=..., ...)`` besides
+            ``type``. The constructor takes them.
+        ABSORBING (bool): Whether a gate of openness 0 is closed for good. If
+            not, gates come back until :meth:`settle_`, and nothing may take
+            them for closed before.
+        WHOLE_CHANNELS (bool): Whether gates that are not closed are held to
+            the budget as full channels, whatever their openness is.
+        MULTIPLIER (str): Meaning of the multiplier, in a few words.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
         closed (Tensor): ``(G,)``, positive for gates that are closed for
             good. An average of models (EMA) may average this mask and keep a
             non-zero theta, so test ``closed > 0``, never ``theta == 0``.
         multiplier (Tensor): Scalar, the price multiplier of the last step.
+        gradual (bool): Whether the budget falls gradually. If not, it is the
+            target in all of the pruning phase.
+        loss_scale (Tensor | None): Factor that the gradients of the model's
+            parameters still have in this step, and that of theta has not.
         heeded (bool): False if no step observes the gradient of theta that
             the next passes compute. It may then be zero.
     """
 
+    SETTINGS: ClassVar[tuple[str, ...]] = ()
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    ABSORBING: ClassVar[bool] = True
+    WHOLE_CHANNELS: ClassVar[bool] = False
+    MULTIPLIER: ClassVar[str] = (
+        'price of the cost: a gate closes if its gain in loss is worth less')
     theta: nn.Parameter
     closed: Tensor
     multiplier: Tensor
@@ -61,11 +82,64 @@ class GateMethod(nn.Module, abc.ABC):
         super().__init__()
         # No buffers: an average of models would average these indices.
         self._slots: list[Tensor] = []
+        self._fixed: dict[int, tuple[Any, Tensor]] = {}
         self._known_open = -1, False
-        self.heeded = True
+        self.gradual = self.heeded = True
+        self.loss_scale: Tensor | None = None
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))
         self.register_buffer('closed', torch.zeros(num_gates))
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> None:
+        """Check the values of some options, before any long work.
+
+        Args:
+            options (Mapping[str, Any]): Values of some of ``OPTIONS``.
+
+        Raises:
+            ValueError: If one is out of its range. The message begins with
+                ``gdp.gate.`` and the name of the option.
+        """
+
+    @classmethod
+    def admitted(cls, analysis: Analysis, model: nn.Module,
+                 **options: Any) -> Analysis:
+        """Freeze the groups of channels that the method has no gates for.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            model (nn.Module): The model, which stays unchanged.
+            **options: Values of some of ``OPTIONS``.
+
+        Returns:
+            Analysis: By default the analysis itself.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return analysis
+
+    @classmethod
+    def of(cls, analysis: Analysis, **options: Any) -> GateMethod:
+        """Make the gates of a model.
+
+        Args:
+            analysis (Analysis): Analysis of the model.
+            **options: Values of ``SETTINGS`` and of some of ``OPTIONS``.
+        """
+        return cls(analysis.num_gates, **options)
+
+    def bind_(self, model: nn.Module) -> None:
+        """Take note of the model whose layers get these gates, in place."""
+
+    def notes(self) -> list[str]:
+        """List what a user should know at the start of a training."""
+        return []
+
+    def outcome(self) -> list[str]:
+        """List what a user should know when the gates are settled."""
+        return []
 
     # -- the forward pass --------------------------------------------------
 
@@ -89,9 +163,23 @@ class GateMethod(nn.Module, abc.ABC):
             slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
         """
         self._slots[index] = slots
+        self._fixed.pop(index, None)
 
     def slot_factors(self, index: int) -> Tensor:
         """Factors ``(C,)`` of a channel axis, differentiable in theta."""
+        if self.heeded or not self.training or torch.compiler.is_compiling():
+            return self._computed_factors(index)
+        # Nothing moves the gates now, so that their factors stay as they are.
+        state = (self.theta._version, self.closed._version, self.theta.device,
+                 self.theta.dtype)
+        known = self._fixed.get(index)
+        if known is None or known[0] != state:
+            known = state, self._computed_factors(index).detach()
+            self._fixed[index] = known
+        factors: Tensor = _Fixed.apply(self.theta, known[1])
+        return factors
+
+    def _computed_factors(self, index: int) -> Tensor:
         slots = self._slots[index]
         if slots.device != self.theta.device:
             slots = self._slots[index] = slots.to(self.theta.device)
@@ -141,7 +229,8 @@ class GateMethod(nn.Module, abc.ABC):
     def openness(self) -> Tensor:
         """Openness ``(G,)`` in [0, 1] for the cost and for display.
 
-        It is differentiable in theta, and exactly 0 where a gate is closed.
+        It is differentiable in theta, and exactly 0 where a gate is closed,
+        be it for good or not.
         """
 
     def decided(self) -> Tensor:
@@ -259,7 +348,8 @@ class GateMethod(nn.Module, abc.ABC):
                 step, a share of the dense cost.
             lr (float): Distance that a gate may move in this step, in units
                 of theta.
-            channel_weight (float): See :func:`held_cost`.
+            channel_weight (float): See
+                :func:`gdp_mmseg.gates.multiplier.held_cost`.
             protected (Tensor, optional): ``(G,)`` bool, gates that must not
                 close in this step.
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
@@ -278,82 +368,42 @@ class GateMethod(nn.Module, abc.ABC):
             for tensor in (self.theta.data, self.closed, self.multiplier):
                 dist.broadcast(tensor, 0)
 
-    def settle_(self) -> None:
+    def settle_(self,
+                cost: CostFunction,
+                budget: Tensor | float,
+                protected: Tensor | None = None,
+                blocks: Blocks | None = None) -> None:
         """Fix the gates for the settling phase, in place.
 
-        Called once, after the last step of the pruning phase. From then on
-        :meth:`factors` must equal :meth:`decided`.
+        Called once, after the last step of the pruning phase, also where the
+        gradient of that step was not finite. From then on :meth:`factors`
+        must equal :meth:`decided`. It may read values from the device.
+
+        Args:
+            cost (CostFunction): Cost and its price.
+            budget (Tensor | float): Upper bound of the cost in channels that
+                are not closed.
+            protected (Tensor, optional): See :meth:`step_`.
+            blocks (Blocks, optional): See :meth:`step_`.
         """
 
+    def is_settled(self) -> bool:
+        """Tell whether :meth:`settle_` has nothing left to do."""
+        return True
 
-def held_cost(cost: CostFunction,
-              openness: Tensor,
-              channel_weight: float,
-              channels: Tensor | None = None) -> Tensor:
-    """Cost that is held against the budget, a scalar.
 
-    Args:
-        cost (CostFunction): Share of the dense cost at an openness.
-        openness (Tensor): ``(G,)``.
-        channel_weight (float): Share in [0, 1] by which a gate that is not
-            closed counts as a full channel; the rest counts as its openness.
-        channels (Tensor, optional): ``(G,)`` number of channels that each
-            gate counts for. Defaults to 1 for each gate that is not closed.
+class _Fixed(torch.autograd.Function):
+    """Factors that do not move, with a gradient of zero for theta.
+
+    Wrappers of several processes wait for the gradient of each parameter.
     """
-    if channels is None:
-        channels = (openness > 0).to(openness)
-    return ((1 - channel_weight) * cost(openness) +
-            channel_weight * cost(channels))
 
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return factors.view_as(factors)
 
-# Multipliers that are tried: a thousandth of the scale, four times that, and
-# so on, 16 of them. At the last one all gates move at full speed; more would
-# change nothing.
-_LEAST_FACTOR = 1e-3
-_FACTORS = 16
-# Twelve halvings: to one part in four thousand of the bracket.
-_HALVINGS = 12
-
-
-def solve_multiplier(spent: Callable[[Tensor], Tensor], budget: Tensor | float,
-                     scale: Tensor) -> Tensor:
-    """Find the least multiplier at which ``spent`` is within ``budget``.
-
-    The search has a fixed number of steps and reads no value, so that no host
-    waits for a GPU.
-
-    Args:
-        spent (Callable[[Tensor], Tensor]): Cost, a scalar, after a step at a
-            multiplier, a scalar; it falls as the multiplier rises.
-        budget (Tensor | float): In the unit of ``spent``.
-        scale (Tensor): Multiplier of the expected order of magnitude, a
-            scalar.
-
-    Returns:
-        Tensor: Scalar. Zero if the budget is met without a price. If no
-        multiplier can meet it in one step, one at which every gate moves as
-        far as it can.
-    """
-    scale = scale.double()
-    # Without any gain to compare with, every multiplier is as good.
-    scale = torch.where(scale > 0, scale, 1.)
-
-    def multiplier(power: Tensor) -> Tensor:
-        return scale * _LEAST_FACTOR * 4.**power
-
-    # Bisect the powers first, for the multipliers span many magnitudes.
-    below = torch.full_like(scale, -1)
-    power = below + _FACTORS
-    for _ in range(_FACTORS.bit_length() - 1):
-        middle = ((below + power) / 2).floor()
-        meets = spent(multiplier(middle)) <= budget
-        below = torch.where(meets, below, middle)
-        power = torch.where(meets, middle, power)
-    low = torch.where(power > 0, multiplier(power - 1), 0.)
-    high = multiplier(power)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        meets = spent(middle) <= budget
-        low = torch.where(meets, low, middle)
-        high = torch.where(meets, middle, high)
-    return torch.where(spent(torch.zeros_like(scale)) <= budget, 0., high)
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        theta, = ctx.saved_tensors
+        return torch.zeros_like(theta), None

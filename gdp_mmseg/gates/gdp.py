@@ -11,16 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .base import CostFunction, GateMethod, held_cost, solve_multiplier
+from .base import CostFunction
 from .blocks import Blocks
+from .gains import GainMethod
+from .multiplier import LEAST_SCALE, first_guess, held_cost, solve_multiplier
 
 # Weight of the root mean square of dL/dg in the gain of an open gate. Once the
 # weights have settled, the mean of dL/dg is about zero, and only its square
 # tells what closing costs. 0.3 was chosen once and is not tuned per network.
 _RMS_SHARE = 0.3
-# Lower bounds of two divisors: they only prevent 0 / 0 and overflow.
-_LEAST_SLOPE = 1e-12
-_LEAST_SCALE = 1e-20
 
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
@@ -87,7 +86,7 @@ def annealed(epsilon: tuple[float, float], pruned_share: float) -> float:
     return start * (end / start)**pruned_share
 
 
-class GDPGates(GateMethod):
+class GDPGates(GainMethod):
     """GDP gates of a model in one flat vector, and the step that moves them.
 
     A gate starts at theta = 1. For every gate, a step of the pruning phase
@@ -142,10 +141,8 @@ class GDPGates(GateMethod):
         [True, False]
     """
 
+    SETTINGS = ('epsilon', 'close_below')
     epsilon: Tensor
-    gain: Tensor
-    gain_square: Tensor
-    observed: Tensor
 
     def __init__(
         self,
@@ -154,15 +151,11 @@ class GDPGates(GateMethod):
         close_below: float = 1e-2,
         betas: tuple[float, float] = (0.9, 0.99)
     ) -> None:
-        super().__init__(num_gates)
+        super().__init__(num_gates, betas)
         check_epsilon(epsilon)
         self.epsilon_range = epsilon
         self.close_below = close_below
-        self.betas = betas
         self.register_buffer('epsilon', torch.tensor(epsilon[0]))
-        self.register_buffer('gain', torch.zeros(num_gates))
-        self.register_buffer('gain_square', torch.zeros(num_gates))
-        self.register_buffer('observed', torch.tensor(0))
 
     def factors(self, gates: Tensor) -> Tensor:
         """Openness ``(C,)`` of some gates, in training and evaluation."""
@@ -210,23 +203,13 @@ class GDPGates(GateMethod):
         """Update the running means of the gain by the gradient of theta.
 
         Returns:
-            Tensor: Scalar bool, False if the gradient is not finite. A single
-            nan or inf would stay in the means for good.
+            Tensor: Scalar bool, False if the gradient is not finite.
 
         Raises:
             RuntimeError: If theta has no gradient.
         """
-        gradient = self.gradient()
-        slope = openness_slope(self.theta, self.epsilon)
         # The slope of a closed gate is 0, and its gain is never used again.
-        gain = torch.where(slope > 0, gradient / slope.clamp(min=_LEAST_SLOPE),
-                           torch.zeros_like(slope))
-        square = gain * gain
-        mean_decay, square_decay = self.betas
-        self.gain.lerp_(gain, 1 - mean_decay)
-        self.gain_square.lerp_(square, 1 - square_decay)
-        self.observed += 1
-        return square.isfinite().all()
+        return self.observe_gain_(openness_slope(self.theta, self.epsilon))
 
     @torch.no_grad()
     def step_(self,
@@ -246,7 +229,8 @@ class GDPGates(GateMethod):
             lr (float): Distance that a theta moves where gain and price do
                 not oppose each other. Under a steady gain it is 1.3 times
                 that.
-            channel_weight (float): See :func:`gdp_mmseg.gates.base.held_cost`.
+            channel_weight (float): See
+                :func:`gdp_mmseg.gates.multiplier.held_cost`.
             protected (Tensor, optional): ``(G,)`` bool, gates whose price is
                 zero in this step, so that they cannot close.
             scarcity (Tensor | float): ``(G,)`` at least 1, factors of the
@@ -257,7 +241,7 @@ class GDPGates(GateMethod):
         """
         closed = self.is_closed()
         surplus = self._surplus(blocks, protected)
-        unbiased, noise = self._means()
+        unbiased, noise = self.mean_gains()
         noise = noise * scarcity**2
         gain = (unbiased * scarcity).clamp(max=0) - _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
@@ -269,7 +253,7 @@ class GDPGates(GateMethod):
         def moved(multiplier: Tensor) -> tuple[Tensor, Tensor]:
             push = multiplier * price
             # A gate with neither gain nor price stays where it is.
-            scale = (noise + push * push).sqrt().clamp(min=_LEAST_SCALE)
+            scale = (noise + push * push).sqrt().clamp(min=LEAST_SCALE)
             step = (gain + push) / scale
             if surplus is not None:
                 step = step.masked_fill(surplus, 1)
@@ -286,11 +270,8 @@ class GDPGates(GateMethod):
                 ~closed, theta > 0, protected)
             return held_cost(cost, value, channel_weight, channels)
 
-        # The order of the gains over the order of the prices: a first guess.
-        scale = (
-            noise.masked_fill(closed, 0).sqrt().sum() /
-            price.sum().clamp(min=_LEAST_SCALE))
-        multiplier = solve_multiplier(spent, budget, scale)
+        multiplier = solve_multiplier(
+            spent, budget, first_guess(noise.masked_fill(closed, 0), price))
         self.multiplier.copy_(multiplier)
         theta, _ = moved(multiplier)
         if blocks is not None:
@@ -326,18 +307,6 @@ class GDPGates(GateMethod):
         least = theta_of(
             torch.full_like(theta, self.close_below), self.epsilon)
         return torch.where(held & (theta == 0), least, theta)
-
-    def _means(self) -> tuple[Tensor, Tensor]:
-        """Mean and mean square ``(G,)`` of the gain.
-
-        The running means begin at zero, and this undoes the bias of it.
-        """
-        means = []
-        for running, decay in zip((self.gain, self.gain_square), self.betas):
-            begun = 1 - torch.full_like(
-                self.epsilon, decay, dtype=torch.double)**self.observed
-            means.append(running / begun)
-        return means[0], means[1]
 
 
 def check_epsilon(epsilon: object) -> None:

@@ -24,6 +24,7 @@ def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
         analysis (Analysis): Layers and the gates of their inputs.
         gates (GateMethod): ``G`` gates, as many as the analysis has.
     """
+    gates.bind_(model)
     for layer in analysis.gated_layers():
         gate_layer_(model.get_submodule(layer.name), gates, layer.inputs)
 

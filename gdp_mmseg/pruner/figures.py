@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..cost.counts import Cost
-from ..gates.base import GateMethod, held_cost
+from ..gates.base import GateMethod
+from ..gates.multiplier import held_cost
 
 # Openness of a gate that counts as half open in :class:`Figures`.
 HALF_OPEN = (0.01, 0.5)
@@ -66,7 +67,8 @@ def state_of(gates: GateMethod, flops: Cost, cost: Cost,
         gates (GateMethod): ``G`` gates.
         flops (Cost): Share of the dense FLOPs.
         cost (Cost): Share of the target's resource.
-        channel_weight (float): See :func:`gdp_mmseg.gates.base.held_cost`.
+        channel_weight (float): See
+            :func:`gdp_mmseg.gates.multiplier.held_cost`.
     """
     openness = gates.openness()
     channels = (openness > 0).to(openness)

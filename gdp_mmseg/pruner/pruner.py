@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from ..analysis.liveness import constant_channels, kept_channels
+from ..analysis.reasons import frozen_by_kind
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import STOPWATCHES, LatencyCost, Stopwatch, measure
@@ -57,7 +58,7 @@ class Pruner(nn.Module):
         self.analysis = analysis
         self.settings = settings
         self.schedule = Schedule(settings.phases)
-        self.gates = gates or settings.build_gates(analysis.num_gates)
+        self.gates = gates or settings.build_gates(analysis)
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
         if settings.target.type == 'params':
@@ -112,7 +113,16 @@ class Pruner(nn.Module):
                 f'pruned, but got {target.ratio}; raise gdp.target, or let '
                 'more be pruned by gdp.ignore, gdp.only and '
                 'gdp.min_keep_ratio; gdp-mmseg groups lists the layers without'
-                ' a gate and why')
+                f' a gate and why{self._main_reason()}')
+
+    def _main_reason(self) -> str:
+        """Add why most of the channels without a gate have none."""
+        kinds = frozen_by_kind(
+            (row.reason, row.channels) for row in self.analysis.frozen)
+        if not kinds:
+            return ''
+        reason, channels = kinds[0]
+        return f' (for {channels} channels: {reason})'
 
     def note_on_target(self) -> str | None:
         """Compose a note on a target that is too low for each group.
@@ -154,12 +164,18 @@ class Pruner(nn.Module):
             'or the last channels of groups cost more than it allows' if left
             > target.ratio else 'it was trained to a lower target, or large '
             'groups closed as a whole')
+        if self.gates.notes():
+            reason = 'the options of gdp.gate do not hold it'
         return (f'{left:.4f} of the {target.resource} are left, but gdp.target'
                 f' is {target.ratio}: {reason}')
 
     def budget(self, progress: float) -> float:
         """Share of the dense cost that is allowed at a progress in [0, 1]."""
-        return self.schedule.budget_at(progress, self.settings.target.ratio)
+        target = self.settings.target.ratio
+        if (not self.gates.gradual
+                and self.schedule.phase_at(progress) != 'warmup'):
+            return target
+        return self.schedule.budget_at(progress, target)
 
     @torch.no_grad()
     def figures(self, progress: float) -> Figures:
@@ -172,24 +188,25 @@ class Pruner(nn.Module):
 
     def _state(self, progress: float) -> dict[str, Tensor]:
         """Compute what :class:`Figures` tells, on the device of the gates."""
-        return state_of(self.gates, self.flops, self.cost,
-                        self.schedule.channel_weight_at(progress))
+        weight = 1. if self.gates.WHOLE_CHANNELS else (
+            self.schedule.channel_weight_at(progress))
+        return state_of(self.gates, self.flops, self.cost, weight)
 
     # -- the training ------------------------------------------------------
 
-    def begin_(self, progress: float, steps: int) -> None:
+    def begin_(self, progress: float, steps: float) -> None:
         """Prepare gates that another training moved, in place.
 
         Args:
             progress (float): Share of this training that is over.
-            steps (int): Number of steps of the optimizer in it.
+            steps (float): Number of steps of the optimizer in it.
         """
         self.gates.begin_(self.schedule.pruned_share(progress))
-        self._heed_(
-            self.schedule.phase_at(progress) == 'settling', progress, steps)
+        is_over = self.schedule.phase_at(progress) == 'settling'
+        self._heed_(is_over and self.gates.is_settled(), progress, steps)
 
     @torch.no_grad()
-    def step_(self, progress: float, steps: int) -> Figures | None:
+    def step_(self, progress: float, steps: float) -> Figures | None:
         """Move all gates by one step, in place, by the gradient of theta.
 
         The gradient is removed, so that no optimizer moves or decays theta,
@@ -199,7 +216,7 @@ class Pruner(nn.Module):
 
         Args:
             progress (float): Share of the training that is over, in [0, 1].
-            steps (int): Number of such steps in the whole training.
+            steps (float): Number of such steps in the whole training.
 
         Returns:
             Figures, optional: State of the gates after the step; None in the
@@ -216,11 +233,14 @@ class Pruner(nn.Module):
                                'GDPHook, or call measure_()')
         figures = None
         is_over = self.schedule.phase_at(progress) == 'settling'
-        if not is_over:
+        # Mixed precision may have skipped the last step of the pruning phase.
+        is_due = not is_over or (self.gates.heeded
+                                 and not self.gates.is_settled())
+        if is_due:
             self.gates.gradient()
             # Also where gradients are accumulated and steps are many
             # iterations apart.
-            is_over = self.schedule.is_last_pruning_step(
+            is_over = is_over or self.schedule.is_last_pruning_step(
                 progress, 1 / max(steps, 1))
             if self.gates.heeded and not self._is_early(progress, steps):
                 figures = self._step_(progress, steps, is_over)
@@ -228,19 +248,19 @@ class Pruner(nn.Module):
         self._heed_(is_over, progress, steps)
         return figures
 
-    def _heed_(self, is_over: bool, progress: float, steps: int) -> None:
+    def _heed_(self, is_over: bool, progress: float, steps: float) -> None:
         """Note whether a step observes the gradient from here on, in place.
 
         Args:
             is_over (bool): Whether the pruning phase is over.
             progress (float): Share of the training that is over.
-            steps (int): Number of steps in the whole training.
+            steps (float): Number of steps in the whole training.
         """
         # A step ahead, because a resume may begin between two steps.
         ahead = progress + 2 / max(steps, 1)
         self.gates.heeded = not is_over and not self._is_early(ahead, steps)
 
-    def _is_early(self, progress: float, steps: int) -> bool:
+    def _is_early(self, progress: float, steps: float) -> bool:
         """Tell whether open gates need not observe their gains yet."""
         observed = self.schedule.phases[0] - _OBSERVED_WARMUP / max(steps, 1)
         if progress >= observed:
@@ -249,7 +269,7 @@ class Pruner(nn.Module):
             self.gates.note_open_(bool(self.gates.are_open()))
         return bool(self.gates.known_open)
 
-    def _step_(self, progress: float, steps: int, is_last: bool) -> Figures:
+    def _step_(self, progress: float, steps: float, is_last: bool) -> Figures:
         """Move all gates by one step (see :meth:`step_`), in place."""
         phase = self.schedule.phase_at(progress)
         # The last step of the pruning phase has the target for its budget.
@@ -263,14 +283,15 @@ class Pruner(nn.Module):
         # First observe: the gradient belongs to the state of the forward pass.
         finite = self.gates.observe_()
         self.gates.anneal_(self.schedule.pruned_share(progress))
-        if phase == 'pruning':
+        if phase != 'warmup':
             self._move_(progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
         for name, tensor in self.gates.state_dict().items():
             tensor.copy_(torch.where(finite, tensor, before[name]))
-        if is_last:
-            self.gates.settle_()
         self.gates.agree_()
+        if is_last:
+            self._settle_(progress)
+            self.gates.agree_()
         died = (alive & ~self._alive_groups()).any()
         state = read(
             dict(
@@ -279,12 +300,21 @@ class Pruner(nn.Module):
                 died=died,
                 are_open=self.gates.are_open()))
         self.gates.note_open_(bool(state['are_open'][0]))
-        if state['died'][0]:
+        if state['died'][0] and (self.gates.ABSORBING or is_last):
             self._close_dead_()
             state |= read(self._state(progress))
         return Figures.of(state, self.budget(progress))
 
-    def _move_(self, progress: float, steps: int) -> None:
+    def _settle_(self, progress: float) -> None:
+        """Fix the gates for the settling phase, in place."""
+        if not self.gates.ABSORBING:
+            # What they cost is the others' then.
+            self._close_dead_()
+        self.gates.settle_(self.cost,
+                           self.budget(progress) + self._rounding(),
+                           self._protected(progress), self.blocks)
+
+    def _move_(self, progress: float, steps: float) -> None:
         """Move all gates by one step of the pruning phase, in place."""
         self.gates.step_(
             self.cost,
@@ -337,13 +367,19 @@ class Pruner(nn.Module):
         return (self.cost.sizes / left)[self.cost.group_of]
 
     def _close_dead_(self) -> None:
-        """Close gates that feed only closed layers or are fed by none."""
+        """Close gates that feed only closed layers or are fed by none.
+
+        So do all gates of the groups of which nothing is kept.
+        """
         while True:
             alive = self._alive_groups()
             openness = self.gates.openness()
             keep = kept_channels(self.analysis, openness)
             keep &= ~constant_channels(self.analysis, keep)
-            self.gates.close_(~keep.to(openness.device))
+            keep = keep.to(openness.device)
+            is_dead = self.cost.group_sums(keep.to(openness)) == 0
+            self.gates.close_(~keep & (is_dead[self.cost.group_of]
+                                       | (openness > 0)))
             # Closing one group may leave the next without readers or writers.
             if torch.equal(alive, self._alive_groups()):
                 return

@@ -12,6 +12,8 @@ from typing import Any
 # Until this share of the pruning phase a whole group may close. A group that
 # closes later is gone at once, too late to spend its cost elsewhere.
 _GROUPS_MAY_CLOSE_UNTIL = 2 / 3
+# Share of the pruning phase that rounding may lack at its end.
+_ROUNDING = 1e-9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +64,8 @@ class Schedule:
         """Name of the phase: 'warmup', 'pruning' or 'settling'."""
         if progress < self.phases[0]:
             return 'warmup'
-        return 'pruning' if self.pruned_share(progress) < 1 else 'settling'
+        is_over = self.pruned_share(progress) >= 1 - _ROUNDING
+        return 'settling' if is_over else 'pruning'
 
     def is_last_pruning_step(self, progress: float, step: float) -> bool:
         """Tell whether a step is the last one of the pruning phase.

@@ -5,7 +5,10 @@ import dataclasses
 import math
 from typing import Any, Mapping, Sequence
 
+from torch import nn
+
 from ..analysis.spelling import did_you_mean
+from ..analysis.structure import Analysis
 from ..cost.latency import STOPWATCHES
 from ..gates import METHODS, GateMethod
 from ..gates.gdp import check_epsilon
@@ -83,6 +86,69 @@ class Target:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gate:
+    """The gate method and its options.
+
+    Args:
+        type (str): Name of the method, a key of
+            :data:`gdp_mmseg.gates.METHODS`.
+        options (Mapping[str, Any]): Values of some of the method's
+            ``OPTIONS``.
+
+    Raises:
+        ValueError: If the method or an option is unknown, or a value is out of
+            its range.
+    """
+    type: str = 'gdp'
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.type not in [*METHODS]:
+            raise ValueError(f'gdp.gate: expected one of {[*METHODS]}, but '
+                             f'got {self.type!r}' +
+                             did_you_mean(self.type, METHODS))
+        known = METHODS[self.type].OPTIONS
+        for key in self.options:
+            if key not in known:
+                others = [
+                    name for name, method in METHODS.items()
+                    if key in method.OPTIONS
+                ]
+                raise ValueError(
+                    f'gdp.gate: expected type={self.type!r} with '
+                    f'{"any of " + str([*known]) if known else "no options"}, '
+                    f'but got {key!r}' + (f', an option of {others}' if others
+                                          else did_you_mean(key, known)))
+        METHODS[self.type].check_options(self.options)
+
+    @classmethod
+    def from_config(cls, config: Any) -> Gate:
+        """Read ``gate='gdp'`` or ``gate=dict(type='gdp', ...)``.
+
+        Raises:
+            ValueError: If the method or an option is unknown, or a value is
+                out of its range.
+        """
+        if isinstance(config, Gate):
+            return config
+        if not isinstance(config, Mapping):
+            return cls(config)
+        if 'type' not in config:
+            raise ValueError('gdp.gate: expected dict(type=..., ...), but got '
+                             f'{dict(config)}; add type, one of {[*METHODS]}')
+        options = dict(config)
+        return cls(options.pop('type'), options)
+
+    def admitted(self, analysis: Analysis, model: nn.Module) -> Analysis:
+        """Freeze the groups of a model that the method has no gates for.
+
+        Raises:
+            ValueError: If no gate is left.
+        """
+        return METHODS[self.type].admitted(analysis, model, **self.options)
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """Settings of a gated model: the keys of ``gdp=dict(...)`` in a config.
 
@@ -93,8 +159,8 @@ class Settings:
         input_shape (tuple[int, ...], optional): ``(H, W)`` or ``(C, H, W)``
             at which FLOPs are counted. Defaults to ``size`` of the model's
             data preprocessor.
-        gate (str): Name of the gate method, a key of
-            :data:`gdp_mmseg.gates.METHODS`.
+        gate (Gate): The gate method. A config gives its name, or
+            ``dict(type=..., ...)`` with options of the method.
         phases (tuple[float, float, float]): Shares of the training that are
             warm-up, pruning and settling.
         epsilon (tuple[float, float]): Softness of the gates at the start and
@@ -119,7 +185,7 @@ class Settings:
     """
     target: Target
     input_shape: tuple[int, ...] | None = None
-    gate: str = 'gdp'
+    gate: Gate = Gate()
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     gate_travel: float = 8.
@@ -135,10 +201,11 @@ class Settings:
             raise ValueError('gdp.target: expected a Target, but got '
                              f'{self.target!r}; pass Target(ratio), or use '
                              'Settings.from_config')
-        if self.gate not in [*METHODS]:
-            raise ValueError(f'gdp.gate: expected one of {[*METHODS]}, but '
-                             f'got {self.gate!r}' +
-                             did_you_mean(self.gate, METHODS))
+        if not isinstance(self.gate, Gate):
+            raise ValueError(f'gdp.gate: expected a Gate, but got '
+                             f'{self.gate!r}; pass Gate(name), or use '
+                             'Settings.from_config')
+        self._check_owners()
         # Their constructors check the values.
         Schedule(self.phases)
         check_epsilon(self.epsilon)
@@ -172,6 +239,24 @@ class Settings:
             raise ValueError('gdp.shrink: expected True or False, but got '
                              f'{self.shrink!r}')
 
+    def _check_owners(self) -> None:
+        """Check that no setting of another gate method was set.
+
+        Raises:
+            ValueError: If one was.
+        """
+        defaults = {
+            field.name: field.default
+            for field in dataclasses.fields(self)
+        }
+        for name, method in METHODS.items():
+            for key in method.SETTINGS:
+                if (key not in METHODS[self.gate.type].SETTINGS
+                        and getattr(self, key) != defaults[key]):
+                    raise ValueError(
+                        f'gdp.{key}: expected it with gate={name!r} only, but '
+                        f'got gate={self.gate.type!r}; remove gdp.{key}')
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
         """Read ``gdp=dict(...)``.
@@ -194,6 +279,8 @@ class Settings:
             for key, value in config.items()
         }
         plain['target'] = Target.from_config(config['target'])
+        if 'gate' in config:
+            plain['gate'] = Gate.from_config(config['gate'])
         return cls(**plain)
 
     def check_length(self, steps: int, unit: str = 'steps') -> str | None:
@@ -229,10 +316,11 @@ class Settings:
                     f'{enough} {unit} in all, or more, would be better')
         return None
 
-    def build_gates(self, num_gates: int) -> GateMethod:
+    def build_gates(self, analysis: Analysis) -> GateMethod:
         """Make the gates of a model by the method that ``gate`` names."""
-        return METHODS[self.gate](
-            num_gates, epsilon=self.epsilon, close_below=self.close_below)
+        method = METHODS[self.gate.type]
+        own = {name: getattr(self, name) for name in method.SETTINGS}
+        return method.of(analysis, **own, **self.gate.options)
 
 
 def _check_keys(config: Any, known: Sequence[str]) -> None:

@@ -16,6 +16,9 @@ from .summary import GroupRow, Part, kept_share
 
 # Metrics that stand for a whole evaluation, best known first.
 _HEADLINES = ('mIoU', 'accuracy/top1')
+# FLOPs below which a table counts them in millions: of fewer billions, two
+# decimals tell too little.
+_LARGE = 5e8
 # Resources that a target can be about besides FLOPs, in whole sentences.
 _RESOURCES = dict(
     params='Parameters that inference reads',
@@ -181,17 +184,20 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison(report: Report) -> str:
-    """Table of the networks: metric, GFLOPs, parameters and latencies."""
+    """Table of the networks: metric, FLOPs, parameters and latencies."""
     metric = report.metric
     runtimes = list(
         dict.fromkeys(runtime for row in report.networks
                       for runtime in row.latency_ms))
 
+    most = max(row.flops for row in report.networks)
+    unit, size = ('GFLOPs', 1e9) if most >= _LARGE else ('MFLOPs', 1e6)
+
     def cells(row: NetworkRow) -> list[str]:
         value = (row.metrics or {}).get(metric or '')
         return [
             row.name, '-' if value is None else f'{value:.2f}',
-            f'{row.flops / 1e9:.2f}', f'{row.params / 1e6:.2f}',
+            f'{row.flops / size:.2f}', f'{row.params / 1e6:.2f}',
             *('-' if runtime not in row.latency_ms else
               f'{row.latency_ms[runtime]:.1f}' for runtime in runtimes)
         ]
@@ -202,7 +208,7 @@ def comparison(report: Report) -> str:
         for runtime in runtimes
     ]
     return table(
-        [['network', metric or 'metric', 'GFLOPs', 'params (M)', *headers],
+        [['network', metric or 'metric', unit, 'params (M)', *headers],
          *map(cells, report.networks)])
 
 

@@ -329,3 +329,11 @@ def test_layers_that_no_traced_forward_runs_are_named() -> None:
     frozen = analyse(_ReadInLossOnly(), (3, 8, 8), run).frozen[-1]
     assert frozen.writers == ('edges', 'more') and frozen.channels == 11
     assert 'no traced forward runs edges, more: ' in frozen.reason
+
+
+def test_channels_that_padding_adds_to_are_counted() -> None:
+    analysis = TOYS['zero-padded shortcut'].analyse()[1]
+    padded, = (
+        frozen for frozen in analysis.frozen
+        if frozen.reason == 'joined with channels of no layer')
+    assert padded.writers == ('branch.3', ) and padded.channels == 2

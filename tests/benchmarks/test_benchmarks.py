@@ -1,9 +1,11 @@
 """The benchmarks run on the package as it is."""
 from __future__ import annotations
 
+import io
 import json
 import logging
 import sys
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -76,16 +78,16 @@ def test_guide_stays_as_it_is_without_all_reports(
     assert 'old' in guide.read_text()
 
 
-def _row(method: str, miou: float, seed: int, target: float = 0.4) -> dict:
+def _row(method: str, score: float, seed: int, target: float = 0.4) -> dict:
     return dict(
         method=method,
         target=target,
         seed=seed,
-        miou=miou,
+        score=score,
         macs=target,
-        miou_gated=miou,
+        score_gated=score,
         half_open=0.001,
-        start_miou=None if method == 'start' else 50.)
+        start_score=None if method == 'start' else 50.)
 
 
 def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
@@ -93,6 +95,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     import results
     report = dict(
         data='voc',
+        metric='mIoU',
         weights='none',
         weights_sha256='0' * 64,
         torch_pruning='1.6',
@@ -111,48 +114,61 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
             _row('dense', 64., 1, 1.),
             _row('gdp', 58., 0),
             _row('gdp', 62., 1),
-            dict(_row('l1', 55., 0, 0.25), start_miou=51.),
-            dict(method='l1', target=0.4, seed=0, miou=None, start_miou=50.),
+            _row('scp', 57., 0),
+            dict(_row('l1', 55., 0, 0.25), start_score=51.),
+            dict(method='l1', target=0.4, seed=0, score=None, start_score=50.),
         ])
     text = '\n'.join(results.accuracy(report))
     cells = [[cell.strip() for cell in line.split('|')[1:-1]]
              for line in text.splitlines() if line.startswith('|')]
     assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
     assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
+                         ['SCP', '-', '57.00 (1)'],
                          ['L1 norm', '55.00 (1)', 'out of reach']]
+    assert 'target: GDP +0.0 to +0.0 points, SCP +0.0 to +0.0 points, ' in text
+    assert '- GDP and SCP: the mIoU before and after' in text
     assert 'Dense: 62.00 ± 2.83 (2)' in text
     assert 'GDP at 0.4 is 2.00 below dense; the' in text
     assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
     assert ('(none): 50.00; `l1-0.25-0` started from a second training of it: '
             '51.00.') in text
-    assert '--methods dense gdp l1 --targets 0.25 0.4 ' in text
+    assert '--methods dense gdp l1 scp --targets 0.25 0.4 ' in text
     results.plot_accuracy(report, tmp_path)
     assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
 
 
-@pytest.mark.parametrize('methods, cells', [
-    (('dense', 'gdp', 'random', 'l1'),
-     ['M on D', '60.00 (1)', '60.00 (1)', '61.00 (1), L1 norm']),
-    (('dense', 'gdp'), ['M on D', '60.00 (1)', '60.00 (1)', '-']),
-    (('gdp', 'l1'), []),
+@pytest.mark.parametrize('methods, target, cells', [
+    (('dense', 'gdp', 'random', 'l1'), 0.4, [
+        'M on D', 'accuracy', '60.00 (1)', '0.4', '60.00 (1)',
+        '61.00 (1), L1 norm'
+    ]),
+    (('dense', 'gdp'), 0.4,
+     ['M on D', 'accuracy', '60.00 (1)', '0.4', '60.00 (1)', '-']),
+    (('dense', 'gdp', 'scp', 'l1'), 0.5, [
+        'M on D', 'accuracy', '60.00 (1)', '0.5', '60.00 (1)', '62.00 (1)',
+        '61.00 (1), L1 norm'
+    ]),
+    (('gdp', 'l1'), 0.4, []),
 ])
-def test_readme_has_the_best_alternative(
-        methods: tuple[str, ...], cells: list[str], tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_has_the_gates_and_the_best_alternative(
+        methods: tuple[str, ...], target: float, cells: list[str],
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import results
     readme = tmp_path / 'README.md'
     readme.write_text('<!-- accuracy -->\nold\n<!-- /accuracy -->\n')
     monkeypatch.setattr(results, 'README', readme)
     rows = [
         _row('dense', 60., 0, 1.),
-        _row('gdp', 60., 0),
-        _row('random', 59., 0),
-        _row('l1', 61., 0)
+        _row('gdp', 60., 0, target),
+        _row('scp', 62., 0, target),
+        _row('random', 59., 0, target),
+        _row('l1', 61., 0, target)
     ]
     results.show_accuracy([
         dict(
             title='M on D: all',
             data='voc',
+            metric='accuracy',
             iterations=8,
             rows=[row for row in rows if row['method'] in methods])
     ])
@@ -312,3 +328,119 @@ def test_random_widths_are_at_the_target_and_round_up() -> None:
     for group in analysis.groups:
         kept = int(rounded[group.gates].sum())
         assert kept % 2 == 0 or kept == len(group.gates)
+
+
+def _archive(path: Path) -> None:
+    """Write grey images of CIFAR-10's layout; the level tells which one."""
+    import cv2
+    import numpy as np
+    with tarfile.open(path, 'w') as file:
+        for split, name, number, level in (('test', 'bird', 0,
+                                            40), ('train', 'airplane', 0, 80),
+                                           ('train', 'airplane', 1,
+                                            120), ('train', 'truck', 0, 160),
+                                           ('train', 'truck', 1, 200)):
+            image = np.full((32, 32, 3), level, np.uint8)
+            content = cv2.imencode('.jpg', image)[1].tobytes()
+            member = tarfile.TarInfo(f'{split}/{name}/{number:04}.jpg')
+            member.size = len(content)
+            file.addfile(member, io.BytesIO(content))
+
+
+def test_packed_images_are_those_of_the_archive(tmp_path: Path) -> None:
+    pytest.importorskip('mmpretrain')
+    import cifar10
+    _archive(tmp_path / 'images.tar')
+    cifar10.pack(tmp_path / 'images.tar', tmp_path / cifar10.FILE)
+    found = {}
+    for split in ('train', 'test', 'three_quarters', 'quarter'):
+        batch = cifar10.stack_images(
+            cifar10.PackedCIFAR10(str(tmp_path), split).__getitems__([0, -1]))
+        assert batch['inputs'].dtype == torch.uint8
+        found[split] = [
+            (int(image.float().mean()), int(sample.gt_label))
+            for image, sample in zip(batch['inputs'], batch['data_samples'])
+        ]
+    assert found == dict(
+        train=[(80, 0), (200, 9)],
+        test=[(40, 2), (40, 2)],
+        three_quarters=[(80, 0), (160, 9)],
+        quarter=[(200, 9), (200, 9)])
+
+
+def test_images_are_cropped_and_flipped_one_by_one(tmp_path: Path) -> None:
+    import cifar10
+    torch.manual_seed(0)
+    images = torch.randint(1, 256, (64, 3, 32, 32), dtype=torch.uint8)
+    places = set()
+    for image, crop in zip(images, cifar10.augmented(images)):
+        padded = torch.nn.functional.pad(image, [4] * 4)
+        places.update(
+            (flip, top, left) for flip in (False, True) for top in range(9)
+            for left in range(9) if torch.equal(
+                crop.flip(-1) if flip else crop, padded[:, top:top + 32,
+                                                        left:left + 32]))
+    assert len(places) > 40
+    assert {flip for flip, *_ in places} == {False, True}
+
+
+@pytest.mark.parametrize('target', [0.5, 0.3])
+def test_alternatives_meet_the_target_in_narrow_layers(target: float) -> None:
+    pytest.importorskip('torch_pruning')
+    pytest.importorskip('mmpretrain')
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, init_default_scope
+
+    from gdp_mmseg.engine.forwards import inference_forward
+    from gdp_mmseg.report.measure import count_flops
+
+    from accuracy_tasks import TASKS
+    from one_shot import PruneOnce
+    cfg = Config.fromfile(BENCHMARKS / 'configs/cifar10_resnet20.py')
+    init_default_scope(cfg.default_scope)
+    model: Any = MODELS.build(cfg.model)
+    shape = (1, 3, 32, 32)
+    dense = count_flops(model, shape, inference_forward)
+    runner: Any = SimpleNamespace(
+        model=model,
+        iter=0,
+        optim_wrapper=SimpleNamespace(
+            optimizer=torch.optim.SGD(model.parameters(), 0.1)),
+        logger=logging.getLogger())
+    PruneOnce('l1', target, 0, shape, 0,
+              TASKS['cifar10_resnet20'].whole).before_train_iter(runner, 0)
+    left = count_flops(model, shape, inference_forward) / dense
+    assert target - 0.01 < left <= target
+    assert model.backbone.layer1[0].conv2.out_channels == 16
+    assert model.head.fc.out_features == 10
+
+
+@pytest.mark.parametrize('name', ['cifar10_resnet20', 'cifar10_resnet56'])
+def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
+    import accuracy_configs
+    args: Any = SimpleNamespace(
+        data=name,
+        data_root=Path('data'),
+        weights=Path('weights.pth'),
+        work_dir=Path('work'),
+        iterations=10,
+        start=accuracy_configs.TASKS[name].start,
+        tune=False,
+        lr=accuracy_configs.TASKS[name].lr_after_start,
+        hold=0.)
+    start = accuracy_configs.config_of(args, 'start', 1., 0)
+    for init in (start.model.backbone.init_cfg,
+                 start.model.head.init_cfg.override):
+        assert Path(init.checkpoint).name == 'weights.pth'
+    assert start.train_cfg.max_iters == args.start
+    gated = accuracy_configs.config_of(args, 'gdp', 0.5, 1)
+    assert gated.model.gdp.target == 0.5
+    assert gated.model.gdp.input_shape == (32, 32)
+    assert gated.load_from.endswith(f'start-1.0-0/training/iter_{args.start}'
+                                    '.pth')
+    assert gated.optim_wrapper.optimizer.lr == 0.02
+    assert gated.train_dataloader.dataset == dict(
+        type='PackedCIFAR10',
+        split='train',
+        augment=True,
+        data_root=str(Path('data').resolve()))

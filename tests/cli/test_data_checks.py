@@ -155,6 +155,41 @@ def test_dataset_that_downloads_itself_needs_no_folder(download: dict[str,
     assert list(tmp_path.iterdir()) == []
 
 
+def test_dataset_that_may_not_download_needs_its_folder(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip('mmpretrain')
+    said = refusal(
+        dict(
+            type='mmpretrain.CIFAR10',
+            data_root=str(tmp_path / 'cifar10'),
+            split='train',
+            pipeline=[],
+            download=False), capsys)
+    assert 'data_root=' in said and str(tmp_path / 'cifar10') in said
+
+
+def test_folders_of_classes_need_images(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled = classes(root, data_prefix='classes', with_label=True)
+    folder = root / 'classes/cat'
+    folder.mkdir(parents=True)
+    assert 'expected images in train_dataloader.dataset' in refusal(
+        labelled, capsys)
+    (folder / 'a.jpg').touch()
+    check(labelled)
+
+
+def test_split_of_a_dataset_needs_its_folder(
+        root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip('mmpretrain')
+    imagenet = dict(
+        type='mmpretrain.ImageNet',
+        data_root=str(root),
+        split='train',
+        pipeline=[dict(type='LoadImageFromFile')])
+    assert f'got no {root / "train"}; add it' in refusal(imagenet, capsys)
+
+
 def test_plain_dataset_is_not_asked_for_data_infos(root: Path) -> None:
     check(dict(type='PlainDataset', ann_file=str(root / 'train.txt')))
     check(dict(type=PlainDataset, ann_file=str(root / 'train.txt')))

@@ -61,3 +61,16 @@ def test_shares_of_a_model_add_up(project: Project) -> None:
     assert 0.1 < found['fixed_flops_share'] < 1
     assert sum(group['flops_share'] for group in found['groups']
                ) + found['fixed_flops_share'] == pytest.approx(1)
+
+
+def test_gates_of_another_method_can_be_shown(project: Project) -> None:
+    init_default_scope('mmseg')
+    config = ModelConfig.of(Config.fromfile(project.gated))
+    plain, found = describe(config), describe(config, 'scp')
+    assert 0 < found['gates'] < plain['gates']
+    assert found['fixed_flops_share'] < 0.2
+    more = [row for row in found['frozen'] if row not in plain['frozen']]
+    assert more and all(row['reason'].startswith('part of a sum')
+                        for row in more)
+    assert sum(row['channels'] for row in more) + found['gates'] == (
+        plain['gates'])

@@ -23,11 +23,10 @@ default_scope = 'mmpretrain'
 model = dict(
     type='ImageClassifier',
     backbone=dict(
-        type='ResNet_CIFAR', depth=18, base_channels=8, stem_channels=8,
-        num_stages=4, out_indices=(3, ), style='pytorch'),
+        type='gdp_mmseg.CIFARResNet', depth=8, channels=(8, 16, 32)),
     neck=dict(type='GlobalAveragePooling'),
     head=dict(
-        type='LinearClsHead', num_classes=2, in_channels=64,
+        type='LinearClsHead', num_classes=2, in_channels=32,
         loss=dict(type='CrossEntropyLoss', loss_weight=1.0)))
 data_preprocessor = dict(
     num_classes=2, mean=[127.] * 3, std=[64.] * 3, to_rgb=False)
@@ -77,18 +76,39 @@ def config(tmp_path: Path) -> Config:
     return cfg
 
 
+def _without_gates(checkpoint: Path) -> Path:
+    """A checkpoint of the same weights as a dense training would save it."""
+    content = torch.load(checkpoint, weights_only=False)
+    weights = {
+        name: value
+        for name, value in content['state_dict'].items()
+        if not name.startswith('gdp.')
+    }
+    path = checkpoint.with_name('dense.pth')
+    torch.save(dict(meta={}, state_dict=weights), path)
+    return path
+
+
 def test_classifier_is_trained_exported_and_evaluated(config: Config,
                                                       tmp_path: Path) -> None:
     runner, _ = train(config)
     pruner = find_pruner(runner.model)
     assert bool((pruner.gates.openness() == 0).any())
-    report = export(config, str(tmp_path / 'work/epoch_8.pth'),
-                    tmp_path / 'pair', 'gated')
+    report = export(
+        config,
+        str(tmp_path / 'work/epoch_8.pth'),
+        tmp_path / 'pair',
+        'gated',
+        dense_checkpoint=str(_without_gates(tmp_path / 'work/epoch_8.pth')))
     assert report.max_rel_diff <= 1e-5
     assert report.network(
         'pruned').flops <= 0.53 * report.network('dense').flops
     accuracy = report.network('pruned').metrics['accuracy/top1']
     assert accuracy == report.network('gated').metrics['accuracy/top1'] > 80
+    assert report.network('dense').metrics['accuracy/top1'] > 80
+    page = (tmp_path / 'pair/report.md').read_text()
+    assert '| network | accuracy/top1 | MFLOPs |' in page
+    assert 'mIoU' not in page
     pruned = load_exported(tmp_path / 'pair', 'gated')
     assert type(pruned).__name__ == 'ImageClassifier'
     from mmpretrain import get_model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -181,8 +181,8 @@ def _export(project: Project, folder: Path, **options: Any) -> dict[str, Any]:
 
 def _check_the_whole_way(runner: Any, report: dict[str, Any]) -> None:
     """Some gates are closed, some open, as asked; the export is exact."""
-    theta = find_pruner(runner.model).gates.theta
-    assert bool((theta == 0).any()) and bool((theta > 0).any())
+    closed = find_pruner(runner.model).gates.is_closed()
+    assert bool(closed.any()) and not bool(closed.all())
     assert report.max_rel_diff <= 1e-5
     assert report.reached == pytest.approx(TARGET, abs=0.05)
 
@@ -193,8 +193,16 @@ def _short(**options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize('name', FEATURES)
 def test_training_goes_on_to_an_export(name: str, project: Project,
-                                       tmp_path: Path) -> None:
-    options = _short(**FEATURES[name])
+                                       tmp_path: Path,
+                                       gate_of: Callable[[int], str]) -> None:
+    # SCP has no gates on norms that are frozen.
+    frozen = 'model.backbone.norm_eval' in FEATURES[name]
+    gate = gate_of(0 if frozen else [*FEATURES].index(name))
+    options = _short(**FEATURES[name], **{'model.gdp.gate': gate})
+    if frozen and gate == 'scp':
+        with pytest.raises(ValueError, match='frozen batch norm'):
+            _train(project.load(tmp_path, **options))
+        return
     runner, recorder = _train(project.load(tmp_path, **options))
     assert len(recorder.theta) == runner.max_iters == ITERATIONS
     assert (recorder.sizes[-1] == recorder.sizes[0]) == (name in KEEPING)
@@ -203,13 +211,18 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
 
 @pytest.mark.usefixtures('process_group')
 @pytest.mark.parametrize('name', FEATURES_OF_PROCESSES)
-def test_distributed_training_goes_on_to_an_export(name: str, project: Project,
-                                                   tmp_path: Path) -> None:
-    options = _short(**FEATURES_OF_PROCESSES[name])
+def test_distributed_training_goes_on_to_an_export(
+        name: str, project: Project, tmp_path: Path,
+        gate_of: Callable[[int], str]) -> None:
+    gate = {
+        'model.gdp.gate': gate_of([*FEATURES_OF_PROCESSES].index(name) + 1)
+    }
+    options = _short(**FEATURES_OF_PROCESSES[name], **gate)
     runner, recorder = _train(project.load_for_processes(tmp_path, **options))
     assert (recorder.sizes[-1] == recorder.sizes[0]) == (
         name in KEEPING_OF_PROCESSES)
-    _check_the_whole_way(runner, _export(project, tmp_path, **WITHOUT_SYNC))
+    _check_the_whole_way(runner,
+                         _export(project, tmp_path, **WITHOUT_SYNC, **gate))
 
 
 @pytest.fixture()
@@ -224,16 +237,18 @@ def amp_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures('amp_on_a_cpu')
 @pytest.mark.parametrize('clip, fused', [(None, False),
                                          (dict(max_norm=1.), True)])
-def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
-                                              fused: bool, project: Project,
-                                              tmp_path: Path) -> None:
+def test_mixed_precision_goes_on_to_an_export(
+        clip: dict[str, Any] | None, fused: bool, project: Project,
+        tmp_path: Path, gate_of: Callable[[int], str]) -> None:
     """The loss scale is too large at first: steps are skipped."""
+    gate = {'model.gdp.gate': gate_of(int(fused))}
     options = _short(
         **_optimizer('AdamW', fused=fused), **{
             'optim_wrapper.type': 'AmpOptimWrapper',
             'optim_wrapper.loss_scale': dict(init_scale=2.**127),
             'model.decode_head.loss_decode.loss_weight': 16 / 6000,
-            'optim_wrapper.clip_grad': clip
+            'optim_wrapper.clip_grad': clip,
+            **gate
         })
     runner, recorder = _train(project.load(tmp_path, **options))
     skipped = next(index for index, seen in enumerate(recorder.observed)
@@ -241,7 +256,7 @@ def test_mixed_precision_goes_on_to_an_export(clip: dict[str, Any] | None,
     assert 0 < skipped < ITERATIONS
     assert recorder.observed[0] == 0
     assert all(gain.isfinite().all() for gain in recorder.gain)
-    _check_the_whole_way(runner, _export(project, tmp_path))
+    _check_the_whole_way(runner, _export(project, tmp_path, **gate))
 
 
 def test_compiled_training_is_the_plain_one(

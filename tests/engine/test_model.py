@@ -392,7 +392,7 @@ def test_settings_made_in_python_are_checked_too() -> None:
     with pytest.raises(ValueError, match='expected a Target, but got 0.3'):
         Settings(0.3)  # type: ignore
     with pytest.raises(ValueError, match='gdp.gate: '):
-        Settings(Target(0.3), gate='none')
+        Settings(Target(0.3), gate='gdp')  # type: ignore
     with pytest.raises(ValueError, match='gdp.phases: '):
         Settings(Target(0.3), phases=(1., 1., 1.))
 

@@ -514,6 +514,26 @@ def test_labels_that_cannot_be_learned_are_an_error(labels: Tensor,
     assert came in str(error.value) and 'masks/7.png' in str(error.value)
 
 
+def _check_classifier(label: Any) -> None:
+    structures = pytest.importorskip('mmpretrain.structures')
+    model: Any = nn.Module()
+    model.head = nn.Module()
+    model.head.num_classes = 5
+    sample = structures.DataSample(metainfo=dict(img_path='cats/7.png'))
+    check_labels(model, dict(data_samples=[sample.set_gt_label(label)]))
+
+
+@pytest.mark.parametrize('label', [0, 4, [1, 3]])
+def test_classes_that_a_head_has_pass(label: Any) -> None:
+    assert _check_classifier(label) is None
+
+
+@pytest.mark.parametrize('label', [5, -1, [0, 7]])
+def test_classes_that_a_head_lacks_are_an_error(label: Any) -> None:
+    with pytest.raises(ValueError, match='up to 4, but got .*cats/7.png'):
+        _check_classifier(label)
+
+
 def test_check_of_the_labels_can_be_switched_off(
         monkeypatch: pytest.MonkeyPatch) -> None:
     runner: Any = SimpleNamespace(model=nn.Module())

@@ -10,9 +10,10 @@ from torch import Tensor
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.gates.base import CostFunction, GateMethod
 from gdp_mmseg.gates.blocks import Blocks
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.pruner.settings import Settings, Target
+from gdp_mmseg.pruner.settings import Gate, Settings, Target
 from gdp_mmseg.surgery.outputs import largest_difference
 from gdp_mmseg.surgery.prune import prune
 
@@ -63,7 +64,7 @@ class HardGates(GateMethod):
                 break
             self.close_(torch.arange(len(self.theta)) == gate)
 
-    def settle_(self) -> None:
+    def settle_(self, *_: object) -> None:
         self.settled += 1
 
 
@@ -71,7 +72,7 @@ class HardGates(GateMethod):
 def hard(monkeypatch: pytest.MonkeyPatch) -> Settings:
     """Settings that name a method which this file adds to the known ones."""
     monkeypatch.setitem(METHODS, 'hard', HardGates)
-    return Settings(Target(0.5), gate='hard', phases=(0.1, 0.6, 0.3))
+    return Settings(Target(0.5), gate=Gate('hard'), phases=(0.1, 0.6, 0.3))
 
 
 def test_a_method_from_outside_prunes_to_the_target(hard: Settings) -> None:
@@ -100,7 +101,41 @@ def test_a_method_from_outside_prunes_to_the_target(hard: Settings) -> None:
 
 def test_an_unknown_method_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"gdp.gate: .*\['gdp'.*but got 'x'"):
-        Settings(Target(0.5), gate='x')
+        Gate('x')
+
+
+def test_options_reach_the_method(monkeypatch: pytest.MonkeyPatch) -> None:
+
+    class Sharp(HardGates):
+        OPTIONS = ('edge', )
+
+        def __init__(self, num_gates: int, edge: float = 1.) -> None:
+            super().__init__(num_gates)
+            self.edge = edge
+
+    monkeypatch.setitem(METHODS, 'sharp', Sharp)
+    _, analysis = TOYS['residual'].analyse()
+    for gate, edge in (('sharp', 1.), (dict(type='sharp', edge=2.), 2.)):
+        settings = Settings.from_config(dict(target=0.5, gate=gate))
+        gates = settings.build_gates(analysis)
+        assert isinstance(gates, Sharp) and gates.edge == edge
+        assert len(gates.theta) == analysis.num_gates
+
+
+@pytest.mark.parametrize('gate, message', [
+    (dict(edge=1.), 'add type'),
+    (dict(type='hard', edge=1.), "'hard'.*no options.*'edge'"),
+    (dict(type='hrad'), "did you mean 'hard'"),
+])
+def test_wrong_options_of_a_gate_are_an_error(hard: Settings, gate: dict,
+                                              message: str) -> None:
+    with pytest.raises(ValueError, match='gdp.gate: expected.*' + message):
+        Settings.from_config(dict(target=0.5, gate=gate))
+
+
+def test_settings_of_another_gate_are_an_error(hard: Settings) -> None:
+    with pytest.raises(ValueError, match="gdp.close_below.*gate='gdp' only"):
+        dataclasses.replace(hard, close_below=0.1)
 
 
 @pytest.mark.parametrize('change, key', [
@@ -126,3 +161,36 @@ def test_a_target_made_in_python_is_checked_too() -> None:
         Target(40)
     with pytest.raises(ValueError, match='gdp.target.type: .* but got'):
         Target(0.4, 'flop')
+
+
+def test_factors_of_gates_that_do_not_move_are_computed_once(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    plain = GDPGates.factors
+
+    def factors(self: GDPGates, gates: torch.Tensor) -> torch.Tensor:
+        computed.append(gates)
+        return plain(self, gates)
+
+    monkeypatch.setattr(GDPGates, 'factors', factors)
+    gates = GDPGates(4)
+    index = gates.add_slots(torch.tensor([2, -1, 0]))
+    gates.theta.data.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8]))
+    moving = gates.slot_factors(index)
+    gates.heeded = False
+    for _ in range(3):
+        fixed = gates.slot_factors(index)
+        assert torch.equal(fixed, moving)
+        gates.theta.grad = None
+        fixed.sum().backward()
+        # The gradient exists, for wrappers of several processes.
+        assert torch.equal(gates.theta.grad, torch.zeros(4))
+    assert len(computed) == 2
+    with torch.no_grad():
+        gates.theta[0] = 0.9
+    assert torch.equal(gates.slot_factors(index)[:2], moving[:2])
+    assert gates.slot_factors(index)[2] > moving[2]
+    gates.close_(torch.tensor([True, False, False, False]))
+    assert gates.slot_factors(index)[2] == 0
+    gates.set_slots_(index, torch.tensor([3]))
+    assert gates.slot_factors(index).shape == (1, )

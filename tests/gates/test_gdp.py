@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gdp_mmseg.gates.base import held_cost, solve_multiplier
 from gdp_mmseg.gates.gdp import GDPGates, annealed, openness, openness_slope
+from gdp_mmseg.gates.multiplier import held_cost, solve_multiplier
 from gdp_mmseg.pruner.schedule import Schedule
 
 THETAS = torch.tensor([-2., -0.3, 0., 1e-3, 0.1, 1., 3.]).double()

@@ -275,10 +275,17 @@ class Recorder(Hook):
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         gates = find_pruner(runner.model).gates
-        self.theta.append(gates.theta.detach().clone())
-        self.gain.append(gates.gain.clone())
-        self.gain_square.append(gates.gain_square.clone())
-        self.observed.append(int(gates.observed))
+        # The theta of SCP is not used.
+        moving = gates.openness() if hasattr(gates, 'score') else gates.theta
+        self.theta.append(moving.detach().clone())
+        # SCP has no gains, but Phi, masks and a number of steps.
+        gain, square, observed = ((gates.score, gates.mask, gates.step_number)
+                                  if hasattr(gates, 'score') else
+                                  (gates.gain, gates.gain_square,
+                                   gates.observed))
+        self.gain.append(gain.clone())
+        self.gain_square.append(square.clone())
+        self.observed.append(int(observed))
         self.grads.append(gates.theta.grad)
         self.sizes.append(
             sum(one.numel() for one in runner.model.parameters()))
@@ -400,7 +407,11 @@ def build_runner(
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
     """Build the runner of a config; analyse each model once a process."""
     _fit_travel_(cfg)
-    key = str(cfg.model)
+    config = cfg.model.to_dict()
+    # An analysis serves all gate methods that have gates for all channels.
+    if 'scp' not in str(config.get('gdp', {}).get('gate')):
+        config.get('gdp', {}).pop('gate', None)
+    key = str(config)
     with known_gates(_ANALYSES.get(key)):
         runner = build(cfg)
     model: Any = getattr(runner, 'model', None)

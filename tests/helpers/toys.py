@@ -210,6 +210,10 @@ def _option_a(net: Any, x: Tensor) -> Tensor:
     return net.head(F.relu(short + net.branch(x)))
 
 
+def _cropped(net: Any, x: Tensor) -> Tensor:
+    return net.head(F.pad(net.body(net.stem(x)), (0, 0, 0, 0, 0, -1)))
+
+
 def _zeros(net: Any, x: Tensor) -> Tensor:
     x = net.stem(x)
     zeros = torch.zeros(
@@ -637,10 +641,14 @@ TOYS: dict[str, Toy] = {
             _option_a,
             stem=block(3, 4),
             branch=branch(4, 5, 6, stride=2),
-            head=last(6)), ((5, 'branch.0 branch.3'), ), {
-                'stem.0': 'constant_pad_nd',
-                'branch.3': 'add'
-            }),
+            head=last(6)),
+        ((4, 'stem.0 branch.0 branch.3 head'), (5, 'branch.0 branch.3')),
+        {'branch.3': 'joined with channels of no layer'}),
+    'channels cut off by padding':
+    Toy(
+        lambda: Net(
+            _cropped, stem=block(3, 5), body=block(5, 4), head=last(3)),
+        ((5, 'stem.0 body.0'), ), {'body.0': 'constant_pad_nd'}),
     'shortcut joined with zeros':
     Toy(
         lambda: Net(

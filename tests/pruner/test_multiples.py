@@ -44,7 +44,9 @@ class Blocked(nn.Module):
 
 
 @functools.cache
-def pruned_blocks(multiple: int, floor: float = 0.) -> tuple[Any, Pruner]:
+def pruned_blocks(multiple: int,
+                  floor: float = 0.,
+                  gate: str = 'gdp') -> tuple[Any, Pruner]:
     """Train with gates to a target, on random inputs and random wishes."""
     torch.manual_seed(0)
     net = Blocked()
@@ -53,6 +55,7 @@ def pruned_blocks(multiple: int, floor: float = 0.) -> tuple[Any, Pruner]:
         Settings.from_config(
             dict(
                 target=TARGET,
+                gate=gate,
                 phases=(0.1, 0.8, 0.1),
                 min_keep_ratio=floor,
                 multiple=multiple)))
@@ -74,10 +77,13 @@ def kept_of(pruner: Pruner) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize('multiple, points', [(4, 3), (8, 6)])
+@pytest.mark.parametrize('multiple, points, gate', [(4, 3, 'gdp'),
+                                                    (8, 6, 'gdp'),
+                                                    (4, 3, 'trainable')])
 def test_all_widths_become_multiples_and_open_channels(multiple: int,
-                                                       points: int) -> None:
-    _, pruner = pruned_blocks(multiple)
+                                                       points: int,
+                                                       gate: str) -> None:
+    _, pruner = pruned_blocks(multiple, gate=gate)
     kept = kept_of(pruner)
     assert all(number % multiple == 0 for number in kept)
     assert 0 < sum(kept) < pruner.analysis.num_gates

@@ -14,7 +14,10 @@ from gdp_mmseg.analysis import operators
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.labels import Labels
 from gdp_mmseg.analysis.structure import Analysis
-from gdp_mmseg.gates.gdp import GDPGates
+from gdp_mmseg.gates import METHODS
+from gdp_mmseg.gates.base import GateMethod
+from gdp_mmseg.gates.scp import SCPGates
+from gdp_mmseg.gates.trainable import TrainableGates
 from gdp_mmseg.surgery.outputs import largest_difference
 from gdp_mmseg.surgery.prune import prune
 from gdp_mmseg.surgery.random_weights import randomise_
@@ -39,31 +42,52 @@ def drawn(seed: int) -> tuple[nn.Module, Analysis]:
     return net.double(), analyse(net, SHAPE, run)
 
 
-def error(net: nn.Module, analysis: Analysis, seed: int) -> float:
+def error(net: nn.Module,
+          analysis: Analysis,
+          seed: int,
+          gate: str = 'gdp') -> float:
     """Difference of gated and pruned with gates drawn at random.
 
     Each group has a chance of its own to lose channels: from none to all.
     """
     generator = torch.Generator().manual_seed(seed)
-    gates = GDPGates(analysis.num_gates).double()
+    gates = METHODS[gate].of(analysis).double().eval()
     with torch.no_grad():
         gates.theta.uniform_(0.2, 2., generator=generator)
         for group in analysis.groups:
             share = torch.rand(1, generator=generator).mul(1.6).sub(0.3)
             shut = torch.rand(len(group.gates), generator=generator) < share
-            gates.theta[group.gates[shut]] = 0
+            gates.theta[group.gates[shut]] *= -1
+        _close_(gates, gates.theta < 0)
     inputs = torch.randn((2, *SHAPE), generator=generator).double()
     with torch.no_grad():
         wanted = gated(net, analysis, gates)(inputs)
-        pruned, _ = prune(net, analysis, gates.openness())
+        pruned, _ = prune(net, analysis, gates.decided())
         return largest_difference([pruned(inputs)], [wanted])
+
+
+def _close_(gates: GateMethod, shut: Tensor) -> None:
+    """Close gates as their method does while it trains, in place."""
+    if isinstance(gates, SCPGates):
+        gates.phase.fill_(1)
+        gates.kept.copy_(~shut)
+    elif not isinstance(gates, TrainableGates):
+        gates.theta.masked_fill_(shut, 0)
 
 
 @pytest.mark.parametrize('seed', SEEDS)
 def test_pruned_network_computes_what_the_gated_one_does(seed: int) -> None:
     net, analysis = drawn_once(seed)
-    for pattern in range(2):
-        assert error(net, analysis, 2 * seed + pattern) <= TOLERANCE, net
+    for number, gate in enumerate(METHODS):
+        try:
+            # As many gates as the method can have.
+            options = dict(streams=True) if gate == 'scp' else {}
+            admitted = METHODS[gate].admitted(analysis, net, **options)
+        except ValueError:  # No batch norm tells about any channel.
+            assert gate == 'scp'
+            continue
+        found = error(net, admitted, 2 * seed + number, gate)
+        assert found <= TOLERANCE, (gate, net)
 
 
 def test_networks_have_every_kind_of_step_and_gates() -> None:

@@ -1,0 +1,152 @@
+"""Changes to the trainings that ``accuracy.py`` compares, by their names.
+
+A change is added to a method's name, as in ``gdp+ema``; it can be made to the
+dense training too, so that both have it.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+from mmengine.config import Config
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import Runner, load_checkpoint
+from torch import Tensor
+from torch.nn import functional as F
+
+# Share of the training after which weights are averaged: GDP's gates are
+# fixed by then.
+AVERAGED_FROM = 0.5
+
+
+@HOOKS.register_module()
+class DistillHook(Hook):
+    """Add the divergence from a trained dense network to the loss.
+
+    The classes' probabilities of student and teacher are compared at each
+    pixel of the decoder's logits (Hinton et al., 2015).
+
+    Args:
+        model (dict): Config of the dense network.
+        checkpoint (str): Its weights.
+        weight (float): Factor of the divergence in the loss.
+        temperature (float): Divisor of the logits; the divergence is
+            multiplied by its square.
+    """
+
+    def __init__(self,
+                 model: dict[str, Any],
+                 checkpoint: str,
+                 weight: float = 1.,
+                 temperature: float = 2.) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.weight = weight
+        self.temperature = temperature
+
+    def before_train(self, runner: Runner) -> None:
+        """Build the teacher and add its term to the decoder's loss."""
+        student: Any = runner.model
+        teacher: Any = MODELS.build(self.model)
+        load_checkpoint(teacher, self.checkpoint, 'cpu')
+        teacher = teacher.to(next(student.parameters()).device).eval()
+        teacher.to(memory_format=torch.channels_last)
+        images: list[Tensor] = []
+        student.backbone.register_forward_pre_hook(
+            lambda _, args: images.append(args[0]))
+        plain = student.decode_head.loss_by_feat
+
+        def loss_by_feat(logits: Tensor, samples: Any) -> dict[str, Tensor]:
+            with torch.no_grad():
+                wanted = teacher.decode_head(teacher.backbone(images.pop()))
+            images.clear()
+            losses: dict[str, Tensor] = plain(logits, samples)
+            losses['loss_distill'] = self.weight * _divergence(
+                logits.float() / self.temperature,
+                wanted.float() / self.temperature) * self.temperature**2
+            return losses
+
+        student.decode_head.loss_by_feat = loss_by_feat
+
+
+def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Mean divergence over the pixels of logits ``(N, C, H, W)``."""
+    pixels = F.kl_div(
+        logits.log_softmax(1),
+        wanted.log_softmax(1),
+        reduction='none',
+        log_target=True)
+    return pixels.sum(1).mean()
+
+
+def _ema(cfg: Config, teacher: Path) -> None:
+    """Average the weights over the second half, and evaluate the average."""
+    begin = round(AVERAGED_FROM * cfg.train_cfg.max_iters)
+    cfg.custom_hooks = [
+        *cfg.get('custom_hooks', []),
+        dict(
+            type='EMAHook',
+            ema_type='ExponentialMovingAverage',
+            momentum=0.02,
+            update_buffers=True,
+            begin_iter=begin)
+    ]
+
+
+def _distill(cfg: Config, teacher: Path) -> None:
+    """Distil from the dense network that was trained on, its own too."""
+    model = dict(cfg.model)
+    model.pop('gdp', None)
+    model['type'] = 'EncoderDecoder'
+    cfg.custom_hooks = [
+        *cfg.get('custom_hooks', []),
+        dict(type='DistillHook', model=model, checkpoint=str(teacher))
+    ]
+
+
+def _faster(factor: float) -> Callable[[Config, Path], None]:
+    """Multiply the learning rate."""
+
+    def change(cfg: Config, teacher: Path) -> None:
+        cfg.optim_wrapper.optimizer.lr *= factor
+
+    return change
+
+
+def hold_(cfg: Config, share: float) -> None:
+    """Hold the learning rate for a share of the training, in place.
+
+    Then it falls linearly.
+    """
+    end = cfg.train_cfg.max_iters
+    cfg.param_scheduler[0].update(
+        type='PolyLR', power=1., begin=round(share * end), end=end)
+
+
+def _flat(cfg: Config, teacher: Path) -> None:
+    """Hold the learning rate for 0.6 of the training."""
+    hold_(cfg, 0.6)
+
+
+def _phases(*phases: float) -> Callable[[Config, Path], None]:
+    """Set the phases of the gates."""
+
+    def change(cfg: Config, teacher: Path) -> None:
+        cfg.model.gdp.phases = phases
+
+    return change
+
+
+# Each takes the config of a training and the checkpoint of a trained dense
+# network, and changes the config in place.
+CHANGES: dict[str, Callable[[Config, Path], None]] = dict(
+    ema=_ema,
+    kd=_distill,
+    lr2=_faster(2.5),
+    lr5=_faster(5.),
+    flat=_flat,
+    early=_phases(0.05, 0.1, 0.85),
+    mid=_phases(0.1, 0.35, 0.55),
+    late=_phases(0.3, 0.3, 0.4))
