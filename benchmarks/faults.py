@@ -54,16 +54,17 @@ FILES = {
 
 
 class Losses(Hook):
-    """Hook that records the loss of each iteration in ``losses.jsonl``."""
+    """Hook that records losses and sizes of a model in ``losses.jsonl``."""
 
     def after_train_iter(self,
                          runner: Runner,
                          batch_idx: int,
                          data_batch: Any = None,
                          outputs: Any = None) -> None:
-        """Append the iteration and its loss."""
+        """Append the iteration, its loss and the number of parameters."""
+        size = sum(one.numel() for one in runner.model.parameters())
         with open(Path(runner.work_dir) / 'losses.jsonl', 'a') as file:
-            row = [runner.iter + 1, float(outputs['loss'])]
+            row = [runner.iter + 1, float(outputs['loss']), size]
             file.write(json.dumps(row) + '\n')
 
 
@@ -205,10 +206,15 @@ def equal(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-def losses(folder: Path) -> dict[int, float]:
-    """Return the loss of each iteration, as the last process had it."""
+def losses(folder: Path) -> dict[int, list[float]]:
+    """Return loss and size at each iteration, as the last process had them."""
     lines = (folder / 'losses.jsonl').read_text().splitlines()
-    return dict(map(json.loads, lines))
+    return {row[0]: row[1:] for row in map(json.loads, lines)}
+
+
+def narrowed(folder: Path) -> int:
+    """Return how often channels left a training."""
+    return len({size for _, size in losses(folder).values()}) - 1
 
 
 def killed_export(kill: Kill, folder: Path, data: Path, checkpoint: Path,
@@ -277,6 +283,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(json.dumps(trainings[-1]), flush=True)
     checkpoint = straight / f'iter_{ITERATIONS}.pth'
     return dict(
+        narrowed=narrowed(straight),
         trainings=trainings,
         **measure_exports(args, folder / 'exports', data, checkpoint))
 
@@ -343,7 +350,9 @@ def markdown(report: dict[str, Any]) -> str:
         f'{right} of {len(trainings)} killed trainings end, after a resume, '
         'bit for bit like the uninterrupted training: gates, weights, '
         'optimizer, random numbers, the loss of every iteration and '
-        f'`gates.jsonl` are equal. The {len(ends)} kills by phase:', '',
+        '`gates.jsonl` are equal. Closed channels leave the training at '
+        f'{report["narrowed"]} of its iterations. The {len(ends)} kills by '
+        'phase:', '',
         table(cells), '',
         f'{kept} of {len(exports)} killed exports leave nothing '
         f'({lefts["nothing"]}) or a complete result ({lefts["complete"]}) '
