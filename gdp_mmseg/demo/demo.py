@@ -136,32 +136,22 @@ def export(folder: Path, clock: Clock) -> None:
     ])
 
 
-def complete_report(folder: Path) -> Report:
-    """Return the export's report, completed by what the trainings logged.
+def complete_report(folder: Path, seconds: dict[str, float]) -> Report:
+    """Return the export's report, completed by what the trainings gave.
 
-    That is the mIoU of the dense network, and the time of both trainings.
+    Args:
+        folder (Path): Folder of the demo.
+        seconds (dict[str, float]): Processor time of both trainings.
     """
-    from ..report.record import last_metrics, training_minutes
+    from ..report.record import last_metrics
     from ..report.tables import Report
     report = Report.read(folder / 'export' / 'report.json')
     report = report.with_metrics(
         dict(dense=last_metrics(folder / 'dense', ['mIoU'])))
     return report.with_training_minutes({
-        stage: training_minutes(folder / stage)
-        for stage in ('dense', 'gated')
+        stage: spent / 60
+        for stage, spent in seconds.items()
     })
-
-
-def training_time(seconds: dict[str, float]) -> str:
-    """Compose a line about the processor time of the two trainings.
-
-    Examples:
-        >>> training_time(dict(dense=240., gated=192.))
-        'training: 4.0 min dense, 3.2 min gated (0.80 of it), processor time'
-    """
-    dense, gated = seconds['dense'], seconds['gated']
-    return (f'training: {dense / 60:.1f} min dense, {gated / 60:.1f} min gated '
-            f'({gated / dense:.2f} of it), processor time')
 
 
 def conditions(cfg: Any) -> dict[str, Any]:
@@ -210,12 +200,9 @@ def main() -> None:
     make_demo_data(data_root, train=600, val=160, size=128, seed=0)
     seconds = train_both(folder, clock)
     export(folder, clock)
-    report = complete_report(folder)
+    report = complete_report(folder, seconds)
     write_json(folder / 'report.json',
-               dict(
-                   dataclasses.asdict(report),
-                   training_seconds=seconds,
-                   **conditions(cfg)))
+               dict(dataclasses.asdict(report), **conditions(cfg)))
     clock.show('report', clock.work, 'drawing report.png')
     miou = {
         row.name: row.metrics['mIoU']
@@ -230,8 +217,7 @@ def main() -> None:
          folder / 'gated' / 'gates.jsonl', report.target)
     print()
     print(comparison(report))
-    print(f'\n{training_time(seconds)}')
-    print(f'FLOPs left: {report.share("flops"):.3f} '
+    print(f'\nFLOPs left: {report.share("flops"):.3f} '
           f'(target {report.target}); the outputs of the gated and the '
           f'pruned network differ by {report.max_rel_diff:.0e} of the '
           f'largest output\n{folder / "report.json"}\n{folder / "report.png"}')
