@@ -128,22 +128,23 @@ class PackedCIFAR10(Dataset):
         if self.augment:
             images = augmented(images)
         return [
-            dict(inputs=image, data_samples=DataSample().set_gt_label(label))
-            for image, label in zip(images, self.labels[chosen])
+            dict(inputs=image, data_samples=DataSample(gt_label=label))
+            for image, label in zip(images, self.labels[chosen].split(1))
         ]
 
 
 def augmented(images: torch.Tensor) -> torch.Tensor:
     """Crop padded images ``(N, 3, 32, 32)`` and flip half of them."""
     number = len(images)
-    padded = torch.nn.functional.pad(images, [_MARGIN] * 4)
-    top, left = torch.randint(0, 2 * _MARGIN + 1, (2, number, 1))
-    side = torch.arange(SIDE)
-    columns = torch.where(
-        torch.rand(number, 1) < 0.5, left + side, left + side.flip(0))
-    every = torch.arange(number)[:, None, None]
-    cropped = padded[every, :, (top + side)[:, :, None], columns[:, None]]
-    return cropped.permute(0, 3, 1, 2)
+    padded = torch.nn.functional.pad(images, [_MARGIN] * 4).numpy()
+    corners = torch.randint(0, 2 * _MARGIN + 1, (number, 2)).tolist()
+    steps = (1 - 2 * torch.randint(0, 2, (number, ))).tolist()
+    cropped = np.empty((number, 3, SIDE, SIDE), np.uint8)
+    # Slices of NumPy take a tenth of the time of indexing all at once.
+    for target, image, (top, left), step in zip(cropped, padded, corners,
+                                                steps):
+        target[:] = image[:, top:top + SIDE, left:left + SIDE][..., ::step]
+    return torch.from_numpy(cropped)
 
 
 @FUNCTIONS.register_module()

@@ -57,10 +57,10 @@ def _targets(reports: Mapping[str, Report]) -> str:
     return '\n'.join([
         tables.table(rows), '',
         f'FLOPs and parameters are shares of the dense network. {metrics}: '
-        'mean and standard deviation, with the number of seeds in brackets. All of '
-        'these networks were trained before they were pruned; `iterations` is '
-        'the length of the gated training. The dense network was trained for '
-        'the same number of further iterations.', '',
+        'mean and standard deviation, with the number of seeds in brackets. '
+        'All of these networks were trained before they were pruned; '
+        '`iterations` is the length of the gated training. The dense network '
+        'was trained for the same number of further iterations.', '',
         _sources(reports)
     ])
 

@@ -96,7 +96,17 @@ def trigger_visualization_hook(cfg: Config,
     return cfg
 
 
-def _check_evaluator(evaluator: Any) -> None:
+def check_tta(cfg: Config) -> None:
+    """Fail if a config has no augmentation for its test."""
+    missing = [key for key in ('tta_pipeline', 'tta_model') if key not in cfg]
+    if missing:
+        fail(
+            'expected tta_pipeline and tta_model in the config for --tta, but '
+            f'got no {" and no ".join(missing)}; add it, or do not pass '
+            '--tta')
+
+
+def check_evaluator(evaluator: Any) -> None:
     """Fail if an evaluator cannot write the predictions to a folder."""
     kind = evaluator.get('type') if isinstance(evaluator, dict) else evaluator
     found = find_class(METRICS, kind)
@@ -133,16 +143,14 @@ def main() -> None:
         cfg = trigger_visualization_hook(cfg, args)
 
     if args.tta:
-        if 'tta_pipeline' not in cfg or 'tta_model' not in cfg:
-            fail('expected tta_pipeline and tta_model in the config for --tta,'
-                 ' but got none; add them, or do not pass --tta')
+        check_tta(cfg)
         cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
         cfg.tta_model.module = cfg.model
         cfg.model = cfg.tta_model
 
     # add output_dir in metric
     if args.out is not None:
-        _check_evaluator(cfg.test_evaluator)
+        check_evaluator(cfg.test_evaluator)
         cfg.test_evaluator['output_dir'] = args.out
         cfg.test_evaluator['keep_results'] = True
 

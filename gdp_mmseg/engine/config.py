@@ -143,10 +143,8 @@ def name_of(kind: Any) -> str:
 def _drop_pretrained_(part: Any) -> None:
     """Remove every reference to pretrained weights, recursively, in place."""
     if isinstance(part, dict):
-        init = part.get('init_cfg')
-        for one in init if isinstance(init, Sequence) else [init]:
-            if one and name_of(one.get('type')) in _PRETRAINED:
-                part['init_cfg'] = None
+        if _loads(part.get('init_cfg')):
+            part['init_cfg'] = None
         if part.get('pretrained'):
             # timm's backbones take True or False here, others a path or None.
             part['pretrained'] = (False
@@ -155,3 +153,11 @@ def _drop_pretrained_(part: Any) -> None:
     if isinstance(part, (list, tuple)):
         for one in part:
             _drop_pretrained_(one)
+
+
+def _loads(init: Any) -> bool:
+    """Tell whether an ``init_cfg``, or one of several, loads a file."""
+    if isinstance(init, Mapping):
+        return (name_of(init.get('type')) in _PRETRAINED
+                or _loads(init.get('override')))
+    return isinstance(init, (list, tuple)) and any(map(_loads, init))

@@ -330,8 +330,9 @@ def _check_classes(head: Any, batch: Any) -> None:
         return
     for sample in batch.get('data_samples') or ():
         labels = getattr(sample, 'gt_label', None)
-        if isinstance(labels, Tensor) and not bool(
-            ((labels >= 0) & (labels < classes)).all()):
+        if not isinstance(labels, Tensor):
+            continue
+        if bool(((labels < 0) | (labels >= classes)).any()):
             raise ValueError(
                 f'labels: expected classes up to {classes - 1}, but got '
                 f'{labels.tolist()} in {sample.get("img_path", "an image")}; '

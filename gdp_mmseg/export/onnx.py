@@ -38,8 +38,8 @@ _AXES = {0: 'batch', 2: 'height', 3: 'width'}
 # many networks halve their input five times.
 _STEP = 32
 # Processor time that a captured program of any size may take. Networks that
-# can be captured need less than half a minute; with others, such as Swin,
-# PyTorch may reason about their sizes for hours.
+# can be captured need half a minute; with others, such as Swin, PyTorch
+# reasons about their sizes for many minutes.
 _SECONDS = 120.
 # Time between two signals, in case that code catches what the first raises.
 _AGAIN = 5.

@@ -61,7 +61,9 @@ class Product:
 
     def memory(self, like: Tensor) -> Tensor:
         """Memory of the shape of a kernel that nothing else needs."""
-        if self._in_use():
+        # PyTorch keeps the memory of a GPU itself. There a product that is
+        # cast to half precision is needed no longer than that.
+        if like.device.type != 'cpu' or self._in_use():
             return torch.empty_like(like)
         memory = self._memory
         if (memory is None or memory.shape != like.shape

@@ -417,23 +417,23 @@ def test_alternatives_meet_the_target_in_narrow_layers(target: float) -> None:
 
 @pytest.mark.parametrize('name', ['cifar10_resnet20', 'cifar10_resnet56'])
 def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
-    import accuracy
+    import accuracy_configs
     args: Any = SimpleNamespace(
         data=name,
         data_root=Path('data'),
         weights=Path('weights.pth'),
         work_dir=Path('work'),
         iterations=10,
-        start=accuracy.TASKS[name].start,
+        start=accuracy_configs.TASKS[name].start,
         tune=False,
-        lr=accuracy.TASKS[name].lr_after_start,
+        lr=accuracy_configs.TASKS[name].lr_after_start,
         hold=0.)
-    start = accuracy.config_of(args, 'start', 1., 0)
+    start = accuracy_configs.config_of(args, 'start', 1., 0)
     for init in (start.model.backbone.init_cfg,
                  start.model.head.init_cfg.override):
         assert Path(init.checkpoint).name == 'weights.pth'
     assert start.train_cfg.max_iters == args.start
-    gated = accuracy.config_of(args, 'gdp', 0.5, 1)
+    gated = accuracy_configs.config_of(args, 'gdp', 0.5, 1)
     assert gated.model.gdp.target == 0.5
     assert gated.model.gdp.input_shape == (32, 32)
     assert gated.load_from.endswith(f'start-1.0-0/training/iter_{args.start}'

@@ -1,13 +1,14 @@
 """Command lines: flags, paths and one line for each error."""
 from __future__ import annotations
 
+import argparse
 import ast
 import importlib.util
 import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Callable
+from typing import Any, Callable
 
 import pytest
 
@@ -15,6 +16,12 @@ from helpers import ROOT
 
 mmengine = pytest.importorskip('mmengine')
 pytest.importorskip('mmseg')
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from gdp_mmseg.cli.test import (check_evaluator, check_tta,
+                                trigger_visualization_hook)
 
 PACKAGE = ROOT / 'gdp_mmseg'
 
@@ -173,6 +180,35 @@ def test_debugging_keeps_the_traceback(
 def test_errors_of_others_keep_their_traceback(cli: ModuleType) -> None:
     with pytest.raises(ValueError), cli.one_line_errors():
         int('no number')
+
+
+@pytest.mark.parametrize('kind, drawn', [
+    ('VisualizationHook', dict(enable=True, out_dir='shown', interval=1)),
+    ('SegVisualizationHook', dict(draw=True)),
+])
+def test_predictions_are_drawn_by_the_hook_of_each_library(
+        kind: str, drawn: dict[str, Any]) -> None:
+    cfg = Config(
+        dict(default_hooks=dict(visualization=dict(type=kind)), visualizer={}))
+    args = argparse.Namespace(show=False, show_dir='shown', wait_time=1.)
+    hook = trigger_visualization_hook(cfg, args).default_hooks.visualization
+    assert hook == dict(drawn, type=kind)
+    assert cfg.visualizer == ({} if 'out_dir' in drawn else dict(
+        save_dir='shown'))
+
+
+def test_options_that_a_classifier_lacks_are_an_error(
+        capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip('mmpretrain')
+    init_default_scope('mmseg')
+    check_evaluator(dict(type='IoUMetric'))
+    with pytest.raises(SystemExit):
+        check_evaluator(dict(type='mmpretrain.Accuracy'))
+    assert 'for --out, such as IoUMetric, but' in capsys.readouterr().err
+    check_tta(Config(dict(tta_pipeline=[], tta_model={})))
+    with pytest.raises(SystemExit):
+        check_tta(Config(dict(tta_pipeline=[])))
+    assert 'got no tta_model; add it' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('error, shown', [

@@ -61,12 +61,15 @@ def test_no_part_looks_for_pretrained_weights() -> None:
             type='TIMMBackbone',
             pretrained=True,
             branches=[dict(init_cfg=[dict(type='Normal'), weights])]),
+        neck=dict(
+            init_cfg=dict(type='Normal', override=dict(weights, name='fc'))),
         decode_head=dict(init_cfg=weights, loss=dict(init_cfg=None)))
     parts = ModelConfig.parse(model).without_pretrained().parts
     assert parts['pretrained'] is None
     # timm's backbones take True or False.
     assert parts['backbone']['pretrained'] is False
     assert parts['backbone']['branches'][0]['init_cfg'] is None
+    assert parts['neck']['init_cfg'] is None
     assert parts['decode_head']['init_cfg'] is None
     # The user's own config is left as it was.
     assert model['decode_head']['init_cfg'] is weights

@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip('mmseg')
 
 import torch
+from mmengine.config import ConfigDict
 from mmengine.hooks import Hook
 from mmengine.model import MMDistributedDataParallel
 from mmengine.runner import Runner
@@ -92,11 +93,17 @@ OPTIMIZERS = dict(
     AdamW=dict(lr=1e-4, weight_decay=0.1))
 
 
-def trained_alone(model: Any, optimizer: str,
+def trained_alone(model: Any, inputs: Tensor, optimizer: str,
                   cut: bool) -> tuple[list[float], list[Tensor], int]:
-    """Losses of a training, outputs of its average, numbers at its end."""
+    """Losses of a training, outputs of its average, numbers at its end.
+
+    In the middle of it, a whole group closes if one can.
+    """
     model, steps = copy.deepcopy(model).double().train(), 8
     pruner = find_pruner(model)
+    whole = torch.zeros(pruner.analysis.num_gates, dtype=torch.bool)
+    for group in pruner.analysis.groups[:4]:
+        whole[group.gates] = group.can_be_empty
     average = copy.deepcopy(model)
     trains = getattr(torch.optim, optimizer)(model.parameters(),
                                              **OPTIMIZERS[optimizer])
@@ -104,8 +111,8 @@ def trained_alone(model: Any, optimizer: str,
     losses = []
     for index in range(steps):
         trains.zero_grad()
-        loss = sum((one - 0.1).square().mean()
-                   for one in all_outputs(model, INPUTS.double()))
+        loss = sum(
+            (one - 0.1).square().mean() for one in all_outputs(model, inputs))
         loss.backward()
         pruner.step_(index / steps, steps)
         trains.step()
@@ -115,19 +122,90 @@ def trained_alone(model: Any, optimizer: str,
                 one.lerp_(other, 0.2)
             for one, other in zip(average.buffers(), model.buffers()):
                 one.copy_(other)
+        if index == steps // 2:
+            for one in (model, average):
+                find_pruner(one).gates.close_(whole)
         if cut and index % 2:
             keep = kept_channels(pruner.analysis, pruner.gates.openness())
             narrowed[0].narrow_(keep, trains)
             narrowed[1].narrow_(keep)
     numbers = sum(one.numel() for one in model.parameters())
     with torch.no_grad():
-        return losses, all_outputs(average.eval(), INPUTS.double()), numbers
+        return losses, all_outputs(average.eval(), inputs), numbers
 
 
-@pytest.mark.parametrize('optimizer', OPTIMIZERS)
-def test_gates_weights_and_averages_are_those_of_the_uncut_training(
-        trained: Trained, optimizer: str) -> None:
-    """In double precision, at steps that amplify no difference."""
+def check_cut_training(model: Any, optimizer: str, side: int = 32) -> None:
+    """Check losses and average of a training against those of an uncut one.
+
+    In double precision, at steps that amplify no difference.
+    """
+    inputs = INPUTS[..., :side, :side].double()
+    whole, averaged, dense = trained_alone(model, inputs, optimizer, cut=False)
+    losses, narrow, numbers = trained_alone(model, inputs, optimizer, cut=True)
+    assert numbers < 0.8 * dense
+    assert losses == pytest.approx(whole, rel=1e-9)
+    for one, other in zip(narrow, averaged):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+
+
+def small_model(backbone: dict[str, Any], norm: dict[str, Any],
+                channels: tuple[int, int]) -> Any:
+    """A small gated model with two heads, on the last outputs ``channels``."""
+
+    def head(index: int) -> dict[str, Any]:
+        return dict(
+            type='FCNHead',
+            in_channels=channels[index],
+            in_index=index,
+            channels=8,
+            num_convs=1,
+            concat_input=False,
+            dropout_ratio=0.,
+            num_classes=4,
+            norm_cfg=norm)
+
+    torch.manual_seed(0)
+    return build(
+        dict(
+            type='gdp_mmseg.GDPModel',
+            base='EncoderDecoder',
+            data_preprocessor=dict(type='SegDataPreProcessor', size=(32, 32)),
+            backbone=dict(norm_cfg=norm, **backbone),
+            decode_head=head(1),
+            auxiliary_head=head(0),
+            test_cfg=ConfigDict(mode='whole'),
+            gdp=dict(target=0.7, gate_travel=3., phases=(0.1, 0.6, 0.3))))
+
+
+def test_inverted_residuals_train_as_if_uncut() -> None:
+    """Depthwise layers, and blocks that lose all that they add."""
+    model = small_model(
+        dict(
+            type='MobileNetV2',
+            widen_factor=0.25,
+            strides=(1, 2, 2, 1, 1, 1, 1),
+            out_indices=(4, 6)), dict(type='BN'), (24, 80))
+    check_cut_training(model, 'SGD')
+
+
+def test_grouped_blocks_with_group_norms_train_as_if_uncut() -> None:
+    model = small_model(
+        dict(
+            type='ResNeXt',
+            depth=50,
+            num_stages=2,
+            strides=(1, 2),
+            dilations=(1, 1),
+            out_indices=(0, 1),
+            groups=4,
+            base_width=16,
+            stem_channels=16,
+            base_channels=16), dict(type='GN', num_groups=8), (64, 128))
+    check_cut_training(model, 'AdamW')
+
+
+def test_residual_blocks_and_branches_train_as_if_uncut(
+        trained: Trained) -> None:
     config = copy.deepcopy(trained.runner.cfg.model)
     # Dropout draws a number for each channel.
     config.decode_head.dropout_ratio = 0.
@@ -135,12 +213,7 @@ def test_gates_weights_and_averages_are_those_of_the_uncut_training(
     config.gdp.update(gate_travel=3., phases=(0.1, 0.6, 0.3))
     with known_gates(gate_meta(find_pruner(trained.runner.model))):
         model = build(config)
-    whole, averaged, dense = trained_alone(model, optimizer, cut=False)
-    losses, narrow, numbers = trained_alone(model, optimizer, cut=True)
-    assert numbers < 0.7 * dense
-    assert losses == pytest.approx(whole, rel=1e-9)
-    for one, other in zip(narrow, averaged):
-        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
+    check_cut_training(model, 'AdamW', side=64)
 
 
 class _Flexible:

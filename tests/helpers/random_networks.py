@@ -122,6 +122,16 @@ class RandomNetwork(nn.Module):
             width, lambda p, maps: F.relu(maps[1 + one] + p[fit]
                                           (maps[1 + two])))
 
+    def padded(self) -> None:
+        """Shortcut that is padded with channels of zeros."""
+        place, width = self._pick()
+        before, after = self.random.choice([(1, 1), (0, 2), (2, 4)])
+        body = self._block(width, width + before + after)
+        sides = (0, 0, 0, 0, before, after)
+        self._add(
+            width + before + after, lambda p, maps: F.relu(
+                F.pad(maps[1 + place], sides) + p[body](maps[1 + place])))
+
     def concat(self) -> None:
         (one, width), (two, other) = self._pick(), self._pick()
         self._add(width + other,
@@ -229,9 +239,9 @@ class RandomNetwork(nn.Module):
 
 
 STEPS = (RandomNetwork.plain, RandomNetwork.plain, RandomNetwork.residual,
-         RandomNetwork.residual, RandomNetwork.add_two, RandomNetwork.concat,
-         RandomNetwork.split, RandomNetwork.shuffle, RandomNetwork.depthwise,
-         RandomNetwork.grouped, RandomNetwork.transposed, RandomNetwork.linear,
-         RandomNetwork.shared, RandomNetwork.gate, RandomNetwork.attend,
-         RandomNetwork.group_norm, RandomNetwork.layer_scale,
-         RandomNetwork.softmax)
+         RandomNetwork.residual, RandomNetwork.add_two, RandomNetwork.padded,
+         RandomNetwork.concat, RandomNetwork.split, RandomNetwork.shuffle,
+         RandomNetwork.depthwise, RandomNetwork.grouped,
+         RandomNetwork.transposed, RandomNetwork.linear, RandomNetwork.shared,
+         RandomNetwork.gate, RandomNetwork.attend, RandomNetwork.group_norm,
+         RandomNetwork.layer_scale, RandomNetwork.softmax)
