@@ -81,10 +81,14 @@ class Clock:
         self.show(stage, min(self.reached.values()), text)
 
 
-def train_both(folder: Path, clock: Clock) -> None:
-    """Train dense and gated at the same time, each by a command."""
+def train_both(folder: Path, clock: Clock) -> dict[str, float]:
+    """Train dense and gated at the same time, each by a command.
+
+    Returns:
+        dict[str, float]: Processor time of each in seconds.
+    """
     trainings = {'dense': DENSE, 'gated': GATED}
-    run_together([
+    seconds = run_together([
         Command(
             arguments=_called('train', config, '--work-dir', folder / stage),
             log=folder / f'{stage}.log',
@@ -96,6 +100,7 @@ def train_both(folder: Path, clock: Clock) -> None:
         if not checkpoint.exists():
             fail(f'expected the training to leave {checkpoint}, but it is '
                  f'not there; read {folder / stage}.log')
+    return dict(zip(trainings, seconds))
 
 
 def _called(command: str, *arguments: object) -> list[str]:
@@ -131,19 +136,21 @@ def export(folder: Path, clock: Clock) -> None:
     ])
 
 
-def complete_report(folder: Path) -> Report:
-    """Return the export's report, completed by what the trainings logged.
+def complete_report(folder: Path, seconds: dict[str, float]) -> Report:
+    """Return the export's report, completed by what the trainings gave.
 
-    That is the mIoU of the dense network, and the time of both trainings.
+    Args:
+        folder (Path): Folder of the demo.
+        seconds (dict[str, float]): Processor time of both trainings.
     """
-    from ..report.record import last_metrics, training_minutes
+    from ..report.record import last_metrics
     from ..report.tables import Report
     report = Report.read(folder / 'export' / 'report.json')
     report = report.with_metrics(
         dict(dense=last_metrics(folder / 'dense', ['mIoU'])))
     return report.with_training_minutes({
-        stage: training_minutes(folder / stage)
-        for stage in ('dense', 'gated')
+        stage: spent / 60
+        for stage, spent in seconds.items()
     })
 
 
@@ -191,9 +198,9 @@ def main() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
     make_demo_data(data_root, train=600, val=160, size=128, seed=0)
-    train_both(folder, clock)
+    seconds = train_both(folder, clock)
     export(folder, clock)
-    report = complete_report(folder)
+    report = complete_report(folder, seconds)
     write_json(folder / 'report.json',
                dict(dataclasses.asdict(report), **conditions(cfg)))
     clock.show('report', clock.work, 'drawing report.png')
