@@ -45,7 +45,7 @@ def main() -> None:
         help='number of which all widths are to be multiples (default: 1)')
     add_gate_option(parser)
     args = parser.parse_args()
-    least = {name: least_flops(name) for name in args.models}
+    least = {name: least_flops(name, args.gate) for name in args.models}
     report = dict(
         title='Budget: target and FLOPs reached' +
         (f', widths in multiples of {args.multiple}' if args.multiple > 1 else

@@ -217,10 +217,10 @@ def conditions() -> dict[str, Any]:
         torch=torch.__version__)
 
 
-def least_flops(name: str) -> float:
+def least_flops(name: str, gate: str = 'gdp') -> float:
     """Return the share of a model's FLOPs that stays if all gates close."""
     pruner = find_pruner(
-        MMENGINE_MODELS.build(gated_model(Run(name, 0.99, 1))))
+        MMENGINE_MODELS.build(gated_model(Run(name, 0.99, 1, gate=gate))))
     pruner.gates.close_(torch.ones(len(pruner.gates.theta), dtype=torch.bool))
     return float(pruner.cost(pruner.channels()))
 

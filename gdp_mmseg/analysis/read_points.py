@@ -241,10 +241,11 @@ class ReadPointTracker:
             return whole if _keeps_zero(operation) else self._lost(
                 whole, operation)
         activation = _activation(operation, name)
+        if activation in _BOUNDED:
+            return _Bounded(whole, f'{name} in {self._labels.here()}',
+                            activation)
         if activation:
             return _Activated(whole, activation)
-        if name in _BOUNDED:
-            return _Bounded(whole, f'{name} in {self._labels.here()}', name)
         if len(known) == 2 and name == 'add':
             return _Sum(*known)
         if len(known) == 2 and name == 'mul':
@@ -302,9 +303,12 @@ def _product(first: Expression, second: Expression) -> Expression | None:
 def _activation(operation: Operation, name: str) -> str | None:
     """Name of the activation function that an operator computes, if any."""
     if name in ('hardtanh', 'clamp', 'clamp_min'):
-        low = operation.argument(1, 'min', -1)
-        return 'relu' if not isinstance(low, Tensor) and low == 0 else None
-    return _ACTIVATIONS.get(name)
+        low, high = (operation.argument(place, key)
+                     for place, key in ((1, 'min'), (2, 'max')))
+        if isinstance(low, Tensor) or low != 0:
+            return None
+        return 'hardsigmoid' if high == 1 else 'relu'
+    return name if name in _BOUNDED else _ACTIVATIONS.get(name)
 
 
 def _keeps_zero(operation: Operation) -> bool:

@@ -100,6 +100,12 @@ def linear_bottleneck(inner: int, outputs: int) -> nn.Sequential:
         stem=block(3, 4)[:2],
         head=last(4)), [['stem.1, silu']]),
     (lambda: Net(
+        lambda net, x: net.head((y := net.stem(x)) *
+                                ((net.map(y) + 3) / 6).clamp(0, 1)),
+        stem=block(3, 4),
+        map=conv(4, 4),
+        head=last(4)), [['stem.1, relu']]),
+    (lambda: Net(
         lambda net, x: net.head(net.left(y := net.stem(x)) - net.right(y)),
         stem=block(3, 4),
         left=block(4, 5),

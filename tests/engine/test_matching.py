@@ -11,13 +11,15 @@ pytest.importorskip('mmseg')
 import torch
 from mmengine.config import Config
 
-from gdp_mmseg.analysis.state import from_state
+from gdp_mmseg.analysis.state import from_state, to_state
 from gdp_mmseg.engine import model as models
-from gdp_mmseg.engine.matching import check_resume
+from gdp_mmseg.engine.matching import check_resume, stored_analysis
 from gdp_mmseg.export import networks
 from gdp_mmseg.export.export import export
+from gdp_mmseg.pruner.settings import Settings
 
 from helpers.project import Project, Trained, run_tool, train
+from helpers.toys import SHAPE, TOYS
 
 Change = Callable[[Callable[[dict[str, Any]], None]], Path]
 
@@ -81,6 +83,26 @@ def test_another_gate_method_is_refused(project: Project, changed: Change,
     path = changed(lambda content: content['meta']['gdp'].update(gate='scp'))
     message = refused(project.load(tmp_path), path, tmp_path)
     assert "method 'gdp'" in message and "'scp'" in message
+
+
+@pytest.mark.parametrize('gate, options, fits', [
+    ('gdp', None, True),
+    ('gdp', {}, True),
+    ('scp', {}, False),
+    (dict(type='scp', streams=True), dict(streams=True), True),
+    (dict(type='scp', streams=True), {}, False),
+])
+def test_an_analysis_is_taken_for_the_same_method_and_options(
+        gate: Any, options: dict[str, Any] | None, fits: bool) -> None:
+    """A method may have gates for a part of the channels only."""
+    net, analysis = TOYS['residual'].analyse()
+    settings = Settings.from_config(dict(target=0.5, gate=gate))
+    came = 'gdp' if gate == 'scp' else settings.gate.type
+    gates = dict(gate=came, ignore=[], only=None, analysis=to_state(analysis))
+    if options is not None:  # Earlier checkpoints have none.
+        gates['options'] = options
+    found = stored_analysis(gates, settings, SHAPE, net.state_dict())
+    assert (found is not None) == fits
 
 
 def forbidden(*_: Any, **__: Any) -> None:

@@ -488,3 +488,35 @@ def test_theta_stays_zero_and_gets_no_step() -> None:
     train(model, 0, 20)
     assert model.pruner.gates.theta.grad is None
     assert not model.pruner.gates.theta.any()
+
+
+def test_the_papers_penalty_leaves_few_channels_undecided() -> None:
+    """At the strength of the authors' longest training, in few steps."""
+    torch.manual_seed(0)
+    teacher = nn.Sequential(*block(3, 8), last(8)).eval()
+    net = nn.Sequential(*block(3, 24), last(24))
+    number, lr = 150, .05
+    penalty = 3.3 / (number * .9 * lr / (1 - .9))
+    model = gate(
+        net,
+        SHAPE,
+        target=.5,
+        num_steps=number,
+        phases=(0., .9, .1),
+        gate=dict(type='scp', threshold=.95, penalty=penalty))
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=.9)
+    for index in range(number):
+        inputs = torch.randn(
+            8, *SHAPE, generator=torch.Generator().manual_seed(index))
+        wishes = teacher(inputs).detach()
+        wishes = (wishes - wishes.mean()) / wishes.std()
+        optimizer.zero_grad()
+        F.mse_loss(model(inputs), wishes).backward()
+        model.step(index)
+        optimizer.step()
+    phi = torch.tensor(phi_of(model.pruner.gates))
+    assert float(((phi > .55) & (phi < .95)).float().mean()) < .1
+    assert float((phi > .95).float().mean()) > .5
+    assert float((phi < .5).float().mean()) > 0
+    # Whatever the target is.
+    assert model.flops() < .4
