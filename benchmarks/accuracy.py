@@ -48,7 +48,7 @@ from gdp_mmseg.report.record import last_metrics
 
 from accuracy_configs import (GATED, PHASES, START_RUN, config_of, folder_of,
                               start_checkpoint, task_of, teacher_checkpoint)
-from accuracy_tasks import TASKS, Task
+from accuracy_tasks import HELD, TASKS, Task
 from accuracy_variants import CHANGES
 
 USUAL = ('dense', 'gdp', 'narrow', 'random', 'l1', 'slimming')
@@ -237,9 +237,9 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         metric=task.metric_name,
         weights=task.weights,
         weights_sha256=hashlib.sha256(args.weights.read_bytes()).hexdigest(),
-        train=task.train,
-        test=task.test,
-        notes=list(task.notes),
+        train='three quarters of: ' * args.tune + task.train,
+        test='the other quarter of these images' if args.tune else task.test,
+        notes=list((HELD, ) if args.hold else task.notes),
         start=args.start,
         iterations=args.iterations,
         batch_size=cfg.train_dataloader.batch_size,

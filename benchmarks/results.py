@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Callable, Iterable
 
+from tuning_report import tuning
+
 from gdp_mmseg.report import tables
 
 from accuracy_report import accuracy, plot_accuracy, readme_table
@@ -103,7 +105,11 @@ def show_guide(paths: Iterable[Path]) -> None:
 
 def section_maker(path: Path) -> Callable[[Report], list[str]]:
     """Return the function for a report, by the first word of its name."""
-    kinds = dict(accuracy=accuracy, budget=budget, controllers=controllers)
+    kinds = dict(
+        accuracy=accuracy,
+        budget=budget,
+        controllers=controllers,
+        tuning=tuning)
     return kinds.get(_kind(path), networks)
 
 

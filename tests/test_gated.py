@@ -199,8 +199,7 @@ def test_state_of_other_gates_is_refused(trained: GatedModel) -> None:
         other.set_extra_state(trained.get_extra_state())
 
 
-@pytest.mark.parametrize('use_buffers, gate', [(False, 'gdp'),
-                                               (True, 'gdp'),
+@pytest.mark.parametrize('use_buffers, gate', [(False, 'gdp'), (True, 'gdp'),
                                                (False, 'trainable'),
                                                (True, 'trainable')])
 def test_average_of_the_weights_can_be_exported(use_buffers: bool,

@@ -48,7 +48,7 @@ _BOUNDED = dict(sigmoid='silu', hardsigmoid='hardswish')
 
 
 class Expression:
-    """What is known of an activation; ``points`` evaluates it."""
+    """Knowledge of an activation, which ``points`` evaluates."""
 
     def points(self, lies_on: LiesOn) -> _Points:
         """List what it tells of a group of channels.

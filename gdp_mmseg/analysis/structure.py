@@ -47,7 +47,7 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True)
 class ReadPoint:
-    """What a gated layer sees of the channels of a group.
+    """View of a gated layer on the channels of a group.
 
     Args:
         norms (tuple[str, ...]): Batch norms whose outputs are added up there,

@@ -137,12 +137,19 @@ def export(folder: Path, clock: Clock) -> None:
 
 
 def complete_report(folder: Path) -> Report:
-    """Return the export's report, completed by the dense network's mIoU."""
-    from ..report.record import last_metrics
+    """Return the export's report, completed by what the trainings logged.
+
+    That is the mIoU of the dense network, and the time of both trainings.
+    """
+    from ..report.record import last_metrics, training_minutes
     from ..report.tables import Report
     report = Report.read(folder / 'export' / 'report.json')
-    return report.with_metrics(
+    report = report.with_metrics(
         dict(dense=last_metrics(folder / 'dense', ['mIoU'])))
+    return report.with_training_minutes({
+        stage: training_minutes(folder / stage)
+        for stage in ('dense', 'gated')
+    })
 
 
 def training_time(seconds: dict[str, float]) -> str:

@@ -163,8 +163,7 @@ def log_summary(runner: Runner, pruner: Pruner) -> None:
     dead = '; '.join(dead_parts(pruner.analysis, keep)) or 'none'
     _log(
         runner, f'{float(pruner.cost(channels)):.4f} of the '
-        f'{target.resource} are left (target {target.ratio:.4f})',
-        [
+        f'{target.resource} are left (target {target.ratio:.4f})', [
             f'channels kept: {kept}', f'removed parts: {dead}',
             *pruner.gates.outcome()
         ])

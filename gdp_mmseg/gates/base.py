@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
 from .blocks import Blocks
+from .scaling import fixed
 
 
 class CostFunction(Protocol):
@@ -176,8 +177,7 @@ class GateMethod(nn.Module, abc.ABC):
         if known is None or known[0] != state:
             known = state, self._computed_factors(index).detach()
             self._fixed[index] = known
-        factors: Tensor = _Fixed.apply(self.theta, known[1])
-        return factors
+        return fixed(self.theta, known[1])
 
     def _computed_factors(self, index: int) -> Tensor:
         slots = self._slots[index]
@@ -390,20 +390,3 @@ class GateMethod(nn.Module, abc.ABC):
     def is_settled(self) -> bool:
         """Tell whether :meth:`settle_` has nothing left to do."""
         return True
-
-
-class _Fixed(torch.autograd.Function):
-    """Factors that do not move, with a gradient of zero for theta.
-
-    Wrappers of several processes wait for the gradient of each parameter.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(theta)
-        return factors.view_as(factors)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        theta, = ctx.saved_tensors
-        return torch.zeros_like(theta), None

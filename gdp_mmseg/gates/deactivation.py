@@ -129,7 +129,7 @@ def edges_of(activation: str, tau: float) -> tuple[float, ...]:
 
 def _bisected(holds: Callable[[float], bool], low: float,
               high: float) -> float:
-    """Where a condition begins to hold between two numbers."""
+    """Number between two others from which on a condition holds."""
     for _ in range(60):
         middle = (low + high) / 2
         low, high = (low, middle) if holds(middle) else (middle, high)

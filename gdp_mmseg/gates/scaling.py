@@ -61,7 +61,9 @@ class Product:
 
     def memory(self, like: Tensor) -> Tensor:
         """Memory of the shape of a kernel that nothing else needs."""
-        if self._in_use():
+        # PyTorch keeps the memory of a GPU itself. There a product that is
+        # cast to half precision is needed no longer than that.
+        if like.device.type != 'cpu' or self._in_use():
             return torch.empty_like(like)
         memory = self._memory
         if (memory is None or memory.shape != like.shape
@@ -162,3 +164,26 @@ def along(values: Tensor, kernel: Tensor, axis: int) -> Tensor:
     shape = [1] * kernel.dim()
     shape[axis] = -1
     return values.reshape(shape)
+
+
+class _Fixed(torch.autograd.Function):
+    """Factors that do not move."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
+        ctx.save_for_backward(theta)
+        return factors.view_as(factors)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
+        theta, = ctx.saved_tensors
+        return torch.zeros_like(theta), None
+
+
+def fixed(theta: Tensor, factors: Tensor) -> Tensor:
+    """Return factors that do not move, with a gradient of zero for theta.
+
+    Wrappers of several processes wait for the gradient of each parameter.
+    """
+    found: Tensor = _Fixed.apply(theta, factors)
+    return found

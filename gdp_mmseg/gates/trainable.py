@@ -144,6 +144,8 @@ class TrainableGates(GainMethod):
 
     OPTIONS = ('shape', 'penalty')
     ABSORBING = False
+    MULTIPLIER = ('price of the cost; negative where gates would close more '
+                  'than the budget asks for')
     votes: Tensor
     ballots: Tensor
     settled: Tensor

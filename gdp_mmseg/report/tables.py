@@ -37,12 +37,15 @@ class NetworkRow:
             runtime and device, e.g. ``'pytorch cpu'``.
         metrics (dict[str, float], optional): Scalar metrics under the names
             that the evaluator gives them; None if it was not evaluated.
+        training_minutes (float, optional): Time of the iterations of its
+            training; None if it is not known.
     """
     name: str
     flops: int
     params: int
     latency_ms: dict[str, float]
     metrics: dict[str, float] | None = None
+    training_minutes: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +103,18 @@ class Report:
             networks=[
                 dataclasses.replace(row, metrics=dict(found)) if
                 (found := metrics.get(row.name)) is not None else row
+                for row in self.networks
+            ])
+
+    def with_training_minutes(self, minutes: Mapping[str, float]) -> Report:
+        """Return a copy with the time of some trainings, by network."""
+        return dataclasses.replace(
+            self,
+            networks=[
+                dataclasses.replace(
+                    row,
+                    training_minutes=minutes.get(row.name,
+                                                 row.training_minutes))
                 for row in self.networks
             ])
 
@@ -184,7 +199,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def comparison(report: Report) -> str:
-    """Table of the networks: metric, FLOPs, parameters and latencies."""
+    """Table of the networks: metric, FLOPs, parameters and latencies.
+
+    It has the time of the trainings, too, if the report knows one.
+    """
     metric = report.metric
     runtimes = list(
         dict.fromkeys(runtime for row in report.networks
@@ -193,20 +211,26 @@ def comparison(report: Report) -> str:
     most = max(row.flops for row in report.networks)
     unit, size = ('GFLOPs', 1e9) if most >= _LARGE else ('MFLOPs', 1e6)
 
+    timed = any(row.training_minutes is not None for row in report.networks)
+
+    def number(value: float | None, digits: int) -> str:
+        return '-' if value is None else f'{value:.{digits}f}'
+
     def cells(row: NetworkRow) -> list[str]:
-        value = (row.metrics or {}).get(metric or '')
         return [
-            row.name, '-' if value is None else f'{value:.2f}',
-            f'{row.flops / size:.2f}', f'{row.params / 1e6:.2f}',
-            *('-' if runtime not in row.latency_ms else
-              f'{row.latency_ms[runtime]:.1f}' for runtime in runtimes)
+            row.name,
+            number((row.metrics or {}).get(metric or ''), 2),
+            number(row.flops / size, 2),
+            number(row.params / 1e6, 2),
+            *(number(row.latency_ms.get(runtime), 1) for runtime in runtimes),
+            *([number(row.training_minutes, 2)] if timed else [])
         ]
 
     # A single runtime needs no name: the report's page tells it.
     headers = [
         'latency (ms)' if len(runtimes) == 1 else f'latency, {runtime} (ms)'
         for runtime in runtimes
-    ]
+    ] + ['training (min)'] * timed
     return table(
         [['network', metric or 'metric', unit, 'params (M)', *headers],
          *map(cells, report.networks)])

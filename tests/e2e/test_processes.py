@@ -62,6 +62,9 @@ model = dict(gdp=dict(gate_travel=4))
 OTHERS = {
     'costs-that-differ':
     "custom_hooks = [dict(type='RankRecorder', shake=True)]",
+    'trainable-gates':
+    "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
+    "model = dict(gdp=dict(gate='trainable'))",
     'latency':
     "model = dict(gdp=dict(target=dict(_delete_=True, type='latency',"
     ' ratio=0.9)))',

@@ -31,9 +31,21 @@ def times(layers: list[Layer], device: torch.device, *_: Any) -> Tensor:
     return torch.tensor([[1., 0., 0.01, 0.001]] * len(layers))
 
 
-def trained_toy(kind: str,
-                watch: Callable[[Pruner], None] = lambda pruner: None,
-                **settings: Any) -> tuple[nn.Module, Pruner]:
+# Many tests look at the same training.
+_TRAINED: dict[str, tuple[nn.Module, Pruner]] = {}
+
+
+def trained_toy(kind: str, **settings: Any) -> tuple[nn.Module, Pruner]:
+    """A copy of what :func:`train_toy` returns."""
+    key = f'{kind} {settings}'
+    if key not in _TRAINED:
+        _TRAINED[key] = train_toy(kind, **settings)
+    return copy.deepcopy(_TRAINED[key])
+
+
+def train_toy(kind: str,
+              watch: Callable[[Pruner], None] = lambda pruner: None,
+              **settings: Any) -> tuple[nn.Module, Pruner]:
     """A chain, trained to a target on random inputs and random wishes."""
     torch.manual_seed(0)
     net = nn.Sequential(*block(3, 96), *block(96, 128, kernel=1), last(128))
@@ -121,7 +133,7 @@ def test_gains_are_computed_only_where_they_are_observed(
         gains.append(bool(pruner.gates.gradient().any()))
         plain.append(pruner.gates.neutral)
 
-    _, pruner = trained_toy('flops', watch)
+    _, pruner = train_toy('flops', watch)
     warm, over = round(STEPS * 0.1), round(STEPS * 0.9)
     # The first pass does not know yet, and one is a step ahead.
     assert heeded == [
