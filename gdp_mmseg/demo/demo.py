@@ -81,14 +81,10 @@ class Clock:
         self.show(stage, min(self.reached.values()), text)
 
 
-def train_both(folder: Path, clock: Clock) -> dict[str, float]:
-    """Train dense and gated at the same time, each by a command.
-
-    Returns:
-        dict[str, float]: Processor time of each in seconds.
-    """
+def train_both(folder: Path, clock: Clock) -> None:
+    """Train dense and gated at the same time, each by a command."""
     trainings = {'dense': DENSE, 'gated': GATED}
-    seconds = run_together([
+    run_together([
         Command(
             arguments=_called('train', config, '--work-dir', folder / stage),
             log=folder / f'{stage}.log',
@@ -100,7 +96,6 @@ def train_both(folder: Path, clock: Clock) -> dict[str, float]:
         if not checkpoint.exists():
             fail(f'expected the training to leave {checkpoint}, but it is '
                  f'not there; read {folder / stage}.log')
-    return dict(zip(trainings, seconds))
 
 
 def _called(command: str, *arguments: object) -> list[str]:
@@ -152,18 +147,6 @@ def complete_report(folder: Path) -> Report:
     })
 
 
-def training_time(seconds: dict[str, float]) -> str:
-    """Compose a line about the processor time of the two trainings.
-
-    Examples:
-        >>> training_time(dict(dense=240., gated=192.))
-        'training: 4.0 min dense, 3.2 min gated (0.80 of it), processor time'
-    """
-    dense, gated = seconds['dense'], seconds['gated']
-    return (f'training: {dense / 60:.1f} min dense, {gated / 60:.1f} min gated '
-            f'({gated / dense:.2f} of it), processor time')
-
-
 def conditions(cfg: Any) -> dict[str, Any]:
     """Return data, schedule and machine of the demo as plain types."""
     return dict(
@@ -208,14 +191,11 @@ def main() -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
     make_demo_data(data_root, train=600, val=160, size=128, seed=0)
-    seconds = train_both(folder, clock)
+    train_both(folder, clock)
     export(folder, clock)
     report = complete_report(folder)
     write_json(folder / 'report.json',
-               dict(
-                   dataclasses.asdict(report),
-                   training_seconds=seconds,
-                   **conditions(cfg)))
+               dict(dataclasses.asdict(report), **conditions(cfg)))
     clock.show('report', clock.work, 'drawing report.png')
     miou = {
         row.name: row.metrics['mIoU']
@@ -230,8 +210,7 @@ def main() -> None:
          folder / 'gated' / 'gates.jsonl', report.target)
     print()
     print(comparison(report))
-    print(f'\n{training_time(seconds)}')
-    print(f'FLOPs left: {report.share("flops"):.3f} '
+    print(f'\nFLOPs left: {report.share("flops"):.3f} '
           f'(target {report.target}); the outputs of the gated and the '
           f'pruned network differ by {report.max_rel_diff:.0e} of the '
           f'largest output\n{folder / "report.json"}\n{folder / "report.png"}')
