@@ -23,15 +23,13 @@ CHANGES = dict(
 def tuning(report: Report) -> list[str]:
     """Return a table of changes, and its conditions."""
     changed = [row['method'].partition('+') for row in report['rows']]
-    tried = sorted({
-        changes
-        for base, _, changes in changed if base in ('dense', 'gdp')
-    })
+    tried = sorted(
+        {changes
+         for base, _, changes in changed if base in ('dense', 'gdp')})
     rows = [[
-        ', '.join(CHANGES[name]
-                  for name in changes.split('+') if name) or 'none',
-        *(_scores(report, f'{base}+{changes}'.rstrip('+'))
-          for base in ('dense', 'gdp'))
+        ', '.join(CHANGES[name] for name in changes.split('+') if name)
+        or 'none', *(_scores(report, f'{base}+{changes}'.rstrip('+'))
+                     for base in ('dense', 'gdp'))
     ] for changes in tried]
     return [
         table([['change to the training', 'dense', 'GDP at 0.4'], *rows]), '',
