@@ -19,11 +19,11 @@ import shutil
 import signal
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from faults_report import markdown
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
@@ -35,7 +35,7 @@ from gdp_mmseg.export.export import export
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
-from gdp_mmseg.report.tables import Report, table
+from gdp_mmseg.report.tables import Report
 
 from kills import Kill, arm_, export_kills, run, training_kills
 from pages import put_between
@@ -325,51 +325,6 @@ def remove_complete(place: Path) -> None:
     shutil.rmtree(place / 'pair')
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """Return the section of the page."""
-    trainings, exports = report['trainings'], report['exports']
-    checks = [key for key in trainings[0] if key != 'ends']
-    ends = [end for one in trainings for end in one['ends'] if end['killed']]
-    right = sum(all(one[key] for key in checks) for one in trainings)
-    kept = sum(one['left'] != 'half a result' for one in exports)
-    if (gate := report.get('gate', 'gdp')) != 'gdp':
-        return (f'With `gate={gate!r}`, {right} of {len(trainings)} killed '
-                f'trainings end like the uninterrupted one. Report: '
-                f'`reports/faults_{gate}.json`.')
-    cells = [['moment of the kill', 'warm-up', 'pruning', 'settling']]
-    for when, what in (('running', 'any time of an iteration'),
-                       ('saving', 'writing a checkpoint'),
-                       ('pointing', 'writing `last_checkpoint`')):
-        phases = Counter(end['phase'] for end in ends if end['when'] == when)
-        cells.append([
-            what, *(str(phases[phase])
-                    for phase in ('warmup', 'pruning', 'settling'))
-        ])
-    lefts = Counter(one['left'] for one in exports)
-    return '\n'.join([
-        f'{right} of {len(trainings)} killed trainings end, after a resume, '
-        'bit for bit like the uninterrupted training: gates, weights, '
-        'optimizer, random numbers, the loss of every iteration and '
-        '`gates.jsonl` are equal. Closed channels leave the training at '
-        f'{report["narrowed"]} of its iterations. The {len(ends)} kills by '
-        'phase:', '',
-        table(cells), '',
-        f'{kept} of {len(exports)} killed exports leave nothing '
-        f'({lefts["nothing"]}) or a complete result ({lefts["complete"]}) '
-        'that loads and has the right checksum. They were killed at any time, '
-        'while they wrote a file, or right after they renamed one. The next '
-        'export that was not killed removed their temporary folders; '
-        f'{report["left_by_killed_exports"]} were left.', '',
-        f'{report["model"]}, {report["iterations"]} iterations of batch '
-        f'{report["batch_size"]} with dropout, random flips and colours, a '
-        f'checkpoint every {SAVED_EVERY} iterations (`max_keep_ckpts=1`), '
-        f'validation every {2 * SAVED_EVERY}; SIGKILL, seed '
-        f'{report["seed"]}. {report["machine"]}, torch {report["torch"]}. '
-        'Report: `reports/faults.json`, by `python benchmarks/faults.py '
-        '--report docs/reports/faults.json`.'
-    ])
-
-
 def main() -> None:
     """Measure, write the report and, from it, the section of the page."""
     parser = argparse.ArgumentParser(
@@ -393,6 +348,7 @@ def main() -> None:
             model=RUN.model,
             gate=RUN.gate,
             iterations=ITERATIONS,
+            saved_every=SAVED_EVERY,
             batch_size=cfg.train_dataloader.batch_size,
             seed=args.seed,
             machine=f'{platform.machine()}, 1 of {os.cpu_count()} CPU cores',

@@ -131,19 +131,21 @@ def export(folder: Path, clock: Clock) -> None:
     ])
 
 
-def complete_report(folder: Path) -> Report:
-    """Return the export's report, completed by what the trainings logged.
+def complete_report(folder: Path, seconds: dict[str, float]) -> Report:
+    """Return the export's report, completed by what the trainings gave.
 
-    That is the mIoU of the dense network, and the time of both trainings.
+    Args:
+        folder (Path): Folder of the demo.
+        seconds (dict[str, float]): Processor time of both trainings.
     """
-    from ..report.record import last_metrics, training_minutes
+    from ..report.record import last_metrics
     from ..report.tables import Report
     report = Report.read(folder / 'export' / 'report.json')
     report = report.with_metrics(
         dict(dense=last_metrics(folder / 'dense', ['mIoU'])))
     return report.with_training_minutes({
-        stage: training_minutes(folder / stage)
-        for stage in ('dense', 'gated')
+        stage: spent / 60
+        for stage, spent in seconds.items()
     })
 
 
@@ -193,7 +195,7 @@ def main() -> None:
     make_demo_data(data_root, train=600, val=160, size=128, seed=0)
     train_both(folder, clock)
     export(folder, clock)
-    report = complete_report(folder)
+    report = complete_report(folder, seconds)
     write_json(folder / 'report.json',
                dict(dataclasses.asdict(report), **conditions(cfg)))
     clock.show('report', clock.work, 'drawing report.png')

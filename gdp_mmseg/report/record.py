@@ -172,29 +172,9 @@ def last_metrics(work_dir: Path, names: Sequence[str]) -> dict[str, float]:
     Returns:
         dict[str, float]: Value of each metric that was logged.
     """
+    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
     found: dict[str, float] = {}
-    for row in _logged(work_dir):
+    for line in logs[-1].read_text().splitlines() if logs else ():
+        row = json.loads(line)
         found.update({name: row[name] for name in names if name in row})
     return found
-
-
-def training_minutes(work_dir: Path) -> float:
-    """Add up the time of the iterations that a training logged.
-
-    Args:
-        work_dir (Path): Work folder of an mmengine training, whose log has
-            the mean time of an iteration since the last line.
-    """
-    seconds, last = 0., 0
-    for row in _logged(work_dir):
-        if 'loss' in row:
-            seconds += row['time'] * (row['step'] - last)
-            last = row['step']
-    return seconds / 60
-
-
-def _logged(work_dir: Path) -> list[dict[str, Any]]:
-    """Read the lines that the last training in a work folder logged."""
-    logs = sorted(work_dir.glob('*/vis_data/scalars.json'))
-    lines = logs[-1].read_text().splitlines() if logs else []
-    return [json.loads(line) for line in lines]

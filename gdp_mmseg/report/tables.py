@@ -37,8 +37,8 @@ class NetworkRow:
             runtime and device, e.g. ``'pytorch cpu'``.
         metrics (dict[str, float], optional): Scalar metrics under the names
             that the evaluator gives them; None if it was not evaluated.
-        training_minutes (float, optional): Time of the iterations of its
-            training; None if it is not known.
+        training_minutes (float, optional): Processor time of its training;
+            None if it is not known.
     """
     name: str
     flops: int
@@ -230,7 +230,7 @@ def comparison(report: Report) -> str:
     headers = [
         'latency (ms)' if len(runtimes) == 1 else f'latency, {runtime} (ms)'
         for runtime in runtimes
-    ] + ['training (min)'] * timed
+    ] + ['training (CPU min)'] * timed
     return table(
         [['network', metric or 'metric', unit, 'params (M)', *headers],
          *map(cells, report.networks)])

@@ -9,7 +9,7 @@ import pytest
 
 from gdp_mmseg.analysis.structure import Group
 from gdp_mmseg.report.record import (GateRow, append_row, begin_record,
-                                     last_metrics, read_rows, training_minutes)
+                                     read_rows)
 
 from helpers.stages import network
 
@@ -125,17 +125,3 @@ def test_line_of_another_kind_is_refused(tmp_path: Path, line: str,
 def test_no_record_is_begun(tmp_path: Path) -> None:
     begin_record(tmp_path / 'gates.jsonl', groups(), 0)
     assert read_rows(tmp_path / 'gates.jsonl') == []
-
-
-def test_time_of_the_iterations_is_added_up(tmp_path: Path) -> None:
-    log = tmp_path / '20260101_000000/vis_data/scalars.json'
-    log.parent.mkdir(parents=True)
-    # The mean time of an iteration since the last line; evaluations have one.
-    rows = [
-        dict(loss=1., time=0.5, step=20),
-        dict(loss=0.9, time=1., step=30),
-        dict(mIoU=50., time=9., step=30)
-    ]
-    log.write_text(''.join(f'{json.dumps(row)}\n' for row in rows))
-    assert training_minutes(tmp_path) == pytest.approx(20 / 60)
-    assert last_metrics(tmp_path, ['mIoU', 'mAcc']) == dict(mIoU=50.)
