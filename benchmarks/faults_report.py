@@ -44,9 +44,9 @@ def markdown(report: dict[str, Any]) -> str:
         f'{report["left_by_killed_exports"]} were left.', '',
         f'{report["model"]}, {report["iterations"]} iterations of batch '
         f'{report["batch_size"]} with dropout, random flips and colours, a '
-        f'checkpoint every {report["saved_every"]} iterations (`max_keep_ckpts=1`), '
-        f'validation every {2 * report["saved_every"]}; SIGKILL, seed '
-        f'{report["seed"]}. {report["machine"]}, torch {report["torch"]}. '
+        f'checkpoint every {report["saved_every"]} iterations '
+        '(`max_keep_ckpts=1`), validation every '
+        f'{2 * report["saved_every"]}; SIGKILL, seed {report["seed"]}. {report["machine"]}, torch {report["torch"]}. '
         'Report: `reports/faults.json`, by `python benchmarks/faults.py '
         '--report docs/reports/faults.json`.'
     ])

@@ -4,6 +4,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -40,6 +41,15 @@ class _Running:
     process: subprocess.Popen[str]
     output: TextIO
     rest: str = ''
+    seconds: float = 0.
+
+    def poll(self) -> int | None:
+        """Return the exit status, if the command has ended."""
+        # Its processor time is known when it is asked for after its end.
+        before = _seconds_of_children()
+        status = self.process.poll()
+        self.seconds += _seconds_of_children() - before
+        return status
 
     def look(self) -> None:
         """Pass new lines of the log on."""
@@ -48,11 +58,20 @@ class _Running:
             self.command.see(line)
 
 
-def run_together(commands: Sequence[Command]) -> None:
+def _seconds_of_children() -> float:
+    """Return the processor time of all processes that were waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def run_together(commands: Sequence[Command]) -> list[float]:
     """Run commands at the same time, one thread each, until all have ended.
 
     If one fails, the others are ended and the program ends with one line that
     names the log.
+
+    Returns:
+        list[float]: Processor time of each command in seconds.
     """
     with contextlib.ExitStack() as stack:
         running = [
@@ -60,14 +79,14 @@ def run_together(commands: Sequence[Command]) -> None:
         ]
         while True:
             # Asked before the log is read: its end is not missed.
-            states = [one.process.poll() for one in running]
+            states = [one.poll() for one in running]
             for one, status in zip(running, states):
                 one.look()
                 if status:
                     fail(f'expected {one.command} to succeed, but it ended '
                          f'with status {status}; read {one.command.log}')
             if None not in states:
-                return
+                return [one.seconds for one in running]
             time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

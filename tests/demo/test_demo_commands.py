@@ -22,6 +22,8 @@ print('met', end='', flush=True)
 print(' the other')
 '''
 
+WORK = MEET + 'while time.process_time() < 0.5: pass'
+
 
 def command(folder: Path, name: str, code: str, seen: list[str], *arguments:
             Path) -> Command:
@@ -42,6 +44,14 @@ def test_commands_run_at_the_same_time_with_one_thread_each(
     ])
     assert seen == [['threads 1', 'met the other']] * 2
     assert (tmp_path / 'a.log').read_text() == 'threads 1\nmet the other\n'
+
+
+def test_processor_time_of_each_command_is_its_own(tmp_path: Path) -> None:
+    waiting, working = run_together([
+        command(tmp_path, 'a', MEET, [], tmp_path / 'one', tmp_path / 'other'),
+        command(tmp_path, 'b', WORK, [], tmp_path / 'other', tmp_path / 'one')
+    ])
+    assert working - waiting > 0.2
 
 
 @pytest.mark.parametrize('codes', [(WAIT, FAIL), (FAIL, WAIT)])
