@@ -25,7 +25,7 @@ COMMANDS = dict(
           'write a pruned network as ONNX, checked in ONNX Runtime'),
     test=('gdp_mmseg.cli.test:main', 'evaluate a checkpoint'),
     demo=('gdp_mmseg.demo.demo:main',
-          'train, export and compare on drawn shapes, about 8 minutes on a '
+          'train, export and compare on drawn shapes, about 7 minutes on a '
           'CPU'))
 
 
