@@ -46,7 +46,8 @@ def markdown(report: dict[str, Any]) -> str:
         f'{report["batch_size"]} with dropout, random flips and colours, a '
         f'checkpoint every {report["saved_every"]} iterations '
         '(`max_keep_ckpts=1`), validation every '
-        f'{2 * report["saved_every"]}; SIGKILL, seed {report["seed"]}. {report["machine"]}, torch {report["torch"]}. '
+        f'{2 * report["saved_every"]}; SIGKILL, seed {report["seed"]}. '
+        f'{report["machine"]}, torch {report["torch"]}. '
         'Report: `reports/faults.json`, by `python benchmarks/faults.py '
         '--report docs/reports/faults.json`.'
     ])
