@@ -242,6 +242,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         notes=list((HELD, ) if args.hold else task.notes),
         start=args.start,
         iterations=args.iterations,
+        flags=_unusual_flags(args),
         batch_size=cfg.train_dataloader.batch_size,
         crop=list(cfg.crop_size),
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
@@ -252,6 +253,17 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         torch=torch.__version__,
         torch_pruning=torch_pruning,
         machine=_machine())
+
+
+def _unusual_flags(args: argparse.Namespace) -> str:
+    """Return the flags that differ from what the data set has by itself."""
+    task = task_of(args)
+    usual = dict(start=task.start, lr=task.lr_after_start, hold=task.hold)
+    flags = [
+        f' --{name} {getattr(args, name):g}' for name, value in usual.items()
+        if getattr(args, name) != value
+    ]
+    return ''.join(flags + [' --tune'] * args.tune)
 
 
 def _decay(args: argparse.Namespace, cfg: Config) -> str:

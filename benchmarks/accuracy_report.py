@@ -73,7 +73,8 @@ def accuracy(report: Report) -> list[str]:
         *_pruning(report),
         f'- Training: {report["train"]}. Evaluation: {report["test"]}.',
         f'- Command: `python benchmarks/accuracy.py {report["data"]} '
-        f'--iterations {report["iterations"]} --methods '
+        f'--iterations {report["iterations"]}{report.get("flags", "")} '
+        '--methods '
         f'{" ".join(sorted(ran - {"start"}))} --targets '
         f'{" ".join(map(str, targets))} --data-root DATA --weights BACKBONE '
         f'--report REPORT`; SHA-256 of BACKBONE: '
