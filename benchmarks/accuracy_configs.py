@@ -97,7 +97,7 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         cfg.train_cfg.val_begin = iterations + 1
         cfg.default_hooks.gdp = dict(type='gdp_mmseg.GDPHook')
     for name in changes:
-        CHANGES[name](cfg, teacher_checkpoint(args, seed))
+        CHANGES[name].apply_(cfg, teacher_checkpoint(args, seed))
     return cfg
 
 

@@ -5,6 +5,7 @@ dense training too, so that both have it.
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
@@ -139,14 +140,27 @@ def _phases(*phases: float) -> Callable[[Config, Path], None]:
     return change
 
 
-# Each takes the config of a training and the checkpoint of a trained dense
-# network, and changes the config in place.
-CHANGES: dict[str, Callable[[Config, Path], None]] = dict(
-    ema=_ema,
-    kd=_distill,
-    lr2=_faster(2.5),
-    lr5=_faster(5.),
-    flat=_flat,
-    early=_phases(0.05, 0.1, 0.85),
-    mid=_phases(0.1, 0.35, 0.55),
-    late=_phases(0.3, 0.3, 0.4))
+@dataclass(frozen=True)
+class Change:
+    """A change to a training.
+
+    Args:
+        label (str): What it is, in tables.
+        apply_ (Callable): Takes the config of the training and the checkpoint
+            of a trained dense network, and changes the config in place.
+    """
+
+    label: str
+    apply_: Callable[[Config, Path], None]
+
+
+CHANGES: dict[str, Change] = dict(
+    ema=Change('average of the weights over the second half', _ema),
+    kd=Change('distillation from the dense network that was trained on',
+              _distill),
+    lr2=Change('learning rate times 2.5', _faster(2.5)),
+    lr5=Change('learning rate times 5', _faster(5.)),
+    flat=Change('learning rate held for 0.6, then linear', _flat),
+    early=Change('phases 0.05, 0.1, 0.85', _phases(0.05, 0.1, 0.85)),
+    mid=Change('phases 0.1, 0.35, 0.55', _phases(0.1, 0.35, 0.55)),
+    late=Change('phases 0.3, 0.3, 0.4', _phases(0.3, 0.3, 0.4)))

@@ -6,18 +6,9 @@ from typing import Any
 from gdp_mmseg.report.tables import table
 
 from accuracy_report import mean_and_spread
+from accuracy_variants import CHANGES
 
 Report = dict[str, Any]
-
-CHANGES = dict(
-    ema='average of the weights over the second half',
-    kd='distillation from the dense network that was trained on',
-    flat='learning rate held for 0.6, then linear',
-    lr2='learning rate times 2.5',
-    lr5='learning rate times 5',
-    early='phases 0.05, 0.1, 0.85',
-    mid='phases 0.1, 0.35, 0.55',
-    late='phases 0.3, 0.3, 0.4')
 
 
 def tuning(report: Report) -> list[str]:
@@ -27,7 +18,7 @@ def tuning(report: Report) -> list[str]:
         {changes
          for base, _, changes in changed if base in ('dense', 'gdp')})
     rows = [[
-        ', '.join(CHANGES[name] for name in changes.split('+') if name)
+        ', '.join(CHANGES[name].label for name in changes.split('+') if name)
         or 'none', *(_scores(report, f'{base}+{changes}'.rstrip('+'))
                      for base in ('dense', 'gdp'))
     ] for changes in tried]
