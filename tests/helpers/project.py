@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -28,16 +29,20 @@ from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
 from gdp_mmseg.demo.data import make_demo_data
+from gdp_mmseg.engine import model as models
+from gdp_mmseg.engine import monitor
+from gdp_mmseg.engine.config import GATED
 from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import find_pruner, known_gates
 from gdp_mmseg.export.networks import load_exported
-from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings
+from gdp_mmseg.registry import MODELS as GDP_MODELS
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
 
 FORMAT_CODE = yapf_api.FormatCode
+PIXELS = monitor.pixels
 TARGET = 0.4
 ITERATIONS = 32
 # In iterations 4, 24, 4.
@@ -398,28 +403,43 @@ def _fit_travel_(cfg: Config) -> None:
             gdp.get('gate_travel', Settings.gate_travel), pruning)
 
 
-# Analyses of this process, by the model's config: most tests train the same.
+# Analyses of this process, by what they depend on: most tests train the same.
 _ANALYSES: dict[str, dict[str, Any]] = {}
+# What a test may replace to see, or to prevent, an analysis.
+_ANALYSING = models.analyse_model, models.verify
+
+
+def _build_gated(gdp: Any = None, base: Any = None, **model: Any) -> nn.Module:
+    """Build a gated model; analyse each model once a process."""
+
+    def build() -> nn.Module:
+        return models.build_gated_model(gdp, base, **model)
+
+    if (models.analyse_model, models.verify) != _ANALYSING or \
+            models._KNOWN.get() is not None or not isinstance(gdp, Mapping):
+        return build()
+    # An analysis serves all gate methods that have gates for all channels.
+    key = repr([{
+        name: gdp.get(name)
+        for name in ('ignore', 'only', 'input_shape')
+    }, 'scp' in str(gdp.get('gate')), base, model])
+    gates = _ANALYSES.get(key)
+    if gates is not None:
+        gate = Settings.from_config(gdp).gate
+        gates = dict(gates, gate=gate.type, options=dict(gate.options))
+    with known_gates(gates):
+        network: Any = build()
+    if gates is None:
+        _ANALYSES[key] = gate_meta(network.gdp)
+    return network
 
 
 def build_runner(
         cfg: Config,
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
-    """Build the runner of a config; analyse each model once a process."""
+    """Build the runner of a config, in which gates travel far enough."""
     _fit_travel_(cfg)
-    config = cfg.model.to_dict()
-    # An analysis serves all gate methods that have gates for all channels.
-    if 'scp' not in str(config.get('gdp', {}).get('gate')):
-        config.get('gdp', {}).pop('gate', None)
-    key = str(config)
-    with known_gates(_ANALYSES.get(key)):
-        runner = build(cfg)
-    model: Any = getattr(runner, 'model', None)
-    # A FlexibleRunner builds its model when the training begins.
-    pruner = getattr(getattr(model, 'module', model), 'gdp', None)
-    if isinstance(pruner, Pruner):
-        _ANALYSES[key] = gate_meta(pruner)
-    return runner
+    return build(cfg)
 
 
 def train(cfg: Config) -> tuple[Runner, Recorder]:
@@ -536,6 +556,31 @@ def plain_configs() -> Iterator[None]:
     """Nobody reads the configs of most tests."""
     with formatted_configs(False):
         yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def plain_pictures() -> Iterator[None]:
+    """Figures of the gates are drawn, and only rendered where one looks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitor, 'pixels', lambda _: np.zeros(
+            (8, 8, 3), np.uint8))
+        yield
+
+
+@pytest.fixture()
+def rendered_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training gives its visualizer the pictures themselves."""
+    monkeypatch.setattr(monitor, 'pixels', PIXELS)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def known_models() -> Iterator[None]:
+    """No gated model is analysed twice, whatever builds it."""
+    register = functools.partial(
+        GDP_MODELS.register_module, name=GATED, force=True)
+    register(module=_build_gated)
+    yield
+    register(module=models.build_gated_model)
 
 
 @pytest.fixture(scope='session')
