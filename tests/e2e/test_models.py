@@ -113,7 +113,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope='session')
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def project(libraries: None,
+            tmp_path_factory: pytest.TempPathFactory) -> Project:
     """Drawn data of 128 x 128, and a training on it, for any model."""
     folder = tmp_path_factory.mktemp('models')
     make_demo_data(folder / 'data', train=4, val=2, size=SIDE, seed=0)

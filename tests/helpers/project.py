@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -18,13 +19,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
-import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
@@ -34,6 +36,7 @@ from gdp_mmseg.engine import monitor
 from gdp_mmseg.engine.config import GATED
 from gdp_mmseg.engine.matching import gate_meta
 from gdp_mmseg.engine.model import find_pruner, known_gates
+from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.networks import load_exported
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.registry import MODELS as GDP_MODELS
@@ -42,7 +45,10 @@ from gdp_mmseg.report.tables import Report
 from helpers import HELPERS, PYTHONPATH, TOOLS
 
 FORMAT_CODE = yapf_api.FormatCode
-PIXELS = monitor.pixels
+# What draws the gates, for a training and for an export.
+DRAWING = [(monitor, 'draw_widths', monitor.draw_widths),
+           (monitor, 'draw_record', monitor.draw_record),
+           (exporting, 'draw_record', exporting.draw_record)]
 TARGET = 0.4
 ITERATIONS = 32
 # In iterations 4, 24, 4.
@@ -538,39 +544,45 @@ def process_group(tmp_path: Path,
 
 
 @contextlib.contextmanager
-def formatted_configs(formatted: bool) -> Iterator[None]:
-    """Have mmengine format the configs that it writes, or not.
+def written_for(reader: bool) -> Iterator[None]:
+    """Have configs formatted and pictures rendered as for a reader, or not.
 
-    Each training and each export has some of them formatted, which takes as
-    long as the training itself here.
+    Each training and each export writes some of both, which takes as long as
+    the training itself here.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             yapf_api, 'FormatCode',
-            FORMAT_CODE if formatted else lambda text, **_: (text, True))
+            FORMAT_CODE if reader else lambda text, **_: (text, True))
+        for module, name, draw in DRAWING:
+            patch.setattr(module, name, draw if reader else _emptied(draw))
         yield
 
 
-@pytest.fixture(scope='session', autouse=True)
-def plain_configs() -> Iterator[None]:
-    """Nobody reads the configs of most tests."""
-    with formatted_configs(False):
-        yield
+def _emptied(draw: Callable[..., Figure | None]) -> Callable[..., Any]:
+    """A function that draws a figure and takes all out of it."""
+
+    def drawn(*args: Any, **options: Any) -> Figure | None:
+        figure = draw(*args, **options)
+        if figure is not None:
+            figure.clear()
+        return figure
+
+    return drawn
 
 
 @pytest.fixture(scope='session', autouse=True)
-def plain_pictures() -> Iterator[None]:
-    """Figures of the gates are drawn, and only rendered where one looks."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(monitor, 'pixels', lambda _: np.zeros(
-            (8, 8, 3), np.uint8))
+def plain_files() -> Iterator[None]:
+    """Nobody reads the configs and pictures of most tests."""
+    with written_for(False):
         yield
 
 
 @pytest.fixture()
-def rendered_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+def rendered_pictures() -> Iterator[None]:
     """A training gives its visualizer the pictures themselves."""
-    monkeypatch.setattr(monitor, 'pixels', PIXELS)
+    with written_for(True):
+        yield
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -584,7 +596,16 @@ def known_models() -> Iterator[None]:
 
 
 @pytest.fixture(scope='session')
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def libraries() -> None:
+    """All of mmsegmentation, imported, and left out of collections too."""
+    register_all_modules(init_default_scope=False)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='session')
+def project(libraries: None,
+            tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The user's project: drawn data, a config, the drop-in over it."""
     folder = tmp_path_factory.mktemp('project')
     make_demo_data(folder / 'data', train=8, val=4, size=64, seed=0)
@@ -613,7 +634,7 @@ def exported(trained: Trained,
              tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The trained checkpoint, exported by the command line."""
     cwd = tmp_path_factory.mktemp('exported')
-    with formatted_configs(True):
+    with written_for(True):
         outcome = run_tool(
             'export.py',
             trained.config,
