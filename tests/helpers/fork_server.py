@@ -8,7 +8,6 @@ in a fork of this process, which has never imported what is tested.
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
 import logging
 import os
@@ -21,7 +20,8 @@ import matplotlib.figure  # noqa: F401
 import mmengine.runner  # noqa: F401
 import scipy.sparse.csgraph  # noqa: F401
 import torch
-from yapf.yapflib import yapf_api
+
+from helpers.light import spare_time_
 
 # mmpretrain needs it, and takes a second to import it.
 with contextlib.suppress(ImportError):
@@ -30,11 +30,8 @@ with contextlib.suppress(ImportError):
 
 def main() -> None:
     torch.set_num_threads(1)
-    # Nobody reads the configs that the programs write.
-    yapf_api.FormatCode = lambda text, **_: (text, True)
-    # Neither a collection in a fork touches these objects nor does it copy
-    # the pages on which they are.
-    gc.freeze()
+    # Nor are pages copied to which only a collection would write.
+    spare_time_()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()
