@@ -6,6 +6,7 @@ installed. It asserts nothing, so PYTEST_DONT_REWRITE.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -16,8 +17,9 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -30,16 +32,14 @@ from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.demo.data import make_demo_data
 from gdp_mmseg.engine import model as models
 from gdp_mmseg.engine import monitor
-from gdp_mmseg.engine.config import GATED
-from gdp_mmseg.engine.matching import gate_meta
-from gdp_mmseg.engine.model import find_pruner, known_gates
+from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.networks import load_exported
-from gdp_mmseg.pruner.settings import Settings
-from gdp_mmseg.registry import MODELS as GDP_MODELS
+from gdp_mmseg.pruner.settings import Gate, Settings
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
@@ -409,35 +409,41 @@ def _fit_travel_(cfg: Config) -> None:
             gdp.get('gate_travel', Settings.gate_travel), pruning)
 
 
-# Analyses of this process, by what they depend on: most tests train the same.
-_ANALYSES: dict[str, dict[str, Any]] = {}
-# What a test may replace to see, or to prevent, an analysis.
-_ANALYSING = models.analyse_model, models.verify
+# What a model was built of, and analyses of this process by all that they
+# depend on: most tests train the same model.
+_PARTS: weakref.WeakKeyDictionary[nn.Module, str] = (
+    weakref.WeakKeyDictionary())
+_ANALYSES: dict[Any, tuple[Analysis, float]] = {}
+_BUILD, _ANALYSE, _VERIFY = (models.build_base_model, models.analyse_model,
+                             models.verify)
 
 
-def _build_gated(gdp: Any = None, base: Any = None, **model: Any) -> nn.Module:
-    """Build a gated model; analyse each model once a process."""
-
-    def build() -> nn.Module:
-        return models.build_gated_model(gdp, base, **model)
-
-    if (models.analyse_model, models.verify) != _ANALYSING or \
-            models._KNOWN.get() is not None or not isinstance(gdp, Mapping):
-        return build()
-    # An analysis serves all gate methods that have gates for all channels.
-    key = repr([{
-        name: gdp.get(name)
-        for name in ('ignore', 'only', 'input_shape')
-    }, 'scp' in str(gdp.get('gate')), base, model])
-    gates = _ANALYSES.get(key)
-    if gates is not None:
-        gate = Settings.from_config(gdp).gate
-        gates = dict(gates, gate=gate.type, options=dict(gate.options))
-    with known_gates(gates):
-        network: Any = build()
-    if gates is None:
-        _ANALYSES[key] = gate_meta(network.gdp)
+def _build_base(base: Any, parts: Mapping[str, Any]) -> nn.Module:
+    """Build a model without gates, and remember what it was built of."""
+    network = _BUILD(base, parts)
+    _PARTS[network] = repr((base, parts))
     return network
+
+
+def _analyse_once(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    ignore: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    gate: Gate = Gate()
+) -> tuple[Analysis, float]:
+    """Analyse each model once a process."""
+    arguments = shape, ignore, only, gate
+    if network not in _PARTS or models.verify is not _VERIFY:
+        return _ANALYSE(network, *arguments)
+    # An analysis serves all gate methods that have gates for all channels.
+    method = gate if gate.type == 'scp' else None
+    shapes = [tensor.shape for tensor in network.state_dict().values()]
+    # A test, or a pruned config, may have changed what was built.
+    key = _PARTS[network], repr((network, shapes, shape, ignore, only, method))
+    if key not in _ANALYSES:
+        _ANALYSES[key] = _ANALYSE(network, *arguments)
+    return copy.deepcopy(_ANALYSES[key])
 
 
 def build_runner(
@@ -588,11 +594,10 @@ def rendered_pictures() -> Iterator[None]:
 @pytest.fixture(scope='session', autouse=True)
 def known_models() -> Iterator[None]:
     """No gated model is analysed twice, whatever builds it."""
-    register = functools.partial(
-        GDP_MODELS.register_module, name=GATED, force=True)
-    register(module=_build_gated)
-    yield
-    register(module=models.build_gated_model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, 'build_base_model', _build_base)
+        patch.setattr(models, 'analyse_model', _analyse_once)
+        yield
 
 
 @pytest.fixture(scope='session')
