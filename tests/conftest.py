@@ -6,11 +6,7 @@ import importlib.util
 from typing import Any, Callable
 
 import pytest
-import torch
 
-# What serves plain PyTorch models is tested without any mm package too.
-pytest_plugins = ['helpers.project'
-                  ] if importlib.util.find_spec('mmseg') else []
 # Programs among them.
 collect_ignore = ['helpers']
 
@@ -30,6 +26,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         '--gate',
         help='gate method of the tests that take another one in each of '
         'their cases')
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures of mm projects, in a process that runs tests.
+
+    What serves plain PyTorch models is tested without any mm package too. A
+    process that only hands tests out to others can begin before all imports.
+    """
+    hands_out = (
+        config.getoption('numprocesses', None)
+        and not hasattr(config, 'workerinput'))
+    if not hands_out and importlib.util.find_spec('mmseg'):
+        config.pluginmanager.import_plugin('helpers.project')
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -88,6 +97,7 @@ def gate_of(pytestconfig: pytest.Config) -> Callable[[int], str]:
 @pytest.fixture(autouse=True, scope='session')
 def one_thread() -> None:
     # Runs are small, and machines are shared.
+    import torch
     torch.set_num_threads(1)
 
 
