@@ -260,11 +260,13 @@ def test_accumulated_gradients_make_one_gate_step(project: Project,
                                                   tmp_path: Path) -> None:
     cfg = project.load(tmp_path)
     cfg.optim_wrapper.accumulative_counts = 2
+    cfg.train_cfg.max_iters = ITERATIONS // 2
     _, recorder = train(cfg)
+    settled = SETTLED // 2
     # The optimizer steps at every second iteration.
-    assert recorder.observed[:SETTLED] == [(index + 1) // 2
-                                           for index in range(SETTLED)]
-    for index in range(0, ITERATIONS, 2):
+    assert recorder.observed[:settled] == [(index + 1) // 2
+                                           for index in range(settled)]
+    for index in range(0, ITERATIONS // 2, 2):
         before = recorder.theta[index - 1] if index else torch.ones_like(
             recorder.theta[0])
         assert _same(recorder.theta[index], before)
