@@ -410,7 +410,7 @@ def _fit_travel_(cfg: Config) -> None:
 
 
 # What a model was built of, and analyses of this process by all that they
-# depend on: most tests train the same model.
+# depend on.
 _PARTS: weakref.WeakKeyDictionary[nn.Module, str] = (
     weakref.WeakKeyDictionary())
 _ANALYSES: dict[Any, tuple[Analysis, float]] = {}
@@ -591,12 +591,17 @@ def rendered_pictures() -> Iterator[None]:
         yield
 
 
+def remember_analyses_(patch: pytest.MonkeyPatch) -> None:
+    """Have no gated model analysed twice, whatever builds it."""
+    patch.setattr(models, 'build_base_model', _build_base)
+    patch.setattr(models, 'analyse_model', _analyse_once)
+
+
 @pytest.fixture(scope='session', autouse=True)
-def known_models() -> Iterator[None]:
-    """No gated model is analysed twice, whatever builds it."""
+def remembered_analyses() -> Iterator[None]:
+    """Most tests train the same model."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, 'build_base_model', _build_base)
-        patch.setattr(models, 'analyse_model', _analyse_once)
+        remember_analyses_(patch)
         yield
 
 
