@@ -11,9 +11,11 @@ import pytest
 collect_ignore = ['helpers']
 
 # The order of the tests: the longest first, or one process would be left
-# alone with one of them at the end.
-LONGEST = ('tests/e2e/test_models', 'tests/benchmarks', 'tests/e2e',
-           'tests/engine', 'tests/cli', 'tests/export')
+# alone with one of them at the end; last the many short ones that are spread.
+LONGEST = ('tests/e2e/test_processes', 'tests/e2e/test_models',
+           'tests/benchmarks', 'tests/e2e', 'tests/engine', 'tests/surgery',
+           'tests/gates')
+LAST = ('tests/cli', 'tests/export')
 # Tests of these go to whichever process is free, one by one. Those of other
 # modules share a process, and what the module or a helper makes once.
 SPREAD = ('tests/e2e/test_models', 'tests/e2e/test_features',
@@ -62,6 +64,8 @@ def pytest_collection_finish() -> None:
 
 def _place(item: pytest.Item) -> int:
     """Place of a test's folder in the order of the tests."""
+    if item.nodeid.startswith(LAST):
+        return len(LONGEST) + 1
     return next((place for place, start in enumerate(LONGEST)
                  if item.nodeid.startswith(start)), len(LONGEST))
 
