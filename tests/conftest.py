@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import warnings
 from typing import Any, Callable
 
 import pytest
@@ -40,7 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getoption('numprocesses', None)
         and not hasattr(config, 'workerinput'))
     if not hands_out and importlib.util.find_spec('mmseg'):
-        config.pluginmanager.import_plugin('helpers.project')
+        # Libraries warn each other while they are imported.
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            config.pluginmanager.import_plugin('helpers.project')
 
 
 @pytest.hookimpl(tryfirst=True)
