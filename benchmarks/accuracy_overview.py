@@ -28,11 +28,11 @@ def overview(reports: Sequence[Report]) -> list[str]:
     """Return where GDP stands on all networks: a sentence, table and plot."""
     rows = [[
         'network and data', 'iterations', 'FLOPs', 'dense', 'GDP',
-        'GDP minus dense',
+        'GDP minus dense (se)', '95 % interval (pairs)',
         *(label for gate, label in GATES.items() if gate != 'gdp'), OTHER
     ]]
     for report in reports:
-        for target in targets_of(report, 'gdp'):
+        for target in reversed(targets_of(report, 'gdp')):
             gdp, *others = (
                 mean_and_spread(values_of(report, gate, target))
                 for gate in GATES)
@@ -40,7 +40,8 @@ def overview(reports: Sequence[Report]) -> list[str]:
                 short_name(report),
                 str(report['iterations']), f'{target:g}',
                 mean_and_spread(values_of(report, 'dense', 1.)), gdp,
-                mean_and_interval(differences(report, 'gdp', target)), *others,
+                *mean_and_interval(differences(report, 'gdp', target)),
+                *others,
                 best_alternative(report, target)
             ])
     return [
@@ -51,10 +52,10 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'without pruning. FLOPs: share of its multiply-adds of one image. '
         'ResNet18, ResNet50 and MobileNetV2 are backbones of DeepLabV3Plus.',
         '- Minus dense: mean difference of runs with the same seed, data '
-        'order and start, its standard error (se), [95 % interval of the '
-        'paired t test], (pairs). **Three seeds are few**: the interval has '
-        '4.3 standard errors to each side with three pairs, 12.7 with two. '
-        'Where it includes 0, the difference may be chance.', '',
+        'order and start (its standard error), and its interval by the paired '
+        't test. **Three seeds are few**: the interval has 4.3 standard '
+        'errors to each side with three pairs, 12.7 with two. Where it '
+        'includes 0, the difference may be chance.', '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
     ]
 

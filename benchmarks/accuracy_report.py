@@ -44,7 +44,6 @@ COMPARED = (
     'short a time to move a scale: it is a ranking by |gamma|. Its authors '
     'train with the penalty from the first iteration. With one threshold for '
     'all, Torch-Pruning keeps a layer whole that would lose all its channels.',
-    'Undecided gates have an openness between 0.01 and 0.5 at the end.',
     'The commands also need `--data-root DATA --weights BACKBONE --report '
     'REPORT`; SHA-256 is that of BACKBONE.')
 
@@ -65,15 +64,9 @@ def accuracy(report: Report) -> Section:
     """Return the section of one comparison."""
     return Section(
         title_of(report), [
-            f'Dense: {mean_and_spread(values_of(report, "dense", 1.))} '
-            f'{report["metric"]}.', '',
             _scores(report), '', f'![{report["metric"]} over FLOPs]'
             f'({plot_name(report)})', *changes(report)
-        ], [
-            *_training(report), ' '.join(report.get('notes', ())),
-            _checks(report),
-            _command(report)
-        ])
+        ], [*_training(report), _source(report)])
 
 
 def title_of(report: Report) -> str:
@@ -84,70 +77,83 @@ def title_of(report: Report) -> str:
 
 
 def _scores(report: Report) -> str:
-    """Return the table of the scores, by method and target."""
-    targets = targets_of(report, *LABELS)
-    cells = [[report['metric']]]
-    for target in targets:
-        cells[0] += [f'FLOPs {target:g}', 'minus dense']
+    """Return the table of the scores, target by target."""
     ran = {row['method'] for row in report['rows']}
-    for method in filter(ran.__contains__, LABELS):
-        cells.append([LABELS[method]])
-        for target in targets:
-            cells[-1] += [
-                _cell(report, method, target),
-                mean_and_interval(differences(report, method, target))
-            ]
-    return table(cells)
-
-
-def _cell(report: Report, method: str, target: float) -> str:
-    """Return the score of a method, or that it cannot meet the target."""
-    if any(row['method'] == method and row['target'] == target
-           and row['score'] is None for row in report['rows']):
-        return 'out of reach'
-    return mean_and_spread(values_of(report, method, target))
+    targets = reversed(targets_of(report, *LABELS))
+    return _table(report, 'dense', [
+        ('dense', 'dense', 1.),
+        *((LABELS[method], method, target) for target in targets
+          for method in filter(ran.__contains__, LABELS)),
+    ])
 
 
 def changes(report: Report) -> list[str]:
     """Return a table of changes to the training, if a report has any."""
-    split = [row['method'].partition('+') for row in report['rows']]
-    tried = sorted({names for _, plus, names in split if plus})
-    bases = [
-        ('dense', 1.),
-        *(('gdp', target)
-          for target in targets_of(report, *(f'gdp+{names}'
-                                             for names in tried)))
-    ]
-    rows = [['change to the training']]
-    for base, target in bases:
-        rows[0] += [
-            'dense' if base == 'dense' else f'GDP at {target:g}', 'difference'
-        ]
-    for names in ['', *tried]:
-        rows.append([
-            ', '.join(CHANGES[name].label for name in names.split('+') if name)
-            or 'none'
-        ])
-        for base, target in bases:
-            method = f'{base}+{names}'.rstrip('+')
-            rows[-1] += [
-                mean_and_spread(values_of(report, method, target)),
-                mean_and_interval(
-                    differences(report, method, target, base) if names else [])
-            ]
+    names = sorted({
+        method
+        for row in report['rows']
+        if '+' in (method := row['method']) and method.startswith(('dense+',
+                                                                   'gdp+'))
+    })
+    bases = [('dense', 1.),
+             *(('gdp', target) for target in targets_of(report, *names))]
+    rows = [(_label(method), method, target) for base, target in bases
+            for method in (base, *names) if method.split('+')[0] == base]
     return [
-        '', 'One change at a time, and the difference to no change:', '',
-        table(rows)
-    ] if tried else []
+        '', 'One change at a time:', '',
+        _table(report, 'no change', rows)
+    ] if names else []
+
+
+def _label(method: str) -> str:
+    """Return a method and the changes to its training as text."""
+    base, *names = method.split('+')
+    return ', '.join(
+        [LABELS.get(base, base), *(CHANGES[name].label for name in names)])
+
+
+def _table(report: Report, base: str, rows: Sequence[tuple[str, str,
+                                                           float]]) -> str:
+    """Return a table of scores and of their differences to a base.
+
+    Args:
+        report (Report): Report with the scores.
+        base (str): The base, ``'dense'`` or ``'no change'``.
+        rows (Sequence[tuple[str, str, float]]): Label, method and target of
+            each row; left out if it did not run.
+    """
+    cells = [[
+        'training', 'FLOPs', report['metric'], f'minus {base} (se)',
+        '95 % interval (pairs)'
+    ]]
+    for label, method, target in rows:
+        other = method.split('+')[0] if base == 'no change' else base
+        gaps = differences(report, method, target, other)
+        if score := _cell(report, method, target):
+            cells.append([
+                label, f'{target:g}', score,
+                *mean_and_interval(gaps if method != other else [])
+            ])
+    return table(cells)
+
+
+def _cell(report: Report, method: str, target: float) -> str:
+    """Return the score of a method, if it ran and could meet the target."""
+    values = values_of(report, method, target)
+    ran = any(row['method'] == method and row['target'] == target
+              for row in report['rows'])
+    return mean_and_spread(values) if values else 'out of reach' * ran
 
 
 def tuning(report: Report) -> Section:
     """Return the section of changes that were tried before a comparison."""
-    return Section(report['title'],
-                   changes(report)[3:], [
-                       'These scores chose the learning rate of later '
-                       'comparisons.', *_training(report)
-                   ])
+    return Section(
+        report['title'],
+        changes(report)[3:], [
+            'These scores chose the learning rate of later comparisons.',
+            *_training(report), f'Machine: {places(report)}. Report: '
+            f'`reports/{report["file"]}.json`.'
+        ])
 
 
 def _training(report: Report) -> list[str]:
@@ -157,42 +163,43 @@ def _training(report: Report) -> list[str]:
         f'({report["weights"]}){_starts(report)}. Then '
         f'{report["iterations"]} of batch {report["batch_size"]}, crop '
         f'{report["crop"][0]} x {report["crop"][1]}, '
-        f'{report["optimizer"]}.', f'Training: {report["train"]}. Evaluation: '
-        f'{report["test"]}.',
-        f'Warm-up, pruning, settling of the gates: {phases(report)}. '
-        f'{report["precision"].capitalize()}.',
-        f'Machine: {places(report)}. Report: `reports/{report["file"]}.json`.'
+        f'{report["optimizer"]}.', ' '.join([
+            f'Training: {report["train"]}. Evaluation: {report["test"]}.',
+            *report.get('notes', ())
+        ]), f'Warm-up, pruning, settling of the gates: {phases(report)}. '
+        f'{report["precision"].capitalize()}.'
     ]
 
 
-def _command(report: Report) -> str:
-    """Return the command that makes a report."""
+def _source(report: Report) -> str:
+    """Return file, machine and command of a report."""
     methods = {row['method'] for row in report['rows']} - {'start'}
-    return (f'`python benchmarks/accuracy.py {report["data"]} --iterations '
+    return (f'`reports/{report["file"]}.json`, {places(report)}: `python '
+            f'benchmarks/accuracy.py {report["data"]} --iterations '
             f'{report["iterations"]}{report.get("flags", "")} --methods '
             f'{" ".join(sorted(methods))} --targets '
-            f'{" ".join(map(str, targets_of(report)))}`; SHA-256 '
+            f'{" ".join(map(str, targets_of(report)))}`, SHA-256 '
             f'{report["weights_sha256"][:16]}.')
 
 
-def _checks(report: Report) -> str:
-    """Return how exact the pruning of a comparison was."""
+def checks(reports: Sequence[Report]) -> str:
+    """Return how exact the pruning of all comparisons was."""
     rows = [
-        row for row in report['rows']
+        row for report in reports for row in report['rows']
         if row['score'] is not None and row['target'] < 1
     ]
     gated = [row for row in rows if gate_of(row['method'])]
-    others = [row for row in rows if not gate_of(row['method'])]
-    off = ', '.join(
-        f'{max(100 * abs(row["macs"] - row["target"]) for row in some):.1f} '
-        f'points with {name}'
-        for name, some in (('gates', gated), ('the alternatives', others))
-        if some)
+    off, off_others = (
+        max((100 * abs(row['macs'] - row['target'])
+             for row in rows if bool(gate_of(row['method'])) == has_gates),
+            default=0.) for has_gates in (True, False))
     apart = max(abs(row['score'] - row['score_gated']) for row in gated)
     undecided = max(row['half_open'] for row in gated)
-    return (f'At most: FLOPs {off} from the target; {report["metric"]} '
-            f'{apart:.2f} apart before and after the export; {undecided:.2%} '
-            'of the gates undecided.')
+    return (f'The worst of all {len(gated)} trainings with gates: FLOPs '
+            f'{off:.1f} points from the target ({off_others:.1f} with the '
+            f'alternatives); score {apart:.2f} apart before and after the '
+            f'export; {undecided:.2%} of the gates undecided, with an '
+            'openness between 0.01 and 0.5 at the end.')
 
 
 def _starts(report: Report) -> str:
@@ -251,7 +258,7 @@ def plot_name(report: Report) -> str:
 
 def plot_accuracy(report: Report, folder: Path) -> None:
     """Draw the score over FLOPs with its spread, and dense as a band."""
-    figure = Figure(figsize=(6, 4), layout='constrained')
+    figure = Figure(figsize=(8, 4), layout='constrained')
     axes = figure.subplots()
     draw_dense(axes, report)
     for method, name in LABELS.items():
@@ -262,7 +269,7 @@ def plot_accuracy(report: Report, folder: Path) -> None:
         xlabel='share of the dense multiply-adds',
         ylabel=report['metric'],
         xlim=(0, 1))
-    axes.legend(fontsize='small')
+    figure.legend(loc='outside right upper', fontsize='small')
     figure.savefig(folder / plot_name(report), dpi=120)
 
 

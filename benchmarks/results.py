@@ -12,7 +12,7 @@ from typing import Any, Iterable
 from gdp_mmseg.report import tables
 
 from accuracy_overview import overview, plot_overview, readme_table
-from accuracy_report import COMPARED, accuracy, plot_accuracy, tuning
+from accuracy_report import COMPARED, accuracy, checks, plot_accuracy, tuning
 from accuracy_scores import LABELS
 from accuracy_tasks import TASKS
 from budget_report import BUDGETS, budget, controllers
@@ -69,10 +69,12 @@ def page(reports: dict[str, list[Report]]) -> str:
                      [*map(networks, reports.get('demo', []))])
     lines += chapter('', [],
                      [equal_time(first('demo'), first('speed'), compared)])
-    lines += chapter('Comparisons', COMPARED, [
-        *map(accuracy, compared + reports['held']),
-        *map(tuning, reports.get('tuning', []))
-    ])
+    if compared:
+        lines += chapter('Comparisons',
+                         [*COMPARED, checks(compared)], [
+                             *map(accuracy, compared + reports['held']),
+                             *map(tuning, reports.get('tuning', []))
+                         ])
     lines += chapter('Budgets of small trainings', BUDGETS, [
         *map(budget, reports.get('budget', [])),
         *map(controllers, reports.get('controllers', []))

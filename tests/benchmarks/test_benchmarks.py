@@ -61,6 +61,8 @@ def test_reports_of_the_repository_become_the_results_page(
     monkeypatch.setattr(results, 'RESULTS', page)
     monkeypatch.setattr(results, 'README', readme)
     monkeypatch.setattr(results, 'GUIDE', guide)
+    for plot in ('plot_accuracy', 'plot_overview'):
+        monkeypatch.setattr(results, plot, lambda *_: None)
     monkeypatch.setattr(sys, 'argv', ['results.py', *map(str, reports)])
     results.main()
     assert page.read_text() == (ROOT / 'docs' / 'results.md').read_text()
@@ -134,24 +136,30 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
     section = results.accuracy(report)
     facts = '\n'.join(section.facts)
     assert section.title == 'M on D, 8 iterations'
-    assert section.body[0] == 'Dense: 62.00 ± 2.83 (2) mIoU.'
-    assert _cells(section.body[2]) == [
-        ['mIoU', 'FLOPs 0.25', 'minus dense', 'FLOPs 0.4', 'minus dense'],
+    assert _cells(section.body[0]) == [
         [
-            'GDP', '-', '-', '59.50 ± 2.12 (2)',
-            '-2.50, se 0.50 [-8.85, +3.85] (2)'
+            'training', 'FLOPs', 'mIoU', 'minus dense (se)',
+            '95 % interval (pairs)'
         ],
-        ['SCP', '-', '-', '57.00 (1)', '-3.00 (1)'],
+        ['dense', '1', '62.00 ± 2.83 (2)', '-', '-'],
+        [
+            'GDP', '0.4', '59.50 ± 2.12 (2)', '-2.50 (0.50)',
+            '-8.85 to +3.85 (2)'
+        ],
+        ['SCP', '0.4', '57.00 (1)', '-3.00', '- (1)'],
+        ['L1 norm', '0.4', 'out of reach', '-', '-'],
         # It started from another network than the dense one.
-        ['L1 norm', '55.00 (1)', '-', 'out of reach', '-'],
+        ['L1 norm', '0.25', '55.00 (1)', '-', '-'],
     ]
-    assert 'FLOPs 0.0 points with gates, 0.0 points with the alt' in facts
-    assert 'mIoU 0.00 apart' in facts and '0.10% of the gates und' in facts
     assert ('(none), mIoU 50.00; `l1-0.25-0` started from a second training '
             'of it: 51.00.') in facts
     assert '--methods dense gdp l1 scp --targets 0.25 0.4`' in facts
+    assert ('all 3 trainings with gates: FLOPs 0.0 points from the target '
+            '(0.0 with the') in results.checks([report])
     results.plot_accuracy(report, tmp_path)
-    assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
+    results.plot_overview([report], tmp_path)
+    for name in ('accuracy_voc_8', 'accuracy_overview'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 1000
 
 
 def test_differences_are_those_of_pairs_with_their_interval() -> None:
@@ -165,8 +173,8 @@ def test_differences_are_those_of_pairs_with_their_interval() -> None:
     gaps = differences(report, 'gdp', 0.4)
     assert gaps == [-1., -2., -3.]
     # Deviation 1, so the error is 3 ** -0.5; the quantile of t is 4.3027.
-    assert (mean_and_interval(gaps) == '-2.00, se 0.58 [-4.48, +0.48] (3)')
-    assert mean_and_interval([]) == '-'
+    assert mean_and_interval(gaps) == ('-2.00 (0.58)', '-4.48 to +0.48 (3)')
+    assert mean_and_interval([]) == ('-', '-')
 
 
 def test_changes_are_compared_with_no_change_run_by_run() -> None:
@@ -177,22 +185,24 @@ def test_changes_are_compared_with_no_change_run_by_run() -> None:
         _row('gdp', 58., 0), _row('gdp', 50., 1), _row('gdp+kd', 60., 0),
         _row('gdp+ema+flat', 57., 0), _row('gdp+ema+flat', 48., 1))
     text = '\n'.join(results.accuracy(report).body)
-    assert 'One change at a time' in text
-    labels = [CHANGES[name].label for name in ('ema', 'flat', 'kd')]
-    assert _cells(text)[2:] == [
+    ema, flat, kd = (CHANGES[name].label for name in ('ema', 'flat', 'kd'))
+    before, after = text.split('One change at a time')
+    assert _cells(after) == [
         [
-            'change to the training', 'dense', 'difference', 'GDP at 0.4',
-            'difference'
+            'training', 'FLOPs', 'mIoU', 'minus no change (se)',
+            '95 % interval (pairs)'
         ],
-        ['none', '60.00 (1)', '-', '54.00 ± 5.66 (2)', '-'],
+        ['dense', '1', '60.00 (1)', '-', '-'],
+        [f'dense, {kd}', '1', '61.00 (1)', '+1.00', '- (1)'],
+        ['GDP', '0.4', '54.00 ± 5.66 (2)', '-', '-'],
         [
-            ', '.join(labels[:2]), '-', '-', '52.50 ± 6.36 (2)',
-            '-1.50, se 0.50 [-7.85, +4.85] (2)'
+            f'GDP, {ema}, {flat}', '0.4', '52.50 ± 6.36 (2)', '-1.50 (0.50)',
+            '-7.85 to +4.85 (2)'
         ],
-        [labels[2], '61.00 (1)', '+1.00 (1)', '60.00 (1)', '+2.00 (1)'],
+        [f'GDP, {kd}', '0.4', '60.00 (1)', '+2.00', '- (1)'],
     ]
     # Rows with a change are no rows of the first table.
-    assert [row[0] for row in _cells(text)[:2]] == ['mIoU', 'GDP']
+    assert [row[0] for row in _cells(before)] == ['training', 'dense', 'GDP']
 
 
 def test_rows_from_elsewhere_are_named() -> None:
