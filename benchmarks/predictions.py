@@ -50,12 +50,18 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     for folder in (args.dense, args.pruned):
         if not (folder / 'result.json').exists():
-            parser.error('expected a folder of benchmarks/accuracy.py with '
-                         f'the result.json of a finished run, but got {folder}'
-                         '; choose a finished run')
+            parser.error('expected the folder of a finished run of benchmarks/'
+                         f'accuracy.py, with result.json, but got {folder}; '
+                         'choose a finished run')
     if not (args.pruned / 'pair/gdp_pruned.py').exists():
-        parser.error('expected a run with gates, which has the folder pair, '
-                     f'but got {args.pruned}; choose a run such as gdp-0.4-0')
+        parser.error('expected a run with gates, with the folder pair, but '
+                     f'got {args.pruned}; choose a run such as gdp-0.4-0')
+    dense, pruned = (
+        next((folder / 'training').glob('*.py')).stem
+        for folder in (args.dense, args.pruned))
+    if dense != pruned or TASKS[dense].scope != 'mmseg':
+        parser.error('expected two runs on the same segmentation data, but '
+                     f'got {dense} and {pruned}; choose two of one comparison')
     return args
 
 

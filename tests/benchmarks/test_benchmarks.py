@@ -342,6 +342,32 @@ def test_predictions_stand_side_by_side_in_a_small_file() -> None:
     assert len(content) < 20_000
 
 
+@pytest.mark.parametrize('made, message', [
+    ([], 'finished run of'),
+    (['dense/result.json', 'pruned/result.json'], 'expected a run with gates'),
+    ([
+        'dense/result.json', 'pruned/result.json', 'pruned/pair/gdp_pruned.py',
+        'dense/training/voc.py', 'pruned/training/camvid.py'
+    ], 'but got voc and camvid'),
+])
+def test_runs_that_cannot_be_drawn_are_refused(
+        made: list[str], message: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    import predictions
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, 'argv', [
+        'predictions.py',
+        str(tmp_path / 'dense'),
+        str(tmp_path / 'pruned'), '--report', 'report.json'
+    ])
+    with pytest.raises(SystemExit):
+        predictions.parse_args()
+    assert message in ' '.join(capsys.readouterr().err.split())
+
+
 def test_alternatives_prune_every_layer_by_the_same_share() -> None:
     tp = pytest.importorskip('torch_pruning')
     from one_shot import WithinLayers
