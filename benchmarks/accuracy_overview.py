@@ -135,8 +135,8 @@ def readme_table(reports: Sequence[Report]) -> str:
 def plot_overview(reports: Sequence[Report], folder: Path) -> None:
     """Draw the longest comparison of each network, one panel each."""
     compared = [report for report, _ in longest(reports)]
-    columns = min(len(compared), 3)
-    rows = math.ceil(len(compared) / columns)
+    columns = min(max(len(compared), 1), 3)
+    rows = math.ceil(max(len(compared), 1) / columns)
     figure = Figure(figsize=(3.4 * columns, 3.3 * rows), layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in grid[len(compared):]:
