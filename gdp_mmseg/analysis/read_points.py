@@ -66,16 +66,19 @@ class Expression:
 
     def scales(self) -> bool:
         """Tell whether it grows with the norms' outputs in proportion."""
-        return all(part.scales() for part in self.operands())
-
-    def operands(self) -> tuple[Expression, ...]:
-        """List the expressions that it is made of."""
-        return ()
+        return all(part.scales() for part in self._operands())
 
     def norms(self, lies_on: LiesOn) -> Iterator[str]:
         """Yield the last norms on the ways to it, whatever came after."""
-        for part in self.operands():
+        for part in self._operands():
             yield from part.norms(lies_on)
+
+    def _operands(self) -> Iterator[Expression]:
+        """Yield the expressions that it is made of."""
+        for value in vars(self).values():
+            for part in value if isinstance(value, tuple) else (value, ):
+                if isinstance(part, Expression):
+                    yield part
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,9 +99,6 @@ class _Joined(Expression):
     """Several activations side by side."""
     parts: tuple[Expression, ...]
 
-    def operands(self) -> tuple[Expression, ...]:
-        return self.parts
-
     def points(self, lies_on: LiesOn) -> _Points:
         return tuple(
             dict.fromkeys(
@@ -108,13 +108,10 @@ class _Joined(Expression):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Activated(Expression):
-    """An activation function of an activation."""
+    """An activation function, or a factor in [0, 1], of an activation."""
     inner: Expression
     name: str
     in_proportion: bool = False
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.inner, )
 
     def scales(self) -> bool:
         return self.in_proportion and super().scales()
@@ -123,7 +120,8 @@ class _Activated(Expression):
         return tuple(map(self._of, self.inner.points(lies_on)))
 
     def _of(self, point: ReadPoint) -> ReadPoint:
-        if point.reason or point.activation == self.name == 'relu':
+        if (not self.name or point.reason
+                or point.activation == self.name == 'relu'):
             return point
         if point.activation:
             return ReadPoint(reason=f'{self.name} after {point.activation} at '
@@ -136,9 +134,6 @@ class _Lost(Expression):
     """Result of an operator that changes channels in another way."""
     inner: Expression
     reason: str
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.inner, )
 
     def scales(self) -> bool:
         return False
@@ -168,21 +163,6 @@ class _Bounded(_Lost):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Attended(Expression):
-    """An activation times a function with values in [0, 1]."""
-    inner: Expression
-
-    def operands(self) -> tuple[Expression, ...]:
-        return (self.inner, )
-
-    def scales(self) -> bool:
-        return False
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        return self.inner.points(lies_on)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Sum(Expression):
     """Sum of two activations.
 
@@ -191,9 +171,6 @@ class _Sum(Expression):
     """
     first: Expression
     second: Expression
-
-    def operands(self) -> tuple[Expression, ...]:
-        return self.first, self.second
 
     def points(self, lies_on: LiesOn) -> _Points:
         first, second = (
@@ -290,21 +267,23 @@ class ReadPointTracker:
             tuple[str, ...]: None if a factor of their outputs changes more
             than the inputs of these kernels, or does not reach them as it is.
         """
-        kernels = set(kernels)
-        points = self.points(kernels, counts)
+        gated = set(kernels)
+        points = self.points(gated, counts)
         norms = {norm: None for point in points for norm in point.norms}
         read = [
-            part for kernel in kernels for part in self._reads.get(kernel, [])
+            part for kernel in gated for part in self._reads.get(kernel, [])
         ]
         others = self._normed + [
-            part for kernel, parts in self._reads.items()
-            if kernel not in kernels for part in parts if part is not None
+            part
+            for kernel, parts in self._reads.items() if kernel not in gated
+            for part in parts if part is not None
         ]
-        if (any(point.reason for point in points)
-                or not self._modules.issuperset(norms) or any(
-                    part is None or not part.scales() for part in read)
-                or any(norm in norms for part in others
-                       for norm in part.norms(counts.__contains__))):
+        if (any(point.reason
+                for point in points) or not self._modules.issuperset(norms)
+                or any(part is None or not part.scales() for part in read)
+                or any(
+                    norm in norms for part in others
+                    for norm in part.norms(counts.__contains__))):
             return ()
         return tuple(norms)
 
@@ -368,7 +347,8 @@ class ReadPointTracker:
                 inner, f'batch norm without scale ({self._labels.here()})')
         shift = operation.args[2]
         if self._labels.here() == norm and isinstance(
-                shift, Tensor) and self._labels.name_of(shift) == norm + '.bias':
+                shift,
+                Tensor) and self._labels.name_of(shift) == norm + '.bias':
             self._modules.add(norm)
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
@@ -387,9 +367,8 @@ def _product(first: Expression, second: Expression) -> Expression | None:
     for one, other in ((first, second), (second, first)):
         if isinstance(other, _Bounded):
             # An attention in [0, 1] makes no dead channel alive.
-            return _Activated(
-                one,
-                _BOUNDED[other.name]) if other.inner is one else _Attended(one)
+            itself = other.inner is one
+            return _Activated(one, _BOUNDED[other.name] if itself else '')
     return None
 
 

@@ -30,12 +30,15 @@ def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
         gates (GateMethod): ``G`` gates, as many as the analysis has.
     """
     gates.bind_(model)
+    norms = {}
     for place in _places(model, analysis):
         if place.is_norm:
-            norm: Any = place.module
-            norm.forward = _GatedNorm(norm, gates, place.gated)
+            norms[place.name] = _GatedNorm(place.module, gates, place.gated)
         else:
             gate_layer_(place.module, gates, place.gated)
+    keeper = _Keeper(norms)
+    keeper(model)
+    model.register_forward_pre_hook(keeper)
 
 
 def ungate_(model: nn.Module, analysis: Analysis) -> None:
@@ -45,11 +48,15 @@ def ungate_(model: nn.Module, analysis: Analysis) -> None:
         model (nn.Module): A model with gates.
         analysis (Analysis): The analysis that its gates are from.
     """
+    _restore_(model)
     for place in _places(model, analysis):
         attributes = vars(place.module)
         for name in ('forward', '_conv_forward'):
             if isinstance(attributes.get(name), _GatedForward):
                 del attributes[name]
+    hooks = model._forward_pre_hooks
+    for key in [key for key in hooks if isinstance(hooks[key], _Keeper)]:
+        del hooks[key]
 
 
 def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
@@ -61,6 +68,7 @@ def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
         analysis (Analysis): The analysis that its gates are from.
         keep (Tensor): ``(G,)`` bool on the CPU.
     """
+    _restore_(model)
     for place in _places(model, analysis):
         attributes = vars(place.module)
         for name in ('forward', '_conv_forward'):
@@ -74,12 +82,14 @@ class _Place(NamedTuple):
     """Module with gates.
 
     Args:
+        name (str): Name of the module.
         module (nn.Module): Layer or batch norm.
         is_norm (bool): Whether it is a batch norm.
         slots (Tensor): ``(C,)`` gate of each slot on its axis of channels, of
             inputs if it is a layer, -1 for none.
         gated (Tensor): The same, but -1 for a gate that stands elsewhere.
     """
+    name: str
     module: nn.Module
     is_norm: bool
     slots: Tensor
@@ -102,7 +112,8 @@ def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
         elsewhere = at_norms[slots.clamp(min=0)] != is_norm
         gated = slots.masked_fill(elsewhere, -1)
         if bool((gated >= 0).any()):
-            yield _Place(model.get_submodule(name), is_norm, slots, gated)
+            yield _Place(name, model.get_submodule(name), is_norm, slots,
+                         gated)
 
 
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:
@@ -169,6 +180,33 @@ class _GatedNorm(_GatedForward):
         return found
 
 
+class _Keeper:
+    """Hook that puts gates on norms again that other code has replaced.
+
+    Frameworks do that with all batch norms of a model when a training begins,
+    to synchronise them between processes, or to stop that.
+
+    Args:
+        norms (dict[str, _GatedNorm]): New forwards of norms by their names.
+    """
+
+    def __init__(self, norms: dict[str, _GatedNorm]) -> None:
+        self.norms = norms
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        for name, gated in self.norms.items():
+            norm: Any = model.get_submodule(name)
+            if gated.module is not norm or 'forward' not in vars(norm):
+                gated.module, norm.forward = norm, gated
+
+
+def _restore_(model: nn.Module) -> None:
+    """Put gates on norms again that other code has replaced, in place."""
+    for hook in model._forward_pre_hooks.values():
+        if isinstance(hook, _Keeper):
+            hook(model)
+
+
 class _Scaled:
     """View of a batch norm with another scale and shift.
 
@@ -177,8 +215,8 @@ class _Scaled:
         factors (Tensor): ``(C,)`` factors of both.
     """
 
-    def __init__(self, norm: nn.Module, factors: Tensor) -> None:
-        self._norm: Any = norm
+    def __init__(self, norm: Any, factors: Tensor) -> None:
+        self._norm = norm
         self.weight = norm.weight * factors
         self.bias = norm.bias * factors
 

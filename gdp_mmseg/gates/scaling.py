@@ -56,24 +56,21 @@ class _Product(torch.autograd.Function):
         if neutral:
             return tensor.view_as(tensor)
         return torch.mul(
-            tensor,
-            along(factors, tensor, axis),
-            out=torch.empty_like(tensor))
+            tensor, along(factors, tensor, axis), out=torch.empty_like(tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        factors, *heeded = ctx.saved_tensors
-        axis = ctx.axis
+        factors, *seen = ctx.saved_tensors
+        axis, dtype = ctx.axis, factors.dtype
         shaped = None if ctx.neutral else along(factors, gradient, axis)
         of_factors = torch.zeros_like(factors)
         if torch.is_grad_enabled():  # The gradient is differentiated again.
-            for tensor in heeded:
-                of_factors = _sums(gradient, tensor, axis, factors.dtype)
+            if seen:
+                of_factors = _sums(gradient, seen[0], axis, dtype)
             if shaped is not None:
                 gradient = (gradient * shaped).to(gradient.dtype)
-        elif heeded:
-            of_factors = _gradients_(gradient, *heeded, shaped, axis,
-                                     factors.dtype)
+        elif seen:
+            of_factors = _gradients_(gradient, seen[0], shaped, axis, dtype)
         elif shaped is not None:
             gradient *= shaped
         return gradient, of_factors, None, None, None

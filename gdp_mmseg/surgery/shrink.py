@@ -237,21 +237,36 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
 # -- modules without channels -----------------------------------------------
 
 
-class _EmptyLayer:
-    """Replacement of the forward of a layer that has no kernel left.
+class _EmptyNorm:
+    """Replacement of the forward of a norm without channels.
 
-    It gives the bias, or zero, at each position, as a kernel of zeros does.
     It is an object and not a closure, because ``deepcopy`` binds its
-    attributes to the copied layer.
+    attributes to the copied module.
 
     Args:
-        layer (nn.Module): The layer.
         gated (Any): What replaced its forward before, or None.
     """
 
-    def __init__(self, layer: nn.Linear | _ConvNd, gated: Any) -> None:
-        self.layer = layer
+    def __init__(self, gated: Any) -> None:
         self.gated = gated
+
+    def __call__(self, inputs: Tensor, *_: Any) -> Tensor:
+        return inputs
+
+
+class _EmptyLayer(_EmptyNorm):
+    """Replacement of the forward of a layer that has no kernel left.
+
+    It gives the bias, or zero, at each position, as a kernel of zeros does.
+
+    Args:
+        layer (nn.Module): The layer.
+        gated (Any): See :class:`_EmptyNorm`.
+    """
+
+    def __init__(self, layer: nn.Linear | _ConvNd, gated: Any) -> None:
+        super().__init__(gated)
+        self.layer = layer
         self.expand = Expansion(layer)
 
     def __call__(self, inputs: Tensor, *_: Any) -> Tensor:
@@ -263,11 +278,6 @@ class _EmptyLayer:
             layer.weight.new_zeros(_outputs(layer))
             if layer.bias is None else layer.bias)
         return self.expand(channels.to(dtype), inputs)
-
-
-def _same(inputs: Tensor) -> Tensor:
-    """Replacement of the forward of a norm without channels."""
-    return inputs
 
 
 def _outputs(layer: nn.Linear | _ConvNd) -> int:
@@ -285,20 +295,19 @@ def _empty_(module: Any) -> None:
     """Let a layer or norm work without channels, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
-    if isinstance(module, (_BatchNorm, nn.GroupNorm)):
-        # PyTorch's norms refuse tensors without channels in training mode.
-        setattr(module, name, _same)
-    elif not isinstance(former, _EmptyLayer):
-        setattr(module, name, _EmptyLayer(module, former))
+    if isinstance(former, _EmptyNorm):
+        return
+    # PyTorch's norms refuse tensors without channels in training mode.
+    is_norm = isinstance(module, (_BatchNorm, nn.GroupNorm))
+    setattr(module, name,
+            _EmptyNorm(former) if is_norm else _EmptyLayer(module, former))
 
 
 def _fill_(module: nn.Module) -> None:
     """Undo :func:`_empty_`, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
-    if former is _same:
-        delattr(module, name)
-    elif isinstance(former, _EmptyLayer):
+    if isinstance(former, _EmptyNorm):
         delattr(module, name)
         if former.gated is not None:
             setattr(module, name, former.gated)

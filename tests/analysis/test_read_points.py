@@ -172,8 +172,7 @@ def depthwise(channels: int) -> nn.Sequential:
     ('residual', [('stem.1', 'branch.4'), ('branch.1', )]),
     ('concat', [('a.1', ), ('b.1', )]),
     ('image pool', [('stem.1', ), ('pool.1', )]),
-    ('depthwise behind concat', [('depth.1', ), ('depth.1', ),
-                                 ('point.1', )]),
+    ('depthwise behind concat', [('depth.1', ), ('depth.1', ), ('point.1', )]),
     ('hard swish', [(), ('4', )]),
     ('squeeze-excite', [(), ()]),
     ('group norm', [(), ('4', )]),
@@ -188,41 +187,41 @@ def test_norms_that_can_have_gates(name: str, norms: list[tuple[str,
     assert [group.norms for group in analysis.groups] == norms
 
 
-@pytest.mark.parametrize('net', [
-    Net(lambda net, x: net.head(F.relu6(net.stem(x))),
-        stem=block(3, 4)[:2],
-        head=last(4)),
-    Net(lambda net, x: net.head((y := net.stem(x)) * y.mean(
-        (2, 3), keepdim=True).sigmoid()),
-        stem=block(3, 4),
-        head=last(4)),
-    Net(lambda net, x: net.head(y := net.stem(x)) + net.side(net.depth(y)),
-        stem=block(3, 4),
-        depth=depthwise(4),
-        head=last(4),
-        side=last(4)),
-    Net(lambda net, x: net.head(y := net.stem(x)) + net.side(
-        net.depth(F.softplus(y))),
-        stem=block(3, 4),
-        depth=depthwise(4),
-        head=last(4),
-        side=last(4)),
-    Net(lambda net, x: net.head((y := net.stem(x)) + net.body(y)),
-        stem=block(3, 4),
-        body=nn.Sequential(
-            nn.BatchNorm2d(4), nn.ReLU(), *block(4, 5), conv(5, 4),
-            nn.BatchNorm2d(4)),
-        head=last(4)),
-    Net(lambda net, x: net.head(net.stem(x)),
-        stem=FunctionalNorm(),
-        head=last(4)),
-],
-                         ids=[
-                             'clipped', 'attention of itself',
-                             'read by a depthwise convolution',
-                             'read by one behind an activation',
-                             'read by a norm', 'module not called'
-                         ])
+@pytest.mark.parametrize(
+    'net', [
+        Net(lambda net, x: net.head(F.relu6(net.stem(x))),
+            stem=block(3, 4)[:2],
+            head=last(4)),
+        Net(lambda net, x: net.head((y := net.stem(x)) * y.mean(
+            (2, 3), keepdim=True).sigmoid()),
+            stem=block(3, 4),
+            head=last(4)),
+        Net(lambda net, x: net.head(y := net.stem(x)) + net.side(net.depth(y)),
+            stem=block(3, 4),
+            depth=depthwise(4),
+            head=last(4),
+            side=last(4)),
+        Net(lambda net, x: net.head(y := net.stem(x)) + net.side(
+            net.depth(F.softplus(y))),
+            stem=block(3, 4),
+            depth=depthwise(4),
+            head=last(4),
+            side=last(4)),
+        Net(lambda net, x: net.head((y := net.stem(x)) + net.body(y)),
+            stem=block(3, 4),
+            body=nn.Sequential(
+                nn.BatchNorm2d(4), nn.ReLU(), *block(4, 5), conv(5, 4),
+                nn.BatchNorm2d(4)),
+            head=last(4)),
+        Net(lambda net, x: net.head(net.stem(x)),
+            stem=FunctionalNorm(),
+            head=last(4)),
+    ],
+    ids=[
+        'clipped', 'attention of itself', 'read by a depthwise convolution',
+        'read by one behind an activation', 'read by a norm',
+        'module not called'
+    ])
 def test_norms_whose_factor_would_change_more_have_no_gates(
         net: nn.Module) -> None:
     assert analyse(net, SHAPE, run).groups[0].norms == ()

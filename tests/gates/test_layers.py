@@ -175,9 +175,9 @@ def outputs_and_gradients(net: nn.Module, analysis: Analysis,
     outputs = run(net, inputs)
     flat = [outputs] if isinstance(outputs, Tensor) else [*outputs]
     weights = torch.Generator().manual_seed(3)
-    sum((output * torch.randn(
-        output.shape, generator=weights, dtype=output.dtype)).sum()
-        for output in flat).backward()
+    sum((output *
+         torch.randn(output.shape, generator=weights, dtype=output.dtype)
+         ).sum() for output in flat).backward()
     return [
         *flat, gates.theta.grad, *[p.grad for p in net.parameters()],
         *[b for b in net.buffers() if b.is_floating_point()]
@@ -185,8 +185,8 @@ def outputs_and_gradients(net: nn.Module, analysis: Analysis,
 
 
 @pytest.mark.parametrize('name', [
-    name for name in TOYS
-    if any(group.norms for group in TOYS[name].analyse()[1].groups)
+    name for name in TOYS if any(group.norms
+                                 for group in TOYS[name].analyse()[1].groups)
 ])
 def test_gates_at_norms_compute_what_gates_at_layers_do(name: str) -> None:
     torch.manual_seed(0)
@@ -210,3 +210,26 @@ def test_layers_behind_gated_norms_stay_plain() -> None:
     assert changed == ['stem.1', 'branch.1', 'branch.4']
     ungate_(net, analysis)
     assert [{**vars(module)} for module in net.modules()] == plain
+
+
+@pytest.mark.parametrize('convert', [
+    nn.SyncBatchNorm.convert_sync_batchnorm,
+    lambda net: copy.deepcopy(net),
+    lambda net: nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(net)),
+])
+def test_gates_stay_where_norms_are_replaced(
+        convert: Callable[[nn.Module], nn.Module]) -> None:
+    net, analysis = TOYS['residual'].analyse()
+    net = randomise_(net).eval()
+    net.gates = open_gates(torch.arange(analysis.num_gates) % 2 > 0)
+    gate_(net, analysis, net.gates)
+    inputs = torch.randn(2, *SHAPE)
+    wanted = run(net, inputs)
+    other = convert(net)
+    torch.testing.assert_close(run(other, inputs), wanted)
+    other.gates.close_(torch.ones(analysis.num_gates, dtype=torch.bool))
+    assert not torch.allclose(run(other, inputs), wanted)
+    ungate_(other, analysis)
+    opened = run(other, inputs)
+    assert not torch.allclose(opened, wanted)
+    assert not other._forward_pre_hooks
