@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.getoption('numprocesses', None)
         and not hasattr(config, 'workerinput'))
     if not hands_out and importlib.util.find_spec('mmseg'):
-        # Libraries warn each other while they are imported.
+        # Libraries warn while they are imported.
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             config.pluginmanager.import_plugin('helpers.project')

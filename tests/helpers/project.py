@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import gc
 import io
+import itertools
 import json
 import os
 import runpy
@@ -602,6 +603,20 @@ def remembered_analyses() -> Iterator[None]:
     """Most tests train the same model."""
     with pytest.MonkeyPatch.context() as patch:
         remember_analyses_(patch)
+        yield
+
+
+@pytest.fixture(scope='session', autouse=True)
+def distinct_runners() -> Iterator[None]:
+    """Two runners of one second share no log, as they do by mmengine."""
+    set_up, numbers = Runner.setup_env, itertools.count()
+
+    def setup_env(runner: Runner, env_cfg: Any) -> None:
+        set_up(runner, env_cfg)
+        runner._timestamp += f'_{next(numbers):06}'
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Runner, 'setup_env', setup_env)
         yield
 
 
