@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..analysis.constants import WithConstants
 from ..analysis.liveness import kept_channels, live_channels
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
@@ -24,7 +25,7 @@ _LARGEST_ROUNDING = 0.009
 _OBSERVED_WARMUP = 700
 
 
-class Pruner(nn.Module):
+class Pruner(WithConstants):
     """The gates of a model with their settings, cost, schedule and step.
 
     It is registered as the submodule ``gdp`` of a gated model, the only
@@ -66,13 +67,12 @@ class Pruner(nn.Module):
         self.blocks: Blocks | None = None
         if settings.multiple > 1:
             self.blocks = Blocks(analysis, settings.multiple)
-        self.register_buffer(
+        self.add_constant(
             'min_kept',
             # The latency is not known yet.
             min_kept(self.flops if self.unmeasured else self.cost, analysis,
                      settings.min_keep_ratio, self.blocks,
-                     settings.target.ratio - _LARGEST_ROUNDING),
-            persistent=False)
+                     settings.target.ratio - _LARGEST_ROUNDING))
         if not self.unmeasured:
             self.check_target()
 
