@@ -297,16 +297,14 @@ class ReadPointTracker:
             part for kernel in kernels for part in self._reads.get(kernel, [])
         ]
         others = self._normed + [
-            part
-            for kernel, parts in self._reads.items() if kernel not in kernels
-            for part in parts if part is not None
+            part for kernel, parts in self._reads.items()
+            if kernel not in kernels for part in parts if part is not None
         ]
-        if (any(point.reason
-                for point in points) or not self._modules.issuperset(norms)
-                or any(part is None or not part.scales() for part in read)
-                or any(
-                    norm in norms for part in others
-                    for norm in part.norms(counts.__contains__))):
+        if (any(point.reason for point in points)
+                or not self._modules.issuperset(norms) or any(
+                    part is None or not part.scales() for part in read)
+                or any(norm in norms for part in others
+                       for norm in part.norms(counts.__contains__))):
             return ()
         return tuple(norms)
 
@@ -370,8 +368,7 @@ class ReadPointTracker:
                 inner, f'batch norm without scale ({self._labels.here()})')
         shift = operation.args[2]
         if self._labels.here() == norm and isinstance(
-                shift,
-                Tensor) and self._labels.name_of(shift) == norm + '.bias':
+                shift, Tensor) and self._labels.name_of(shift) == norm + '.bias':
             self._modules.add(norm)
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1

@@ -56,7 +56,9 @@ class _Product(torch.autograd.Function):
         if neutral:
             return tensor.view_as(tensor)
         return torch.mul(
-            tensor, along(factors, tensor, axis), out=torch.empty_like(tensor))
+            tensor,
+            along(factors, tensor, axis),
+            out=torch.empty_like(tensor))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
