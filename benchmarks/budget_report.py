@@ -1,7 +1,7 @@
 """Tables of how well trainings meet their budget, for docs/results.md."""
 from __future__ import annotations
 
-from typing import Any, Iterable
+from typing import Any, Collection, Iterable
 
 from gdp_mmseg.report.tables import table
 
@@ -35,15 +35,12 @@ def budget(report: Report) -> Section:
                 for one in runs if one['run']['model'] == model
                 and one['run']['iterations'] == iterations
             }
-            if by_target:
-                of_model = by_target.values()
+            # A model that reaches no target is named all the same.
+            if by_target or max(targets) <= least:
                 rows.append([
                     f'{model}, {iterations}',
                     *(_reached(by_target.get(target), target, least)
-                      for target in targets),
-                    f'{100 * max(map(error_of, of_model)):.2f}',
-                    f'{max(one["half_open"] for one in of_model):.2%}',
-                    f'{100 * max(one["largest_step"] for one in of_model):.1f}'
+                      for target in targets), *_extremes(by_target.values())
                 ])
     missed = sum(error_of(one) > POINT for one in runs)
     return Section(report['title'], [table(rows)], [
@@ -52,6 +49,17 @@ def budget(report: Report) -> Section:
         moved_while_settling(runs), *_multiples(report), *_gate(report),
         *conditions(report)
     ])
+
+
+def _extremes(runs: Collection[Report]) -> list[str]:
+    """Return the last cells of a row of the table of :func:`budget`."""
+    if not runs:
+        return ['-'] * 3
+    return [
+        f'{100 * max(map(error_of, runs)):.2f}',
+        f'{max(one["half_open"] for one in runs):.2%}',
+        f'{100 * max(one["largest_step"] for one in runs):.1f}'
+    ]
 
 
 def _multiples(report: Report) -> list[str]:

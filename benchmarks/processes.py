@@ -1,9 +1,10 @@
 """Gated training in two processes, compared with one process.
 
-The one process trains on the batches of both. Runs ``tools/dist_train.sh`` and
-``tools/train.py`` on CPUs, exports the checkpoint of the two processes, and
-writes a report and its section of ``docs/reliability.md``. Takes a minute on
-two cores.
+The one process trains on the batches of both; SCP is not compared with it,
+because it needs norms in training mode, and these tell the two apart. Runs
+``tools/dist_train.sh`` and ``tools/train.py`` on CPUs, exports the checkpoint
+of the two processes, and writes a report and its section of
+``docs/reliability.md``. Takes a minute on two cores.
 
     python benchmarks/processes.py --report docs/reports/processes.json
 """
@@ -31,6 +32,7 @@ from torch import Tensor
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
+from gdp_mmseg.gates.scp import SCPGates
 
 from pages import put_between
 from small_models import ROOT, Run, add_gate_option, config_of
@@ -40,43 +42,47 @@ PAGE = ROOT / 'docs' / 'reliability.md'
 
 
 @HOOKS.register_module()
-class ThetaRecorder(Hook):
-    """Hook that records theta of each process after each iteration."""
+class GateRecorder(Hook):
+    """Hook that records the gates of each process after each iteration."""
 
     # Runs after the hook that moves the gates.
     priority = 'LOWEST'
 
     def __init__(self) -> None:
-        self.theta: list[Tensor] = []
+        self.states: list[Tensor] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Record theta."""
-        theta = find_pruner(runner.model).gates.theta
+        """Record theta, or the openness of gates that do not move theta."""
+        gates = find_pruner(runner.model).gates
+        state = (
+            gates.openness() if isinstance(gates, SCPGates) else gates.theta)
         # The step of the gates changes theta in place, so a copy is needed.
-        self.theta.append(theta.detach().cpu().clone())
+        self.states.append(state.detach().cpu().clone())
 
     def after_train(self, runner: Runner) -> None:
-        """Write the recorded thetas ``(T, G)`` into the work folder."""
+        """Write the recorded states ``(T, G)`` into the work folder."""
         torch.save(
-            torch.stack(self.theta),
-            theta_file(Path(runner.work_dir), get_rank()))
+            torch.stack(self.states),
+            record_file(Path(runner.work_dir), get_rank()))
 
 
-def theta_file(work_dir: Path, rank: int) -> Path:
-    """Return the file of the thetas that a process recorded."""
-    return work_dir / f'theta{rank}.pth'
+def record_file(work_dir: Path, rank: int) -> Path:
+    """Return the file of what a process recorded."""
+    return work_dir / f'gates{rank}.pth'
 
 
 def exact_config(folder: Path, gate: str) -> Config:
     """Return a training in which two batches equal one batch of both.
 
     The loss of both is the mean of the two only with norms in eval mode or no
-    norms, and without random draws: no dropout, no flips.
+    norms, and without random draws: no dropout, no flips. SCP gates get norms
+    in training mode, the only ones that tell of them.
     """
+    norm_cfg, is_scp = dict(type='BN'), gate == 'scp'
     cfg = config_of(dataclasses.replace(RUN, gate=gate), folder / 'data')
-    cfg.model.backbone.update(norm_cfg=dict(type='BN'), norm_eval=True)
+    cfg.model.backbone.update(norm_cfg=norm_cfg, norm_eval=not is_scp)
     for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
-        head.update(norm_cfg=None, dropout_ratio=0.)
+        head.update(norm_cfg=norm_cfg if is_scp else None, dropout_ratio=0.)
     pipeline = cfg.train_dataloader.dataset.pipeline
     cfg.train_dataloader.dataset.pipeline = [
         step for step in pipeline if step.type != 'RandomFlip'
@@ -84,7 +90,7 @@ def exact_config(folder: Path, gate: str) -> Config:
     cfg.default_hooks.checkpoint = dict(
         type='CheckpointHook', by_epoch=False, interval=RUN.iterations)
     cfg.custom_imports = dict(imports=['processes'])
-    cfg.custom_hooks = [dict(type='ThetaRecorder')]
+    cfg.custom_hooks = [dict(type='GateRecorder')]
     return cfg
 
 
@@ -116,13 +122,21 @@ def measure(folder: Path, gate: str) -> dict[str, Any]:
     batch = cfg.train_dataloader.batch_size
     two, one = folder / 'two', folder / 'one'
     run([ROOT / 'tools' / 'dist_train.sh', path, 2, '--work-dir', two])
-    run([
-        sys.executable, ROOT / 'tools' / 'train.py', path, '--work-dir', one,
-        '--cfg-options', f'train_dataloader.batch_size={2 * batch}'
-    ])
-    first, second, alone = (torch.load(theta_file(work_dir, rank))
-                            for work_dir, rank in ((two, 0), (two, 1), (one,
-                                                                        0)))
+    first, second = (torch.load(record_file(two, rank)) for rank in (0, 1))
+    found = dict(
+        gates=first.shape[1],
+        closed=int((first[-1] <= 0).sum()),
+        equal_in_both=int((first == second).all(1).sum()))
+    if gate != 'scp':
+        run([
+            sys.executable, ROOT / 'tools' / 'train.py', path, '--work-dir',
+            one, '--cfg-options', f'train_dataloader.batch_size={2 * batch}'
+        ])
+        alone = torch.load(record_file(one, 0))
+        found.update(
+            same_closed_as_alone=int(((first <= 0) == (alone
+                                                       <= 0)).all(1).sum()),
+            theta_apart=float((first - alone).abs().max()))
     report = export(
         cfg,
         str(two / f'iter_{RUN.iterations}.pth'),
@@ -135,11 +149,7 @@ def measure(folder: Path, gate: str) -> dict[str, Any]:
         target=RUN.target,
         iterations=RUN.iterations,
         batch_size=batch,
-        gates=first.shape[1],
-        closed=int((first[-1] <= 0).sum()),
-        equal_in_both=int((first == second).all(1).sum()),
-        same_closed_as_alone=int(((first <= 0) == (alone <= 0)).all(1).sum()),
-        theta_apart=float((first - alone).abs().max()),
+        **found,
         flops=report.share('flops'),
         max_rel_diff=report.max_rel_diff,
         compared_on=report.compared_on,
@@ -150,6 +160,12 @@ def measure(folder: Path, gate: str) -> dict[str, Any]:
 def markdown(report: dict[str, Any]) -> str:
     """Return the section of the page."""
     steps, gate = report['iterations'], report.get('gate', 'gdp')
+    if gate == 'scp':
+        return (f'With `gate={gate!r}`, all {report["gates"]} gates are equal '
+                f'in both processes after {report["equal_in_both"]} of '
+                f'{steps} iterations, with norms in training mode, and '
+                f'{report["closed"]} of them are closed at the end. Report: '
+                f'`reports/processes_{gate}.json`.')
     if gate != 'gdp':
         return (f'With `gate={gate!r}`, theta is equal in both processes '
                 f'after {report["equal_in_both"]} of {steps} iterations, and '

@@ -167,7 +167,8 @@ class GatedModel(nn.Module):
         clipped, so that those of the gates do not count in their norm. If
         gradients are accumulated, it is called once for each step of the
         optimizer. Gradients that are scaled by a constant, or not finite, as
-        with ``torch.amp.GradScaler``, are fine. In several processes, the
+        with ``torch.amp.GradScaler``, are fine; with a fixed ``penalty`` of
+        the gates, unscale them first. In several processes, the
         gradient of theta is averaged like that of a weight, and all of them
         take the gates of the first one.
 
@@ -212,8 +213,8 @@ class GatedModel(nn.Module):
             float(self.pruner.cost(self.pruner.channels())))
         if note:
             warnings.warn(note)
-        gated = clone_model(self.model).eval()
-        dense = clone_model(self.model).eval()
+        gated = self._clone_in_eval_mode()
+        dense = self._clone_in_eval_mode()
         ungate_(dense, self.analysis)
         pruned, widths = prune(dense, self.analysis,
                                self.pruner.gates.decided())
@@ -225,6 +226,16 @@ class GatedModel(nn.Module):
                 f'but got a relative difference of {difference:.1e}; keep '
                 'parts out with ignore=[...]')
         return pruned, widths
+
+    def _clone_in_eval_mode(self) -> nn.Module:
+        """Copy the model and its gates, and let the copy evaluate."""
+        gates = self.pruner.gates
+        is_training = gates.training
+        # The layers know the gates, but these are no part of the model.
+        gates.eval()
+        clone = clone_model(self.model).eval()
+        gates.train(is_training)
+        return clone
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         """Run a model on random inputs."""

@@ -215,6 +215,18 @@ def test_average_of_the_weights_can_be_exported(use_buffers: bool,
     assert float((average.module.pruner.gates.closed > 0).float().mean()) > 0
     assert torch.equal(average.module.pruner.channels(),
                        model.pruner.channels())
+    # Not if the sizes of the groups were averaged, and rounded down.
+    assert average.module.flops() == model.flops()
+
+
+def test_masks_that_are_still_drawn_are_exported_as_they_decide() -> None:
+    model = gated(gate='scp', target=0.85)
+    train(model, end=STEPS // 2)
+    with pytest.warns(UserWarning, match='of the FLOPs are left'):
+        pruned, _ = model.export()
+    assert model.pruner.gates.training
+    assert torch.allclose(outputs(pruned), outputs(model), atol=1e-5)
+    assert 0 < float(model.pruner.channels().mean()) < 1
 
 
 def test_saved_model_is_loaded_into_the_dense_class(trained: GatedModel,

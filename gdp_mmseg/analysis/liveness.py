@@ -71,6 +71,26 @@ def constant_channels(analysis: Analysis, keep: Tensor) -> Tensor:
     return constant
 
 
+def live_channels(analysis: Analysis, openness: Tensor) -> Tensor:
+    """Return the gates whose channels depend on the input and are read.
+
+    Args:
+        analysis (Analysis): The analysis of the model.
+        openness (Tensor): ``(G,)`` openness of the gates.
+
+    Returns:
+        Tensor: ``(G,)`` bool on the CPU, a subset of :func:`kept_channels`.
+    """
+    keep = openness.detach().cpu() > 0
+    while True:
+        left = kept_channels(analysis, keep)
+        left &= ~constant_channels(analysis, left)
+        # Closing one group may leave the next without readers or writers.
+        if torch.equal(left, keep):
+            return left
+        keep = left
+
+
 def kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
     """Mask of the slots that are kept: those of no gate or a kept gate."""
     return keep[gates.clamp(min=0)] | (gates < 0)

@@ -20,8 +20,9 @@ import math
 from typing import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..analysis.constants import WithConstants
 from ..analysis.structure import Analysis, Layer
 
 # One slot without a gate: a factor of 1 in a term.
@@ -40,7 +41,7 @@ class CostTerm:
     outputs: Tensor
 
 
-class Cost(nn.Module):
+class Cost(WithConstants):
     """Share of the dense cost as a function of the openness of all gates.
 
     The cost is zero until :meth:`weigh_` sets the weights of the terms.
@@ -67,8 +68,8 @@ class Cost(nn.Module):
         group_of, sizes = analysis.group_of(), analysis.group_sizes()
         # The gates of a group lie on the same axes equally often, so the sum
         # over a group is enough to know the open channels of each axis.
-        self.register_buffer('group_of', group_of, persistent=False)
-        self.register_buffer('sizes', sizes, persistent=False)
+        self.add_constant('group_of', group_of)
+        self.add_constant('sizes', sizes)
         for side in ('inputs', 'outputs'):
             slots = torch.zeros(len(terms), len(analysis.groups))
             fixed = torch.zeros(len(terms))
@@ -199,6 +200,7 @@ class FlopCost(CountCost):
         Two 1x1 convolutions, 3 -> 2 -> 4 channels, on 5 x 5 pixels.
 
         >>> from gdp_mmseg.analysis.analyse import analyse
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
         >>> cost = FlopCost(analyse(net, (3, 5, 5), lambda net, x: net(x)))
         >>> cost.dense == 25 * (3 * 2 + 2 * 4)
@@ -231,6 +233,7 @@ class ParameterCost(CountCost):
         Two 1x1 convolutions with biases, 3 -> 2 -> 4 channels.
 
         >>> from gdp_mmseg.analysis.analyse import analyse
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 2, 1), nn.Conv2d(2, 4, 1))
         >>> cost = ParameterCost(
         ...     analyse(net, (3, 5, 5), lambda net, x: net(x)))

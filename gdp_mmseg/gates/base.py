@@ -241,6 +241,10 @@ class GateMethod(nn.Module, abc.ABC):
     def worth(self) -> Tensor:
         """Worth ``(G,)`` of each gate to the task; only its order counts."""
 
+    def standing(self) -> Tensor:
+        """Worth ``(G,)`` of each gate at its openness; its order counts."""
+        return self.worth()
+
     def is_closed(self) -> Tensor:
         """Mask ``(G,)`` of the gates that are closed for good."""
         return self.closed > 0

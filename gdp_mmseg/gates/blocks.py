@@ -7,12 +7,13 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..analysis.constants import WithConstants
 from ..analysis.structure import Analysis, Layer
 
 
-class Blocks(nn.Module):
+class Blocks(WithConstants):
     """Number of gates of each group that close together.
 
     Args:
@@ -31,6 +32,7 @@ class Blocks(nn.Module):
         A group of six channels keeps four of them or none.
 
         >>> from gdp_mmseg.analysis.analyse import analyse
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1))
         >>> blocks = Blocks(analyse(net, (3, 5, 5), lambda net, x: net(x)), 4)
         >>> is_open = torch.tensor([True] * 6)
@@ -55,8 +57,8 @@ class Blocks(nn.Module):
                 f'gdp.multiple: expected at most {int(gates.max())}, the '
                 'number of gates of the largest group, but got '
                 f'{multiple}; lower gdp.multiple')
-        self.register_buffer('group_of', group_of, persistent=False)
-        self.register_buffer('sizes', sizes, persistent=False)
+        self.add_constant('group_of', group_of)
+        self.add_constant('sizes', sizes)
 
     def count(self, gates: Tensor) -> Tensor:
         """Number ``(S,)`` of gates of a mask ``(G,)`` in each group."""

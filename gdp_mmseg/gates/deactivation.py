@@ -23,6 +23,7 @@ from typing import Any, Callable
 import torch
 from torch import Tensor, nn
 
+from ..analysis.constants import WithConstants
 from ..analysis.structure import Analysis
 
 # Added to |gamma|, as in the code of SCP.
@@ -136,7 +137,7 @@ def _bisected(holds: Callable[[float], bool], low: float,
     return high
 
 
-class Evidence(nn.Module):
+class Evidence(WithConstants):
     """Rows of batch norms that tell of each gate whether it is deactivated.
 
     A gate that several layers read is deactivated if it is at all of its read
@@ -181,7 +182,7 @@ class Evidence(nn.Module):
         rows, kinds = self._table(analysis, starts)
         for name, tensor in (('rows', rows), ('kinds', kinds),
                              ('gate_of_row', torch.cat(gates))):
-            self.register_buffer(name, tensor, persistent=False)
+            self.add_constant(name, tensor)
 
     def _table(self, analysis: Analysis,
                starts: dict[str, int]) -> tuple[Tensor, Tensor]:

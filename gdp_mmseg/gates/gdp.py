@@ -175,6 +175,10 @@ class GDPGates(GainMethod):
         """Mean square gain ``(G,)``, an estimate of the cost of closing."""
         return self.gain_square
 
+    def standing(self) -> Tensor:
+        """Worth ``(G,)`` at the current openness: half-open gates add less."""
+        return self.worth() * self.openness().detach()**2
+
     def begin_(self, pruned_share: float) -> None:
         """Raise epsilon to the schedule's, in place; openness stays.
 
@@ -288,10 +292,10 @@ class GDPGates(GainMethod):
         """
         if blocks is None:
             return None
-        # What a gate contributes now: a half-open one goes on closing.
-        worth = self.worth() * self.openness()**2
+        # A half-open gate goes on closing.
         return ~self.is_closed() & ~self.strongest(
-            blocks.group_of, blocks.full(~self.is_closed(), protected), worth)
+            blocks.group_of, blocks.full(~self.is_closed(), protected),
+            self.standing())
 
     def _whole_blocks(self, theta: Tensor, blocks: Blocks,
                       protected: Tensor | None) -> Tensor:

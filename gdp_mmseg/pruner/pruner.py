@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..analysis.liveness import constant_channels, kept_channels
-from ..analysis.reasons import frozen_by_kind
+from ..analysis.constants import WithConstants
+from ..analysis.liveness import kept_channels, live_channels
 from ..analysis.structure import Analysis
 from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import STOPWATCHES, LatencyCost, Stopwatch, measure
@@ -13,20 +13,19 @@ from ..gates.base import GateMethod
 from ..gates.blocks import Blocks
 from .figures import Figures, read, state_of
 from .multiples import min_kept, too_large
+from .notes import on_miss, on_target, refusal
 from .schedule import Schedule
 from .settings import Settings
 
 # Largest amount by which rounding may raise the budget: less than one point of
 # the dense cost, so that the target is met within one point.
 _LARGEST_ROUNDING = 0.009
-# Difference from the target above which logs and exports say so: a point.
-_MISSED = 0.01
 # Steps of the warm-up, at its end, in which the gains are observed: those of
 # before would count less than a thousandth, as 0.99^700 < 0.001.
 _OBSERVED_WARMUP = 700
 
 
-class Pruner(nn.Module):
+class Pruner(WithConstants):
     """The gates of a model with their settings, cost, schedule and step.
 
     It is registered as the submodule ``gdp`` of a gated model, the only
@@ -68,10 +67,12 @@ class Pruner(nn.Module):
         self.blocks: Blocks | None = None
         if settings.multiple > 1:
             self.blocks = Blocks(analysis, settings.multiple)
-        self.register_buffer(
+        self.add_constant(
             'min_kept',
-            min_kept(analysis, settings.min_keep_ratio, self.blocks),
-            persistent=False)
+            # The latency is not known yet.
+            min_kept(self.flops if self.unmeasured else self.cost, analysis,
+                     settings.min_keep_ratio, self.blocks,
+                     settings.target.ratio - _LARGEST_ROUNDING))
         if not self.unmeasured:
             self.check_target()
 
@@ -104,45 +105,28 @@ class Pruner(nn.Module):
         Raises:
             ValueError: If more than the target cannot be pruned.
         """
-        least = self._least_cost(self.min_kept)
-        target = self.settings.target
-        if target.ratio <= least:
-            raise ValueError(
-                f'gdp.target: expected more than {least:.4g}, because '
-                f'{100 * least:.4g}% of the {target.resource} cannot be '
-                f'pruned, but got {target.ratio}; raise gdp.target, or let '
-                'more be pruned by gdp.ignore, gdp.only and '
-                'gdp.min_keep_ratio; gdp-mmseg groups lists the layers without'
-                f' a gate and why{self._main_reason()}')
-
-    def _main_reason(self) -> str:
-        """Add why most of the channels without a gate have none."""
-        kinds = frozen_by_kind(
-            (row.reason, row.channels) for row in self.analysis.frozen)
-        if not kinds:
-            return ''
-        reason, channels = kinds[0]
-        return f' (for {channels} channels: {reason})'
+        least = self._cost_of(self.min_kept)
+        if self.settings.target.ratio <= least:
+            raise ValueError(refusal(self.settings, self.analysis, least))
 
     def note_on_target(self) -> str | None:
-        """Compose a note on a target that is too low for each group.
+        """Compose a note on a target that whole groups or blocks may miss.
 
         Returns:
-            str, optional: None if it leaves a channel in each of them.
+            str, optional: None if it leaves a channel or a block in each
+            group, and is not above what whole blocks leave.
         """
-        target = self.settings.target
-        single = self._least_cost(self.min_kept.clamp(min=1))
-        if target.ratio > single:
-            return None
-        return (f'gdp.target is {target.ratio}, but with a single channel in '
-                f'each group {single:.2g} of the {target.resource} are left: '
-                'whole groups will close, or the target will be missed; a '
-                'useful network needs a much higher gdp.target')
+        numbers, most = self.min_kept.clamp(min=1), 1.
+        if self.blocks is not None:
+            full = self.blocks.full(torch.ones_like(self.gates.closed) > 0)
+            numbers = torch.minimum(self.blocks.rounded_up(numbers), full)
+            share = (full / self.cost.sizes)[self.cost.group_of]
+            most = float(self.cost(share))
+        return on_target(self.settings, self._cost_of(numbers), most)
 
     @torch.no_grad()
-    def _least_cost(self, numbers: Tensor) -> float:
-        """Share of the cost with so many channels ``(groups,)`` in each group.
-        """
+    def _cost_of(self, numbers: Tensor) -> float:
+        """Share of the cost with so many gates ``(S,)`` open in each group."""
         kept = self.gates.strongest(self.cost.group_of, numbers)
         kept = kept_channels(self.analysis, kept.float())
         return float(self.cost(kept.to(self.gates.theta)))
@@ -156,18 +140,7 @@ class Pruner(nn.Module):
         Returns:
             str, optional: None if it is within one percentage point.
         """
-        target = self.settings.target
-        if abs(left - target.ratio) <= _MISSED:
-            return None
-        reason = (
-            'the pruning phase is not over, or was too short for this target, '
-            'or the last channels of groups cost more than it allows' if left
-            > target.ratio else 'it was trained to a lower target, or large '
-            'groups closed as a whole')
-        if self.gates.notes():
-            reason = 'the options of gdp.gate do not hold it'
-        return (f'{left:.4f} of the {target.resource} are left, but gdp.target'
-                f' is {target.ratio}: {reason}')
+        return on_miss(self.settings, left, bool(self.gates.notes()))
 
     def budget(self, progress: float) -> float:
         """Share of the dense cost that is allowed at a progress in [0, 1]."""
@@ -312,7 +285,7 @@ class Pruner(nn.Module):
             self._close_dead_()
         self.gates.settle_(self.cost,
                            self.budget(progress) + self._rounding(),
-                           self._protected(progress), self.blocks)
+                           self._protected(progress, True), self.blocks)
 
     def _move_(self, progress: float, steps: float) -> None:
         """Move all gates by one step of the pruning phase, in place."""
@@ -337,7 +310,9 @@ class Pruner(nn.Module):
             price = price * self.blocks.sizes[self.blocks.group_of]
         return (price.max() / 2).clamp(max=_LARGEST_ROUNDING)
 
-    def _protected(self, progress: float) -> Tensor | None:
+    def _protected(self,
+                   progress: float,
+                   settles: bool = False) -> Tensor | None:
         """Mask ``(G,)`` of the gates that must not close in this step.
 
         They are the strongest gates of each group, as many as
@@ -351,11 +326,18 @@ class Pruner(nn.Module):
             return None
         if blocks is None:
             return self.gates.strongest(self.cost.group_of, numbers)
+        # A half-open gate goes on closing with its block.
+        standing = self.gates.standing()
+        kept = self.gates.strongest(blocks.group_of,
+                                    blocks.rounded_up(numbers), standing)
+        if settles and not self.gates.ABSORBING:
+            return kept  # They may open others instead of large blocks.
         is_open = self.gates.openness() > 0
-        return too_large(self.cost, blocks, is_open,
-                         self.settings.target.ratio -
-                         _LARGEST_ROUNDING) | self.gates.strongest(
-                             blocks.group_of, blocks.rounded_up(numbers))
+        large = too_large(self.cost, blocks, is_open,
+                          self.settings.target.ratio - _LARGEST_ROUNDING)
+        # What is open beyond whole blocks is no block, and closes.
+        return kept | large & self.gates.strongest(
+            blocks.group_of, blocks.full(is_open), standing)
 
     def _scarcity(self) -> Tensor:
         """Factor ``(G,)`` of the worth of a channel as its group shrinks.
@@ -371,18 +353,11 @@ class Pruner(nn.Module):
 
         So do all gates of the groups of which nothing is kept.
         """
-        while True:
-            alive = self._alive_groups()
-            openness = self.gates.openness()
-            keep = kept_channels(self.analysis, openness)
-            keep &= ~constant_channels(self.analysis, keep)
-            keep = keep.to(openness.device)
-            is_dead = self.cost.group_sums(keep.to(openness)) == 0
-            self.gates.close_(~keep & (is_dead[self.cost.group_of]
-                                       | (openness > 0)))
-            # Closing one group may leave the next without readers or writers.
-            if torch.equal(alive, self._alive_groups()):
-                return
+        openness = self.gates.openness()
+        keep = live_channels(self.analysis, openness).to(openness.device)
+        is_dead = self.cost.group_sums(keep.to(openness)) == 0
+        self.gates.close_(~keep & (is_dead[self.cost.group_of]
+                                   | (openness > 0)))
 
     def _alive_groups(self) -> Tensor:
         """Mask ``(S,)`` of the groups with a gate that is not closed."""

@@ -358,3 +358,12 @@ def test_parameters_of_a_pruned_deeplab_but_for_the_auxiliary_head(
         assert ParameterCost(analysis).count(
             gates) == parameters(model) - parameters(
                 model.get_submodule('auxiliary_head'))
+
+
+def test_indices_follow_their_module_and_are_not_averaged() -> None:
+    cost = FlopCost(
+        analyse(nn.Sequential(*block(3, 8), last(8)), (3, 8, 8), run))
+    names = {name for name, _ in cost.named_buffers()}
+    assert not names & {'group_of', 'sizes'}
+    assert cost.half().sizes.tolist() == [8]
+    assert cost.to('meta').sizes.device.type == 'meta'

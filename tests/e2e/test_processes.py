@@ -67,6 +67,10 @@ OTHERS = {
     'trainable-gates':
     "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
     "model = dict(gdp=dict(gate='trainable'))",
+    # Norms in eval mode would tell nothing of their channels.
+    'scp-gates':
+    "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
+    "model = dict(backbone=dict(norm_eval=False), gdp=dict(gate='scp'))",
     'latency':
     "model = dict(gdp=dict(target=dict(_delete_=True, type='latency',"
     ' ratio=0.9)))',
@@ -192,6 +196,8 @@ def test_gates_stay_the_same_in_each_process(others: dict[str, Path],
     one, other = _records(others[name])
     assert _moved(one['theta'])
     assert torch.equal(one['theta'], other['theta'])
+    # The Phi of SCP, and so the norms.
+    assert torch.equal(one['gain'], other['gain'])
 
 
 def test_one_process_measures_the_latency_for_all(

@@ -189,6 +189,60 @@ def test_a_group_that_has_no_room_for_a_block_keeps_all_or_nothing() -> None:
         'it: 0 (2)')
 
 
+def _pruner_of_chain(widths: tuple[int, ...], target: float,
+                     multiple: int) -> Pruner:
+    """Pruner of a chain of layers."""
+    pairs = zip((3, *widths), widths)
+    net = nn.Sequential(*(nn.Sequential(*block(*pair)) for pair in pairs),
+                        last(widths[-1]))
+    return Pruner(
+        analyse(net, (3, 8, 8), run),
+        Settings.from_config(
+            dict(target=target, multiple=multiple, phases=(0.1, 0.8, 0.1))))
+
+
+@pytest.mark.parametrize('target, kept', [(0.3, [8, 8, 8, 8]),
+                                          (0.7, [8, 16, 8, 16])])
+def test_groups_of_no_multiple_keep_one_near_the_target(
+        target: float, kept: list[int]) -> None:
+    pruner = _pruner_of_chain((12, 20, 12, 20), target, 8)
+    draws = torch.Generator().manual_seed(0)
+    for step in range(STEPS):
+        pruner.gates.theta.grad = torch.randn(64, generator=draws)
+        pruner.step_(step / STEPS, STEPS)
+    assert kept_of(pruner) == kept
+    cost = float(pruner.cost(pruner.channels()))
+    assert (pruner.note_on(cost) is None) == (target == 0.3)
+    assert (pruner.note_on_target() is None) == (target == 0.3)
+
+
+def test_a_target_that_blocks_cannot_meet_is_noted() -> None:
+    dense = 3 * 12 + 12 * 20 + 20 * 12 + 12 * 20 + 20 * 2
+    most = (3 * 8 + 8 * 16 + 16 * 8 + 8 * 16 + 16 * 2) / dense
+    least = (3 * 8 + 8 * 8 + 8 * 8 + 8 * 8 + 8 * 2) / dense
+    high, low = (
+        _pruner_of_chain((12, 20, 12, 20), target, 8)
+        for target in (most + 0.011, least + 0.001))
+    assert high.note_on_target() == (
+        f'gdp.target is {most + 0.011}, but with widths in multiples of 8 at '
+        f'most {most:.2g} of the FLOPs are left; lower gdp.multiple or '
+        'gdp.target')
+    assert low.note_on_target() is None
+    missed = 'blocks of gdp.multiple=8 channels are too large to meet it'
+    assert missed in str(high.note_on(most))
+
+
+def test_a_chain_of_single_blocks_is_refused_because_it_would_die() -> None:
+    with pytest.raises(ValueError) as error:
+        _pruner_of_chain((8, 12, 8), 0.5, 8)
+    dense = 3 * 8 + 8 * 12 + 12 * 8 + 8 * 2
+    least = (3 * 8 + 8 * 8 + 8 * 8 + 8 * 2) / dense
+    assert str(error.value).startswith(
+        f'gdp.target: expected more than {least:.4g}, because '
+        f'{100 * least:.4g}% of the FLOPs cannot be pruned with '
+        'gdp.multiple=8, but got 0.5; raise gdp.target, lower gdp.multiple')
+
+
 def test_a_multiple_larger_than_every_group_is_refused() -> None:
     net = nn.Sequential(*block(3, 6), *block(6, 12), last(12))
     with pytest.raises(ValueError) as error:
