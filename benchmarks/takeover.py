@@ -1,0 +1,262 @@
+"""Takeover: kernels do without a closing channel as well as they can.
+
+A channel that closes takes with it what its readers got from it. Much of that
+is in other channels, too. Where a gate closes, each layer that reads its
+channel adds to the kernels of the channels that stay the least-squares
+estimate of what is lost:
+
+    x_j  ~  sum over k of A_kj x_k + constant,   W_k <- W_k + A_kj g_j W_j
+
+The constant is lost in a batch norm; without one it goes into the bias.
+
+Letters: ``G`` gates, ``C`` channels that a layer reads, ``F`` those of them
+that close, ``n`` positions.
+"""
+from __future__ import annotations
+
+from typing import Any, Callable, Mapping
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from gdp_mmseg.analysis.structure import Layer
+from gdp_mmseg.engine.model import find_pruner
+from gdp_mmseg.gates.layers import slot_values
+
+# Share of the mean variance of the channels that is added to each of them,
+# because the covariance is an estimate.
+RIDGE = 0.01
+# Decay of the moments at each batch: the weights that they depend on change.
+DECAY = 0.95
+# Most positions of a batch that the moments take into account.
+POSITIONS = 4096
+
+
+class Moments:
+    """Running means of the channels that a layer reads, and of products.
+
+    Args:
+        slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
+
+    Examples:
+        >>> moments = Moments(torch.tensor([0, 1]))
+        >>> moments.add_(torch.tensor([[0., 2.], [2., 4.]]))
+        >>> moments.mean.tolist(), moments.covariance().tolist()
+        ([1.0, 3.0], [[1.0, 1.0], [1.0, 1.0]])
+    """
+
+    def __init__(self, slots: Tensor) -> None:
+        self.slots = slots
+        self.count = 0
+        self._weight = 0.
+        self._sum = torch.zeros(len(slots))
+        self._squares = torch.zeros(len(slots), len(slots))
+
+    def add_(self, samples: Tensor) -> None:
+        """Take samples ``(n, C)`` into account, in place."""
+        self._sum = self._sum.to(samples)
+        self._squares = self._squares.to(samples)
+        self._weight += (1 - DECAY) * (1 - self._weight)
+        self._sum.lerp_(samples.mean(0), 1 - DECAY)
+        self._squares.lerp_(samples.T @ samples / len(samples), 1 - DECAY)
+        self.count += len(samples)
+
+    def select_(self, slots: Tensor) -> None:
+        """Drop the channels that a cut took away, in place.
+
+        Args:
+            slots (Tensor): ``(C,)`` gates of the channels that are left.
+        """
+        # All channels of a gate leave at once.
+        left = torch.isin(self.slots, slots)
+        self.slots = slots
+        self._sum = self._sum[left]
+        self._squares = self._squares[left][:, left]
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean ``(C,)`` of each channel."""
+        return self._sum / self._weight
+
+    def covariance(self, centred: bool = True) -> Tensor:
+        """Covariance ``(C, C)``, or the mean products if not centred."""
+        products = self._squares / self._weight
+        return products - torch.outer(self.mean, self.mean) * centred
+
+
+def estimator(covariance: Tensor, closing: Tensor, stays: Tensor,
+              openness: Tensor) -> Tensor:
+    """Coefficients of the least-squares estimate of closing channels.
+
+    Args:
+        covariance (Tensor): ``(C, C)``.
+        closing (Tensor): ``(C,)`` bool, channels to estimate.
+        stays (Tensor): ``(C,)`` bool, channels to estimate them by.
+        openness (Tensor): ``(C,)`` factor of each channel that stays.
+
+    Returns:
+        Tensor: ``(K, F)`` coefficients ``A`` of the channels that stay before
+        they are multiplied by their openness.
+
+    Examples:
+        The second channel is twice the first, which is half open.
+
+        >>> covariance = torch.tensor([[1., 2.], [2., 4.]])
+        >>> half = torch.tensor([0.5, 0.])
+        >>> found = estimator(covariance, half == 0, half > 0, half)
+        >>> round(float(found), 1)
+        3.6
+    """
+    factors = openness[stays]
+    known = covariance[stays][:, stays] * torch.outer(factors, factors)
+    wanted = covariance[stays][:, closing] * factors[:, None]
+    ridge = RIDGE * covariance.diagonal().mean()
+    known = known.double() + ridge * torch.eye(len(known)).to(known).double()
+    return torch.linalg.solve(known, wanted.double()).to(covariance)
+
+
+@HOOKS.register_module()
+class TakeoverHook(Hook):
+    """Hook that lets the readers of a closing channel do without it.
+
+    Args:
+        interval (int): Iterations between two updates of the moments.
+    """
+
+    def __init__(self, interval: int = 2) -> None:
+        self.interval = interval
+        self._layers: dict[str, _Reader] = {}
+        self._openness = torch.empty(0)
+
+    def before_train(self, runner: Runner) -> None:
+        """Begin to observe what the gated layers read."""
+        pruner = find_pruner(runner.model)
+        self._openness = pruner.gates.openness().detach()
+        self._layers = {
+            layer.name:
+            _Reader(
+                runner.model.get_submodule(layer.name), layer, layer.name
+                in pruner.analysis.norms)
+            for layer in pruner.analysis.gated_layers()
+            if _is_known(runner.model.get_submodule(layer.name))
+        }
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Choose whether the moments are updated in this iteration."""
+        for reader in self._layers.values():
+            reader.observes = runner.iter % self.interval == 0
+
+    def after_train_iter(self,
+                         runner: Runner,
+                         batch_idx: int,
+                         data_batch: Any = None,
+                         outputs: Mapping[str, Any] | None = None) -> None:
+        """Hand over what the gates that have just closed let through."""
+        pruner = find_pruner(runner.model)
+        before, self._openness = (self._openness,
+                                  pruner.gates.openness().detach())
+        if bool(((before > 0) & (self._openness == 0)).any()):
+            for reader in self._layers.values():
+                reader.take_over_(before, self._openness)
+        progress = (runner.iter + 1) / runner.max_iters
+        if pruner.schedule.phase_at(progress) == 'settling':
+            self.after_train(runner)
+
+    def after_train(self, runner: Runner) -> None:
+        """Observe no longer."""
+        for reader in self._layers.values():
+            reader.release_()
+        self._layers = {}
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Tell whether each output of a layer reads all of its inputs."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d)
+                                             and module.groups == 1)
+
+
+class _Reader:
+    """A gated layer, and the moments of what it reads.
+
+    Args:
+        module (nn.Module): Convolution or linear layer.
+        layer (Layer): What the analysis found about it.
+        has_norm (bool): Whether a batch norm alone reads its output.
+    """
+
+    def __init__(self, module: nn.Module, layer: Layer,
+                 has_norm: bool) -> None:
+        self.module: Any = module
+        self.observes = False
+        self._centred = has_norm or self.module.bias is not None
+        self._has_norm = has_norm
+        self._moments = Moments(layer.inputs)
+        self.release_: Callable[[], None] = module.register_forward_pre_hook(
+            self._observe).remove
+
+    def _observe(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.observes and module.training:
+            self._follow_cut_()
+            samples = samples_of(args[0].detach(), module)
+            with torch.autocast(samples.device.type, enabled=False):
+                self._moments.add_(samples)
+
+    def _follow_cut_(self) -> None:
+        """Drop the channels that have left the layer, in place."""
+        gated: Any = vars(self.module).get('_conv_forward') or vars(
+            self.module)['forward']
+        slots = gated.gates._slots[gated.index].cpu()
+        if len(slots) != len(self._moments.slots):
+            self._moments.select_(slots)
+
+    @torch.no_grad()
+    def take_over_(self, before: Tensor, after: Tensor) -> None:
+        """Add to the kernels what is lost with closing inputs, in place.
+
+        Args:
+            before (Tensor): ``(G,)`` openness in the last forward pass.
+            after (Tensor): ``(G,)`` openness in the next one.
+        """
+        self._follow_cut_()
+        moments, kernel = self._moments, self.module.weight
+        slots = moments.slots.to(before.device)
+        old, new = slot_values(before, slots), slot_values(after, slots)
+        closing, stays = (old > 0) & (new == 0), new > 0
+        # Fewer samples than channels tell little about any of them.
+        if not bool(closing.any()) or moments.count < 2 * len(slots):
+            return
+        found = estimator(
+            moments.covariance(self._centred), closing, stays, new)
+        lost = kernel[:, closing].transpose(0, 1) * along(
+            old[closing], kernel.dim())
+        kernel[:, stays] += (found @ lost.flatten(1)).reshape(
+            -1, *lost.shape[1:]).transpose(0, 1)
+        if self.module.bias is not None and not self._has_norm:
+            means = moments.mean
+            constant = means[closing] - found.T @ (means * new)[stays]
+            self.module.bias += constant @ lost.flatten(2).sum(2)
+
+
+def along(values: Tensor, dim: int) -> Tensor:
+    """Reshape ``(C,)`` so that it multiplies the first of ``dim`` axes."""
+    return values.reshape(-1, *[1] * (dim - 1))
+
+
+def samples_of(inputs: Tensor, module: nn.Module) -> Tensor:
+    """Select positions ``(n, C)`` of a layer's input, evenly spaced.
+
+    Args:
+        inputs (Tensor): ``(N, C, H, W)`` of a convolution, ``(..., C)`` of a
+            linear layer.
+        module (nn.Module): The layer.
+    """
+    if isinstance(module, nn.Conv2d):
+        inputs = inputs.movedim(1, -1)
+    rows = inputs.flatten(0, -2)
+    return rows[::-(-len(rows) // POSITIONS)].float()
