@@ -174,6 +174,12 @@ def _take_over(cfg: Config, teacher: Path) -> None:
     _add_hook_(cfg, type=TakeoverHook.__name__)
 
 
+def _take_over_and_weigh(cfg: Config, teacher: Path) -> None:
+    """Close channels that others can take over rather than others."""
+    _close_early(cfg, teacher)
+    _add_hook_(cfg, type=TakeoverHook.__name__, weigh_every=4)
+
+
 def _long_means(cfg: Config, teacher: Path) -> None:
     """Average the gains over more steps, of which more are a warm-up."""
     _add_hook_(cfg, type=GainHook.__name__, betas=(0.98, 0.995))
@@ -236,6 +242,9 @@ CHANGES: dict[str, Change] = dict(
     takeover=Change(
         'kernels take over what a closing channel carried, at an openness of '
         '0.5', _take_over),
+    weigh=Change(
+        'takeover, and gains times the root of what no other channel tells',
+        _take_over_and_weigh),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(

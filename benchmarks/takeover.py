@@ -118,18 +118,44 @@ def estimator(covariance: Tensor, closing: Tensor, stays: Tensor,
     return torch.linalg.solve(known, wanted.double()).to(covariance)
 
 
+def unexplained(covariance: Tensor) -> Tensor:
+    """Share ``(C,)`` of each channel's variance that the others do not tell.
+
+    Args:
+        covariance (Tensor): ``(C, C)``.
+
+    Examples:
+        The first two channels are the same but for their scale.
+
+        >>> found = unexplained(
+        ...     torch.tensor([[1., 2., 0.], [2., 4., 0.], [0., 0., 1.]]))
+        >>> [round(value, 1) for value in found.tolist()]
+        [0.0, 0.0, 1.0]
+    """
+    ridge = RIDGE * covariance.diagonal().mean()
+    known = covariance.double() + ridge * torch.eye(
+        len(covariance)).to(covariance).double()
+    rest = 1 / torch.linalg.inv(known).diagonal()
+    return (rest / known.diagonal()).to(covariance)
+
+
 @HOOKS.register_module()
 class TakeoverHook(Hook):
     """Hook that lets the readers of a closing channel do without it.
 
     Args:
         interval (int): Iterations between two updates of the moments.
+        weigh_every (int): Iterations between two updates of factors of the
+            gains; 0 for none. A channel that the others tell can be taken
+            over, so that its gain counts less.
     """
 
-    def __init__(self, interval: int = 2) -> None:
+    def __init__(self, interval: int = 2, weigh_every: int = 0) -> None:
         self.interval = interval
+        self.weigh_every = weigh_every
         self._layers: dict[str, _Reader] = {}
         self._openness = torch.empty(0)
+        self._factors: Tensor | float = 1.
 
     def before_train(self, runner: Runner) -> None:
         """Begin to observe what the gated layers read."""
@@ -143,6 +169,9 @@ class TakeoverHook(Hook):
             for layer in pruner.analysis.gated_layers()
             if _is_known(runner.model.get_submodule(layer.name))
         }
+        if self.weigh_every:
+            plain = pruner._scarcity
+            pruner._scarcity = lambda: plain() * self._factors
 
     def before_train_iter(self,
                           runner: Runner,
@@ -151,6 +180,25 @@ class TakeoverHook(Hook):
         """Choose whether the moments are updated in this iteration."""
         for reader in self._layers.values():
             reader.observes = runner.iter % self.interval == 0
+        phase = find_pruner(runner.model).schedule.phase_at(runner.iter /
+                                                            runner.max_iters)
+        if (self.weigh_every and runner.iter % self.weigh_every == 0
+                and phase == 'pruning'):
+            self._factors = self._weigh()
+
+    def _weigh(self) -> Tensor:
+        """Compute the factor ``(G,)`` of each gain.
+
+        It is the root, because a gain has the unit of an activation, not of
+        its square; and a mean over the layers that read the channel.
+        """
+        sums = torch.zeros_like(self._openness)
+        numbers = torch.zeros_like(self._openness)
+        for reader in self._layers.values():
+            gates, shares = reader.unexplained(self._openness)
+            sums.index_add_(0, gates, shares.sqrt())
+            numbers.index_add_(0, gates, torch.ones_like(shares))
+        return torch.where(numbers > 0, sums / numbers.clamp(min=1), 1.)
 
     def after_train_iter(self,
                          runner: Runner,
@@ -215,6 +263,26 @@ class _Reader:
         if len(slots) != len(self._moments.slots):
             self._moments.select_(slots)
 
+    def unexplained(self, openness: Tensor) -> tuple[Tensor, Tensor]:
+        """Gates ``(n,)`` of open inputs, and what no other input tells.
+
+        Args:
+            openness (Tensor): ``(G,)``.
+        """
+        moments = self._moments
+        slots = moments.slots.to(openness.device)
+        if not self._is_known():
+            return slots[:0], openness[:0]
+        is_open = slot_values(openness, slots) > 0
+        shares = unexplained(
+            moments.covariance(self._centred)[is_open][:, is_open])
+        gated = slots[is_open] >= 0
+        return slots[is_open][gated], shares[gated]
+
+    def _is_known(self) -> bool:
+        """Tell whether there are samples enough for so many channels."""
+        return self._moments.count >= 2 * len(self._moments.slots)
+
     @torch.no_grad()
     def take_over_(self, before: Tensor, after: Tensor) -> None:
         """Add to the kernels what is lost with closing inputs, in place.
@@ -228,8 +296,7 @@ class _Reader:
         slots = moments.slots.to(before.device)
         old, new = slot_values(before, slots), slot_values(after, slots)
         closing, stays = (old > 0) & (new == 0), new > 0
-        # Fewer samples than channels tell little about any of them.
-        if not bool(closing.any()) or moments.count < 2 * len(slots):
+        if not bool(closing.any()) or not self._is_known():
             return
         found = estimator(
             moments.covariance(self._centred), closing, stays, new)

@@ -50,9 +50,10 @@ def _pruner(net: Any) -> HookedPruner:
     return pruner
 
 
-def _observing(net: Any) -> tuple[takeover.TakeoverHook, Any]:
+def _observing(net: Any,
+               weigh_every: int = 0) -> tuple[takeover.TakeoverHook, Any]:
     """Hook that has observed ten batches."""
-    hook = takeover.TakeoverHook()
+    hook = takeover.TakeoverHook(1, weigh_every)
     runner: Any = SimpleNamespace(model=net.train(), iter=0, max_iters=100)
     hook.before_train(runner)
     for _ in range(10):
@@ -133,3 +134,19 @@ def test_nothing_is_observed_in_the_settling_phase() -> None:
     runner.iter = 59
     hook.after_train_iter(runner, 0)
     assert not net.reader._forward_pre_hooks
+
+
+def test_gain_of_a_channel_that_others_tell_counts_less() -> None:
+    net = _gated(nn.Conv2d(6, 4, 1))
+    nn.init.orthogonal_(net.writer.weight.data[:3].flatten(1))
+    net.writer.weight.data[3:] = 0
+    net.writer.weight.data[3] = net.writer.weight.data[0]
+    hook, runner = _observing(net, weigh_every=1)
+    plain = HookedPruner._scarcity(_pruner(net))
+    runner.iter = 10
+    hook.before_train_iter(runner, 0)
+    of_writer = _pruner(net).analysis.gate_of_slot['writer.weight', 0]
+    factors = (_pruner(net)._scarcity() / plain)[of_writer[:4]]
+    # The fourth channel is the first.
+    assert factors[[0, 3]].max() < 0.01
+    assert factors[[1, 2]].min() > 0.9
