@@ -174,6 +174,12 @@ def _take_over(cfg: Config, teacher: Path) -> None:
     _add_hook_(cfg, type=TakeoverHook.__name__)
 
 
+def _take_over_gradually(cfg: Config, teacher: Path) -> None:
+    """Take over what a channel carries as its gate falls."""
+    _close_early(cfg, teacher)
+    _add_hook_(cfg, type=TakeoverHook.__name__, gradually=True)
+
+
 def _take_over_and_weigh(cfg: Config, teacher: Path) -> None:
     """Close channels that others can take over rather than others."""
     _close_early(cfg, teacher)
@@ -242,6 +248,7 @@ CHANGES: dict[str, Change] = dict(
     takeover=Change(
         'kernels take over what a closing channel carried, at an openness of '
         '0.5', _take_over),
+    gradual=Change('takeover of each loss of openness', _take_over_gradually),
     weigh=Change(
         'takeover, and gains times the root of what no other channel tells',
         _take_over_and_weigh),

@@ -31,6 +31,8 @@ from gdp_mmseg.gates.layers import slot_values
 RIDGE = 0.01
 # Decay of the moments at each batch: the weights that they depend on change.
 DECAY = 0.95
+# Least change of an openness that counts.
+LEAST_FALL = 1e-3
 # Most positions of a batch that the moments take into account.
 POSITIONS = 4096
 
@@ -148,10 +150,16 @@ class TakeoverHook(Hook):
         weigh_every (int): Iterations between two updates of factors of the
             gains; 0 for none. A channel that the others tell can be taken
             over, so that its gain counts less.
+        gradually (bool): Whether what is lost is taken over as soon as a gate
+            falls, not only when it closes; and given back if it rises.
     """
 
-    def __init__(self, interval: int = 2, weigh_every: int = 0) -> None:
+    def __init__(self,
+                 interval: int = 2,
+                 weigh_every: int = 0,
+                 gradually: bool = False) -> None:
         self.interval = interval
+        self.gradually = gradually
         self.weigh_every = weigh_every
         self._layers: dict[str, _Reader] = {}
         self._openness = torch.empty(0)
@@ -209,9 +217,9 @@ class TakeoverHook(Hook):
         pruner = find_pruner(runner.model)
         before, self._openness = (self._openness,
                                   pruner.gates.openness().detach())
-        if bool(((before > 0) & (self._openness == 0)).any()):
+        if not torch.equal(before, self._openness):
             for reader in self._layers.values():
-                reader.take_over_(before, self._openness)
+                reader.take_over_(before, self._openness, self.gradually)
         progress = (runner.iter + 1) / runner.max_iters
         if pruner.schedule.phase_at(progress) == 'settling':
             self.after_train(runner)
@@ -284,24 +292,31 @@ class _Reader:
         return self._moments.count >= 2 * len(self._moments.slots)
 
     @torch.no_grad()
-    def take_over_(self, before: Tensor, after: Tensor) -> None:
-        """Add to the kernels what is lost with closing inputs, in place.
+    def take_over_(self, before: Tensor, after: Tensor,
+                   gradually: bool) -> None:
+        """Add to the kernels what is lost of some inputs, in place.
 
         Args:
             before (Tensor): ``(G,)`` openness in the last forward pass.
             after (Tensor): ``(G,)`` openness in the next one.
+            gradually (bool): Whether the inputs are all whose gates move,
+                not only those whose gates close.
         """
         self._follow_cut_()
         moments, kernel = self._moments, self.module.weight
         slots = moments.slots.to(before.device)
         old, new = slot_values(before, slots), slot_values(after, slots)
-        closing, stays = (old > 0) & (new == 0), new > 0
+        fall = old - new
+        closing = (old > 0) & (new == 0)
+        if gradually:
+            closing |= fall.abs() > LEAST_FALL
+        stays = ~closing & (new > 0)
         if not bool(closing.any()) or not self._is_known():
             return
         found = estimator(
             moments.covariance(self._centred), closing, stays, new)
         lost = kernel[:, closing].transpose(0, 1) * along(
-            old[closing], kernel.dim())
+            fall[closing], kernel.dim())
         kernel[:, stays] += (found @ lost.flatten(1)).reshape(
             -1, *lost.shape[1:]).transpose(0, 1)
         if self.module.bias is not None and not self._has_norm:

@@ -15,6 +15,7 @@ import takeover
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.engine.hooked import HookedPruner
 from gdp_mmseg.engine.model import add_gates_
+from gdp_mmseg.gates.gdp import theta_of
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.surgery.shrink import Shrinkage
 
@@ -50,10 +51,9 @@ def _pruner(net: Any) -> HookedPruner:
     return pruner
 
 
-def _observing(net: Any,
-               weigh_every: int = 0) -> tuple[takeover.TakeoverHook, Any]:
+def _observing(net: Any, **options: Any) -> tuple[takeover.TakeoverHook, Any]:
     """Hook that has observed ten batches."""
-    hook = takeover.TakeoverHook(1, weigh_every)
+    hook = takeover.TakeoverHook(1, **options)
     runner: Any = SimpleNamespace(model=net.train(), iter=0, max_iters=100)
     hook.before_train(runner)
     for _ in range(10):
@@ -114,6 +114,22 @@ def test_what_was_taken_over_is_handed_on_after_a_cut() -> None:
     # Three inputs of the network: any of the five others is a sum of four.
     _close_(net, 0)
     lost = (net(inputs) - wanted).abs().max()
+    hook.after_train_iter(runner, 0)
+    assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
+
+
+def test_half_of_a_channel_is_taken_over_and_given_back() -> None:
+    net = _gated(nn.Conv2d(6, 4, 1))
+    hook, runner = _observing(net, gradually=True)
+    inputs = _inputs()
+    wanted = net(inputs)
+    gates = _pruner(net).gates
+    gate = _pruner(net).analysis.gate_of_slot['writer.weight', 0][3]
+    gates.theta.data[gate] = theta_of(torch.tensor(0.5), gates.epsilon)
+    lost = (net(inputs) - wanted).abs().max()
+    hook.after_train_iter(runner, 0)
+    assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
+    gates.theta.data[gate] = 1
     hook.after_train_iter(runner, 0)
     assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
 
