@@ -2,7 +2,8 @@
 
 Each run is one training with a folder of its own for log and ``result.json``;
 all runs have the same number of iterations. A run is skipped if its row exists
-there or in the report, so a report can be completed on another machine:
+there or in the report, so a report can be completed on another machine. Each
+row names the machine and the versions with which it ran:
 
     python benchmarks/accuracy.py camvid --data-root .../camvid \
         --weights .../resnet18.pth --iterations 800 \
@@ -178,7 +179,8 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
         iterations=iterations,
         start_score=(score_of(task,
                               start_checkpoint(args).parent)
-                     if cfg.load_from else None))
+                     if cfg.load_from else None),
+        **place())
     try:
         with plain:
             runner.train()
@@ -227,10 +229,6 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
     task = task_of(args)
     cfg = config_of(args, 'dense', 1., 0)
     optimizer = cfg.optim_wrapper.optimizer
-    try:
-        torch_pruning = version('torch_pruning')
-    except PackageNotFoundError:  # only the alternatives need it
-        torch_pruning = ''
     return dict(
         title=f'{task.title}: GDP and the alternatives, {args.iterations} '
         'iterations',
@@ -251,9 +249,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         f'{_decay(args, cfg)} decay',
         precision='bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
-        torch=torch.__version__,
-        torch_pruning=torch_pruning,
-        machine=_machine())
+        **place())
 
 
 def _unusual_flags(args: argparse.Namespace) -> str:
@@ -274,11 +270,17 @@ def _decay(args: argparse.Namespace, cfg: Config) -> str:
     return DECAY[cfg.param_scheduler[0].type]
 
 
-def _machine() -> str:
-    """Describe the machine of the runs."""
+def place() -> dict[str, str]:
+    """Return conditions that may differ between the rows of a report."""
+    machine = f'{platform.machine()}, one of {os.cpu_count()} CPU cores'
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f'{platform.machine()}, one of {os.cpu_count()} CPU cores'
+        machine = torch.cuda.get_device_name()
+    try:
+        torch_pruning = version('torch_pruning')
+    except PackageNotFoundError:  # only the alternatives need it
+        torch_pruning = ''
+    return dict(
+        machine=machine, torch=torch.__version__, torch_pruning=torch_pruning)
 
 
 def lr_of_start(args: argparse.Namespace) -> str:
@@ -294,6 +296,8 @@ def lr_of_start(args: argparse.Namespace) -> str:
 def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
     """Return the rows of an earlier report by the names of their runs.
 
+    A row that does not say where it ran, ran where its report was made.
+
     Raises:
         SystemExit: If that report was made under other conditions.
     """
@@ -302,10 +306,11 @@ def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
     content = json.loads(report.read_text())
     rows = content.pop('rows')
     for key, value in shared.items():
-        if content.get(key, value) != value and key != 'machine':
+        if content.get(key, value) != value and key not in place():
             sys.exit(f'--report: expected {key} {value!r} as in this run, but '
                      f'{report} has {content[key]!r}; choose another file')
-    return {name_of(row): row for row in rows}
+    made = {key: content[key] for key in place()}
+    return {name_of(row): dict(made, **row) for row in rows}
 
 
 def name_of(row: dict[str, Any]) -> str:
@@ -326,8 +331,8 @@ def main() -> None:
     def collect() -> None:
         for name in [START_RUN, *plan(args)]:
             path = folder_of(args, name) / 'result.json'
-            if path.exists():
-                rows[name] = json.loads(path.read_text())
+            if name not in rows and path.exists():
+                rows[name] = dict(place(), **json.loads(path.read_text()))
         write_json(args.report,
                    dict(shared, rows=[rows[name] for name in sorted(rows)]))
 

@@ -5,13 +5,23 @@ from typing import Any, Iterable
 
 from gdp_mmseg.report.tables import table
 
+from pages import Section
+
 Report = dict[str, Any]
 
 # Largest accepted distance of the final FLOPs from the target.
 POINT = 0.01
+# Facts that are true of all sections on budgets.
+BUDGETS = (
+    'Cells: share of the dense FLOPs that the open channels have at the end '
+    'of the training; * is more than a point from the target; "least": the '
+    'gates cannot save more, so the target is refused; "-": not run.',
+    'Half-open gates: share of the gates with an openness between 0.01 and '
+    '0.5 at the end, the maximum of the row. Largest step: the largest share '
+    'of FLOPs that one iteration removed.')
 
 
-def budget(report: Report) -> list[str]:
+def budget(report: Report) -> Section:
     """Return the target and the FLOPs reached, by model and iterations."""
     runs, targets = report['runs'], report['targets']
     rows = [[
@@ -36,37 +46,31 @@ def budget(report: Report) -> list[str]:
                     f'{100 * max(one["largest_step"] for one in of_model):.1f}'
                 ])
     missed = sum(error_of(one) > POINT for one in runs)
-    return [
-        table(rows), '',
-        '- Cells: share of the dense FLOPs that the open channels have at the '
-        f'end of the training. {len(runs) - missed} of {len(runs)} runs are '
-        'within one point of the target, the others are marked *. "least": '
-        'the gates cannot save more, so the target is refused; "-": not run. '
-        f'{moved_while_settling(runs)}',
-        '- Half-open gates: share of the gates with an openness between 0.01 '
-        'and 0.5 at the end, the maximum of the row. Largest step: the '
-        'largest share of FLOPs that one iteration removed.',
-        *_multiples(report), *_gate(report), *conditions(report)
-    ]
+    return Section(report['title'], [table(rows)], [
+        f'{len(runs) - missed} of {len(runs)} runs are within one point of '
+        'the target.',
+        moved_while_settling(runs), *_multiples(report), *_gate(report),
+        *conditions(report)
+    ])
 
 
 def _multiples(report: Report) -> list[str]:
-    """Return a list item about the widths of a report with a multiple."""
+    """Return facts about the widths of a report with a multiple."""
     multiple = report.get('multiple', 1)
     if multiple == 1:
         return []
     others = sum(bool(one['other_widths']) for one in report['runs'])
     return [
-        f'- With `multiple={multiple}`. Runs in which the outputs of a pruned '
+        f'With `multiple={multiple}`. Runs in which the outputs of a pruned '
         f'layer are no multiple of {multiple}: {others} of '
         f'{len(report["runs"])}.'
     ]
 
 
 def _gate(report: Report) -> list[str]:
-    """Return a list item about the gates of a report, if not GDP's."""
+    """Return facts about the gates of a report, if not GDP's."""
     gate = report.get('gate', 'gdp')
-    return [] if gate == 'gdp' else [f'- With `gate={gate!r}`.']
+    return [] if gate == 'gdp' else [f'With `gate={gate!r}`.']
 
 
 def _reached(one: Report | None, target: float, least: float) -> str:
@@ -76,7 +80,7 @@ def _reached(one: Report | None, target: float, least: float) -> str:
     return f'{one["flops"]:.3f}' + (' *' if error_of(one) > POINT else '')
 
 
-def controllers(report: Report) -> list[str]:
+def controllers(report: Report) -> Section:
     """Return the FLOPs that several controllers reach, and their path."""
     runs = report['runs']
     targets = sorted({one['run']['target'] for one in runs})
@@ -96,23 +100,19 @@ def controllers(report: Report) -> list[str]:
                 rows.append([label, *_controller_cells(chosen, targets)])
     models = dict.fromkeys(one['run']['model'] for one in runs)
     lengths = sorted({one['run']['iterations'] for one in runs})
-    return [
-        table(rows), '',
-        '- Share of the dense FLOPs that the open channels have at the end of '
-        f'the training. {moved_while_settling(runs)} All rows have the same '
-        f'gate step, models ({", ".join(models)}), seeds, data order and '
-        f'schedules ({", ".join(map(str, lengths))} iterations); only the '
-        'multiplier differs. Loss x 10 is the same task with a loss in '
-        'another unit. Eleven pairs of proportional and integral gains were '
-        'tried in 200 iterations of DeepLabV3Plus-ResNet18; 3 and 0.02 was '
-        'the best.',
-        '- Above budget, below budget: the largest distance of the held cost '
+    return Section(report['title'], [table(rows)], [
+        f'All rows have the same gate step, models ({", ".join(models)}), '
+        'seeds, data order and schedules '
+        f'({", ".join(map(str, lengths))} iterations); only the multiplier '
+        'differs. Loss x 10 is the same task with a loss in another unit. '
+        'Eleven pairs of proportional and integral gains were tried in 200 '
+        'iterations of DeepLabV3Plus-ResNet18; 3 and 0.02 was the best.',
+        'Above budget, below budget: the largest distance of the held cost '
         'from the budget of the same iteration in the pruning phase, in '
-        'points. Half-open gates: share of the gates with an openness between '
-        '0.01 and 0.5 at the end, the maximum over the runs. Loss: mean of '
-        'the last tenth of the training and over the runs; the networks '
-        'differ in the FLOPs that they reached.', *conditions(report)
-    ]
+        'points. Loss: mean of the last tenth of the training and over the '
+        'runs; the networks differ in the FLOPs that they reached.',
+        moved_while_settling(runs), *conditions(report)
+    ])
 
 
 def _controller_cells(runs: list[Report], targets: list[float]) -> list[str]:
@@ -137,19 +137,21 @@ def _range_of(runs: Iterable[Report]) -> str:
 def moved_while_settling(runs: Iterable[Report]) -> str:
     """Return a sentence about the change of FLOPs after the pruning phase."""
     most = max(abs(one['flops'] - one['flops_pruned']) for one in runs)
-    return ('From the end of the pruning phase to the end of the training it '
-            f'changed by {100 * most:.2f} points at most.')
+    return ('From the end of the pruning phase to the end of the training the '
+            f'FLOPs changed by {100 * most:.2f} points at most.')
 
 
 def conditions(report: Report) -> list[str]:
-    """Return a list item about what all small trainings have in common."""
+    """Return facts about the trainings of a report and its machine."""
     seeds = sorted({one['run']['seed'] for one in report['runs']})
     size = ' x '.join(map(str, report['input_shape'][2:]))
     return [
-        f'- Training: {report["data"]}; batch {report["batch_size"]}; '
+        f'Training: {report["data"]}; batch {report["batch_size"]}; '
         f'{report["optimizer"]}; seeds {", ".join(map(str, seeds))}. FLOPs at '
         f'{size}. Warm-up, pruning, settling: {phases(report)}. Models: '
-        'small ones of each kind (`benchmarks/small_models.py`).'
+        'small ones of each kind (`benchmarks/small_models.py`).',
+        f'Machine: {report["machine"]}; torch {report["torch"]}.',
+        f'Report: `reports/{report["file"]}.json`.'
     ]
 
 

@@ -6,7 +6,8 @@ from typing import Any, Iterable, Mapping, Sequence
 
 from gdp_mmseg.report import tables
 
-from accuracy_report import mean_and_spread, values_of
+from accuracy_report import network_of
+from accuracy_scores import differences, mean_and_spread, targets_of, values_of
 from budget_report import POINT, error_of, phases
 
 Report = dict[str, Any]
@@ -44,15 +45,15 @@ def _targets(reports: Mapping[str, Report]) -> str:
         f'dense {metrics}', f'pruned {metrics}', 'difference'
     ]]
     for report in reports.values():
-        for target in _targets_of(report):
+        for target in targets_of(report, 'gdp'):
+            params = values_of(report, 'gdp', target, 'params')
             rows.append([
-                _network(report),
-                str(report['iterations']),
-                f'{target:g}',
-                f'{_mean(report, "gdp", target, "params"):.2f}',
+                network_of(report),
+                str(report['iterations']), f'{target:g}',
+                f'{statistics.mean(params):.2f}',
                 mean_and_spread(values_of(report, 'dense', 1.)),
                 mean_and_spread(values_of(report, 'gdp', target)),
-                f'{_difference(report, target):+.2f}',
+                _difference(report, target)
             ])
     return '\n'.join([
         tables.table(rows), '',
@@ -60,7 +61,8 @@ def _targets(reports: Mapping[str, Report]) -> str:
         'mean and standard deviation, with the number of seeds in brackets. '
         'All of these networks were trained before they were pruned; '
         '`iterations` is the length of the gated training. The dense network '
-        'was trained for the same number of further iterations.', '',
+        'was trained for the same number of further iterations. Difference: '
+        'mean over the seeds that both have.', '',
         _sources(reports)
     ])
 
@@ -94,14 +96,15 @@ def _length(reports: Mapping[str, Report]) -> str:
     ]]
     reports = {
         name: report
-        for name, report in reports.items() if 0.4 in _targets_of(report)
+        for name, report in reports.items()
+        if 0.4 in targets_of(report, 'gdp')
     }
     rows += [[
-        _network(report),
+        network_of(report),
         str(report['start']),
         str(report['iterations']),
         f'{report["iterations"] / report["start"]:.2f}',
-        f'{_difference(report, 0.4):+.2f}',
+        _difference(report, 0.4),
     ] for report in reports.values()]
     return '\n'.join([
         tables.table(rows), '',
@@ -124,7 +127,7 @@ def _start(reports: Mapping[str, Report], demo: Report) -> str:
         if values_of(report, 'narrow', 0.4)
     }
     rows += [[
-        _network(report),
+        network_of(report),
         str(report['start'] + report['iterations']),
         mean_and_spread(values_of(report, 'gdp', 0.4)),
         mean_and_spread(values_of(report, 'narrow', 0.4)),
@@ -155,7 +158,8 @@ def _phases(report: Report) -> str:
             [', '.join(map(str, report['phases'])),
              mean_and_spread(short)],
             ['0.1, 0.6, 0.3', mean_and_spread(slow)],
-        ]), '', f'{_network(report)}, {report["iterations"]} iterations from '
+        ]), '',
+        f'{network_of(report)}, {report["iterations"]} iterations from '
         'a trained network. The means differ by '
         f'{statistics.mean(short) - statistics.mean(slow):.2f}.', '',
         _sources({'accuracy_camvid_800': report})
@@ -171,25 +175,10 @@ def _latency(demo: Report) -> str:
             f'({demo["machine"]}) at {size}. Source: `reports/demo.json`.')
 
 
-def _targets_of(report: Report) -> list[float]:
-    return sorted(
-        {row['target']
-         for row in report['rows'] if row['method'] == 'gdp'})
-
-
-def _network(report: Report) -> str:
-    """Return the names of network and data, the first part of a title."""
-    return report['title'].partition(':')[0]
-
-
-def _mean(report: Report, method: str, target: float, key: str) -> float:
-    return statistics.mean(values_of(report, method, target, key))
-
-
-def _difference(report: Report, target: float) -> float:
-    """Return the mean score of GDP minus that of the dense network."""
-    return (_mean(report, 'gdp', target, 'score') -
-            _mean(report, 'dense', 1., 'score'))
+def _difference(report: Report, target: float) -> str:
+    """Return the mean score of GDP minus dense, over the seeds of both."""
+    found = differences(report, 'gdp', target)
+    return f'{statistics.mean(found):+.2f}' if found else '-'
 
 
 def _one(reports: Mapping[str, Report], key: str) -> Any:

@@ -1,22 +1,22 @@
 """One thread for each test process, and what goes to which of them."""
 from __future__ import annotations
 
+import gc
 import importlib.util
+import warnings
 from typing import Any, Callable
 
 import pytest
-import torch
 
-# What serves plain PyTorch models is tested without any mm package too.
-pytest_plugins = ['helpers.project'
-                  ] if importlib.util.find_spec('mmseg') else []
 # Programs among them.
 collect_ignore = ['helpers']
 
 # The order of the tests: the longest first, or one process would be left
-# alone with one of them at the end.
-LONGEST = ('tests/e2e/test_models', 'tests/benchmarks', 'tests/e2e',
-           'tests/engine', 'tests/cli', 'tests/export')
+# alone with one of them at the end; last the many short ones that are spread.
+LONGEST = ('tests/e2e/test_processes', 'tests/e2e/test_models',
+           'tests/benchmarks', 'tests/e2e', 'tests/engine', 'tests/surgery',
+           'tests/gates')
+LAST = ('tests/cli', 'tests/export')
 # Tests of these go to whichever process is free, one by one. Those of other
 # modules share a process, and what the module or a helper makes once.
 SPREAD = ('tests/e2e/test_models', 'tests/e2e/test_features',
@@ -31,6 +31,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         'their cases')
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Load the fixtures of mm projects, in a process that runs tests.
+
+    What serves plain PyTorch models is tested without any mm package too. A
+    process that only hands tests out to others can begin before all imports.
+    """
+    hands_out = (
+        config.getoption('numprocesses', None)
+        and not hasattr(config, 'workerinput'))
+    if not hands_out and importlib.util.find_spec('mmseg'):
+        # Libraries warn each other while they are imported.
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            config.pluginmanager.import_plugin('helpers.project')
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the tests, and mark those that need an mm package."""
@@ -40,8 +56,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker('mm')
 
 
+def pytest_collection_finish() -> None:
+    """Leave all that is imported by now out of each garbage collection.
+
+    mmengine collects whenever it builds a data set, which takes a quarter of
+    a second with the objects of all libraries.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def _place(item: pytest.Item) -> int:
     """Place of a test's folder in the order of the tests."""
+    if item.nodeid.startswith(LAST):
+        return len(LONGEST) + 1
     return next((place for place, start in enumerate(LONGEST)
                  if item.nodeid.startswith(start)), len(LONGEST))
 
@@ -77,6 +105,7 @@ def gate_of(pytestconfig: pytest.Config) -> Callable[[int], str]:
 @pytest.fixture(autouse=True, scope='session')
 def one_thread() -> None:
     # Runs are small, and machines are shared.
+    import torch
     torch.set_num_threads(1)
 
 

@@ -196,12 +196,14 @@ def _collect(labels: Labels, read_points: ReadPointTracker,
         number += len(indices)
         touched = {keys[key]: count for key, count in place}
         read = [key for key in touched if key in labels.read_axes]
+        kernels = [kernel for kernel, _ in read]
         groups.append(
             Group(
                 torch.from_numpy(gates),
                 _modules(key for key in touched if key in labels.written_axes),
                 _modules(read), stopped.isdisjoint(indices),
-                read_points.points((kernel for kernel, _ in read), touched)))
+                read_points.points(kernels, touched),
+                read_points.norms_to_gate(kernels, touched)))
 
     gate_axes = {
         key: torch.from_numpy(gate_of[index])

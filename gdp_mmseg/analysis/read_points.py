@@ -10,11 +10,14 @@ an operator does loses it, with a reason.
 Expressions do not say which channels they are about. An expression is
 evaluated for one group of channels at a time: a norm tells something of a
 group only if the group lies on the norm's own axis.
+
+Gates, too, may stand at norms instead of the layers behind them, if a factor
+g >= 0 of a norm's output reaches the layers as it is.
 """
 from __future__ import annotations
 
 import dataclasses
-from typing import Callable, Iterable, Mapping
+from typing import Callable, Iterable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -61,6 +64,19 @@ class Expression:
         """
         raise NotImplementedError
 
+    def scales(self) -> bool:
+        """Tell whether it grows with the norms' outputs in proportion."""
+        return all(part.scales() for part in self.operands())
+
+    def operands(self) -> tuple[Expression, ...]:
+        """List the expressions that it is made of."""
+        return ()
+
+    def norms(self, lies_on: LiesOn) -> Iterator[str]:
+        """Yield the last norms on the ways to it, whatever came after."""
+        for part in self.operands():
+            yield from part.norms(lies_on)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Leaf(Expression):
@@ -71,11 +87,17 @@ class _Leaf(Expression):
     def points(self, lies_on: LiesOn) -> _Points:
         return (self.point, ) if lies_on(self.axis) else ()
 
+    def norms(self, lies_on: LiesOn) -> Iterator[str]:
+        yield from self.point.norms if lies_on(self.axis) else ()
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Joined(Expression):
     """Several activations side by side."""
     parts: tuple[Expression, ...]
+
+    def operands(self) -> tuple[Expression, ...]:
+        return self.parts
 
     def points(self, lies_on: LiesOn) -> _Points:
         return tuple(
@@ -89,6 +111,13 @@ class _Activated(Expression):
     """An activation function of an activation."""
     inner: Expression
     name: str
+    in_proportion: bool = False
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.inner, )
+
+    def scales(self) -> bool:
+        return self.in_proportion and super().scales()
 
     def points(self, lies_on: LiesOn) -> _Points:
         return tuple(map(self._of, self.inner.points(lies_on)))
@@ -107,6 +136,12 @@ class _Lost(Expression):
     """Result of an operator that changes channels in another way."""
     inner: Expression
     reason: str
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.inner, )
+
+    def scales(self) -> bool:
+        return False
 
     def points(self, lies_on: LiesOn) -> _Points:
         inner = self.inner.points(lies_on)
@@ -133,6 +168,21 @@ class _Bounded(_Lost):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class _Attended(Expression):
+    """An activation times a function with values in [0, 1]."""
+    inner: Expression
+
+    def operands(self) -> tuple[Expression, ...]:
+        return (self.inner, )
+
+    def scales(self) -> bool:
+        return False
+
+    def points(self, lies_on: LiesOn) -> _Points:
+        return self.inner.points(lies_on)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Sum(Expression):
     """Sum of two activations.
 
@@ -141,6 +191,9 @@ class _Sum(Expression):
     """
     first: Expression
     second: Expression
+
+    def operands(self) -> tuple[Expression, ...]:
+        return self.first, self.second
 
     def points(self, lies_on: LiesOn) -> _Points:
         first, second = (
@@ -183,6 +236,9 @@ class ReadPointTracker:
     def __init__(self, labels: Labels) -> None:
         self._labels = labels
         self._reads: dict[str, list[Expression | None]] = {}
+        # What norms read, and norms that their own modules compute.
+        self._normed: list[Expression] = []
+        self._modules: set[str] = set()
         # Those of the forward pass that runs now, by the tensors' ids.
         self._known: dict[int, Expression] = {}
         self._calls: dict[str, int] = {}
@@ -221,6 +277,37 @@ class ReadPointTracker:
                     found[_checked(point, counts)] = None
         return tuple(found)
 
+    def norms_to_gate(self, kernels: Iterable[str],
+                      counts: Mapping[Axis, int]) -> tuple[str, ...]:
+        """List the norms that can have the gates of a group of channels.
+
+        Args:
+            kernels (Iterable[str]): Kernels that read it through a gate.
+            counts (Mapping[Axis, int]): Axes on which the group lies, and how
+                often each of its channels does.
+
+        Returns:
+            tuple[str, ...]: None if a factor of their outputs changes more
+            than the inputs of these kernels, or does not reach them as it is.
+        """
+        kernels = set(kernels)
+        points = self.points(kernels, counts)
+        norms = {norm: None for point in points for norm in point.norms}
+        read = [
+            part for kernel in kernels for part in self._reads.get(kernel, [])
+        ]
+        others = self._normed + [
+            part for kernel, parts in self._reads.items()
+            if kernel not in kernels for part in parts if part is not None
+        ]
+        if (any(point.reason for point in points)
+                or not self._modules.issuperset(norms) or any(
+                    part is None or not part.scales() for part in read)
+                or any(norm in norms for part in others
+                       for norm in part.norms(counts.__contains__))):
+            return ()
+        return tuple(norms)
+
     def _result(self, operation: Operation) -> Expression | None:
         """Expression of the outputs of an operator; None if there is none."""
         name = operation.name.rstrip('_') or operation.name
@@ -245,7 +332,7 @@ class ReadPointTracker:
             return _Bounded(whole, f'{name} in {self._labels.here()}',
                             activation)
         if activation:
-            return _Activated(whole, activation)
+            return _Activated(whole, activation, name == 'relu')
         if len(known) == 2 and name == 'add':
             return _Sum(*known)
         if len(known) == 2 and name == 'mul':
@@ -270,6 +357,7 @@ class ReadPointTracker:
                      ReadPoint(reason=f'no batch norm (after {module})'))
 
     def _norm(self, operation: Operation, inner: Expression) -> Expression:
+        self._normed.append(inner)
         weight = operation.args[1]
         name = (
             self._labels.name_of(weight)
@@ -278,6 +366,10 @@ class ReadPointTracker:
         if name is None or leaf != 'weight':
             return _OtherNorm(
                 inner, f'batch norm without scale ({self._labels.here()})')
+        shift = operation.args[2]
+        if self._labels.here() == norm and isinstance(
+                shift, Tensor) and self._labels.name_of(shift) == norm + '.bias':
+            self._modules.add(norm)
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
         if self._calls.get(norm, 0) > 1:
@@ -296,7 +388,8 @@ def _product(first: Expression, second: Expression) -> Expression | None:
         if isinstance(other, _Bounded):
             # An attention in [0, 1] makes no dead channel alive.
             return _Activated(
-                one, _BOUNDED[other.name]) if other.inner is one else one
+                one,
+                _BOUNDED[other.name]) if other.inner is one else _Attended(one)
     return None
 
 

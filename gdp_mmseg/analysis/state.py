@@ -58,7 +58,8 @@ def from_state(state: Mapping[str, Any]) -> Analysis:
                 Group(
                     torch.tensor(row['gates']), tuple(row['writers']),
                     tuple(row['readers']), row['can_be_empty'],
-                    _read_points(row.get('read_points', ())))
+                    _read_points(row.get('read_points', ())),
+                    tuple(row.get('norms', ())))
                 for row in state['groups']),
             parameters={
                 name: tuple(shape)

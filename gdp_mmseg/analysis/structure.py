@@ -81,12 +81,16 @@ class Group:
         read_points (tuple[ReadPoint, ...]): What the layers that read the
             channels see of them; empty in an analysis that an earlier version
             saved.
+        norms (tuple[str, ...]): Batch norms that can have the gates instead
+            of all readers: a factor of their outputs is one of the readers'
+            inputs, and changes nothing else. Empty if there are none.
     """
     gates: Tensor
     writers: tuple[str, ...]
     readers: tuple[str, ...]
     can_be_empty: bool
     read_points: tuple[ReadPoint, ...] = ()
+    norms: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,11 +1,12 @@
-"""Gates on the kernels of layers: conv(g x, W) = conv(x, W g).
+"""Gates of a model: g norm(y) before a layer, conv(g x, W), or conv(x, W g).
 
 Letters: ``G`` gates, ``C`` channels on an axis of a kernel.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Iterator, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -13,11 +14,15 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis
 from .base import GateMethod
-from .scaling import Product
+from .scaling import scaled
 
 
 def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
-    """Put gates on all layers of a model that read gated channels, in place.
+    """Put the gates of an analysis on a model, in place.
+
+    They stand at batch norms where these can have them (see
+    :class:`gdp_mmseg.analysis.structure.Group`), which costs nothing, and on
+    the layers that read gated channels where not.
 
     Args:
         model (nn.Module): The model that was analysed, without gates.
@@ -25,49 +30,87 @@ def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
         gates (GateMethod): ``G`` gates, as many as the analysis has.
     """
     gates.bind_(model)
-    for layer in analysis.gated_layers():
-        gate_layer_(model.get_submodule(layer.name), gates, layer.inputs)
+    for place in _places(model, analysis):
+        if place.is_norm:
+            norm: Any = place.module
+            norm.forward = _GatedNorm(norm, gates, place.gated)
+        else:
+            gate_layer_(place.module, gates, place.gated)
 
 
 def ungate_(model: nn.Module, analysis: Analysis) -> None:
-    """Take the gates off all layers that :func:`gate_` put them on, in place.
+    """Take the gates off that :func:`gate_` put on a model, in place.
 
     Args:
         model (nn.Module): A model with gates.
         analysis (Analysis): The analysis that its gates are from.
     """
-    for layer in analysis.gated_layers():
-        attributes = vars(model.get_submodule(layer.name))
+    for place in _places(model, analysis):
+        attributes = vars(place.module)
         for name in ('forward', '_conv_forward'):
             if isinstance(attributes.get(name), _GatedForward):
                 del attributes[name]
 
 
 def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
-    """Let the gated layers read the slots of some gates only, in place.
+    """Let the gated modules read the slots of some gates only, in place.
 
     Args:
-        model (nn.Module): A model with gates, whose kernels have those slots.
+        model (nn.Module): A model with gates, whose parameters have those
+            slots.
         analysis (Analysis): The analysis that its gates are from.
         keep (Tensor): ``(G,)`` bool on the CPU.
     """
-    for layer in analysis.gated_layers():
-        attributes = vars(model.get_submodule(layer.name))
+    for place in _places(model, analysis):
+        attributes = vars(place.module)
         for name in ('forward', '_conv_forward'):
-            gated = attributes.get(name)
-            if isinstance(gated, _GatedForward):
-                gated.gates.set_slots_(
-                    gated.index, layer.inputs[kept_slots(layer.inputs, keep)])
-                # Its memory has the former size.
-                gated.product = Product()
+            found = attributes.get(name)
+            if isinstance(found, _GatedForward):
+                found.gates.set_slots_(
+                    found.index, place.gated[kept_slots(place.slots, keep)])
+
+
+class _Place(NamedTuple):
+    """Module with gates.
+
+    Args:
+        module (nn.Module): Layer or batch norm.
+        is_norm (bool): Whether it is a batch norm.
+        slots (Tensor): ``(C,)`` gate of each slot on its axis of channels, of
+            inputs if it is a layer, -1 for none.
+        gated (Tensor): The same, but -1 for a gate that stands elsewhere.
+    """
+    module: nn.Module
+    is_norm: bool
+    slots: Tensor
+    gated: Tensor
+
+
+def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
+    """Yield the modules of a model that have gates."""
+    at_norms = torch.zeros(analysis.num_gates, dtype=torch.bool)
+    norms: dict[str, None] = {}
+    for group in analysis.groups:
+        if group.norms:
+            at_norms[group.gates] = True
+            norms.update(dict.fromkeys(group.norms))
+    axes = [(name, True, analysis.gate_of_slot[f'{name}.weight', 0])
+            for name in norms]
+    axes += [(layer.name, False, layer.inputs)
+             for layer in analysis.gated_layers()]
+    for name, is_norm, slots in axes:
+        elsewhere = at_norms[slots.clamp(min=0)] != is_norm
+        gated = slots.masked_fill(elsewhere, -1)
+        if bool((gated >= 0).any()):
+            yield _Place(model.get_submodule(name), is_norm, slots, gated)
 
 
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:
-    """Put gates on the input channels of a layer's kernel, in place.
+    """Put gates on the input channels of a layer, in place.
 
-    The gate multiplies the kernel, not the activation. That gives the same
-    outputs and gradients without work or memory of the size of an activation,
-    and the layer's parameters keep their names.
+    They multiply its kernel or its inputs, whichever has fewer elements. Both
+    give the same outputs and gradients, and the layer's parameters keep their
+    names.
 
     Args:
         layer (nn.Module): Convolution, transposed convolution or linear
@@ -93,65 +136,117 @@ def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:
 
 
 class _GatedForward:
-    """Replacement of a layer's forward that multiplies the kernel by gates.
+    """Replacement of a module's forward that multiplies by gates.
 
     It is an object and not a closure, because ``deepcopy`` (as in EMA) binds
-    its attributes to the copied layer and gates.
+    its attributes to the copied module and gates.
 
     Args:
-        layer (nn.Module): The layer.
+        module (nn.Module): The module.
         gates (GateMethod): Gates of the model.
         slots (Tensor): See :func:`gate_layer_`.
     """
+
+    def __init__(self, module: nn.Module, gates: GateMethod,
+                 slots: Tensor) -> None:
+        self.module = module
+        self.gates = gates
+        self.index = gates.add_slots(slots)
+
+    def factors(self) -> Tensor:
+        """Factors ``(C,)`` of the channels."""
+        return self.gates.slot_factors(self.index)
+
+
+class _GatedNorm(_GatedForward):
+    """Batch norm times gates: its scale and shift are multiplied."""
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        plain: Any = type(self.module)
+        # A forward only reads these attributes of its module.
+        found: Tensor = plain.forward(
+            _Scaled(self.module, self.factors()), inputs)
+        return found
+
+
+class _Scaled:
+    """View of a batch norm with another scale and shift.
+
+    Args:
+        norm (nn.Module): The norm.
+        factors (Tensor): ``(C,)`` factors of both.
+    """
+
+    def __init__(self, norm: nn.Module, factors: Tensor) -> None:
+        self._norm: Any = norm
+        self.weight = norm.weight * factors
+        self.bias = norm.bias * factors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._norm, name)
+
+
+class _GatedLayer(_GatedForward):
     # Axis of the kernel along which its inputs lie.
     axis = 1
 
-    def __init__(self, layer: nn.Module, gates: GateMethod,
-                 slots: Tensor) -> None:
-        self.layer = layer
-        self.gates = gates
-        self.index = gates.add_slots(slots)
-        self.product = Product()
+    def gated(self, inputs: Tensor, weight: Tensor,
+              inputs_axis: int) -> tuple[Tensor, Tensor]:
+        """Multiply inputs or kernel, whichever is smaller, by the gates.
 
-    def gated(self, weight: Tensor) -> Tensor:
-        """Kernel times the gates of its inputs."""
-        return self.product(weight, self.gates.slot_factors(self.index),
-                            self.axis, self.gates.neutral, self.gates.heeded)
+        Args:
+            inputs (Tensor): Inputs of the layer.
+            weight (Tensor): Its kernel.
+            inputs_axis (int): Axis of the inputs that has the channels.
+
+        Returns:
+            tuple[Tensor, Tensor]: Inputs and kernel, one of them multiplied.
+        """
+        factors = self.factors()
+        modes = self.gates.neutral, self.gates.heeded
+        # The slots of a grouped kernel stand for one channel of each group.
+        # A layer with a frozen kernel does not keep its inputs, which other
+        # code may then change.
+        if (inputs.numel() < weight.numel() and weight.requires_grad
+                and inputs.shape[inputs_axis] == len(factors)):
+            return scaled(inputs, factors, inputs_axis, *modes), weight
+        return inputs, scaled(weight, factors, self.axis, *modes)
 
 
-class _GatedConvolution(_GatedForward):
+class _GatedConvolution(_GatedLayer):
 
     def __call__(self, inputs: Tensor, weight: Tensor,
                  bias: Tensor | None) -> Tensor:
         # The class's own method: the layer's attribute is this object.
-        plain: Any = type(self.layer)
-        return plain._conv_forward(self.layer, inputs, self.gated(weight),
-                                   bias)
+        plain: Any = type(self.module)
+        inputs, weight = self.gated(inputs, weight, 1 - weight.dim())
+        return plain._conv_forward(self.module, inputs, weight, bias)
 
 
-class _GatedTransposed(_GatedForward):
+class _GatedTransposed(_GatedLayer):
     axis = 0
 
     def __call__(self,
                  inputs: Tensor,
                  output_size: list[int] | None = None) -> Tensor:
-        layer: Any = self.layer
+        layer: Any = self.module
         axes = len(layer.kernel_size)
         convolve = (F.conv_transpose1d, F.conv_transpose2d,
                     F.conv_transpose3d)[axes - 1]
         added = layer._output_padding(inputs, output_size, layer.stride,
                                       layer.padding, layer.kernel_size, axes,
                                       layer.dilation)
-        return convolve(inputs, self.gated(layer.weight), layer.bias,
-                        layer.stride, layer.padding, added, layer.groups,
-                        layer.dilation)
+        inputs, weight = self.gated(inputs, layer.weight, -1 - axes)
+        return convolve(inputs, weight, layer.bias, layer.stride,
+                        layer.padding, added, layer.groups, layer.dilation)
 
 
-class _GatedLinear(_GatedForward):
+class _GatedLinear(_GatedLayer):
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        layer: Any = self.layer
-        return F.linear(inputs, self.gated(layer.weight), layer.bias)
+        layer: Any = self.module
+        inputs, weight = self.gated(inputs, layer.weight, -1)
+        return F.linear(inputs, weight, layer.bias)
 
 
 def slot_values(openness: Tensor, slots: Tensor) -> Tensor:

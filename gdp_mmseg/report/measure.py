@@ -16,7 +16,8 @@ from ..analysis.tracer import clone_model
 
 Forward = Callable[[nn.Module, Tensor], Any]
 Rounds = Sequence[Sequence[float]]
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+# Also of the norms that mmengine puts in the place of SyncBN.
+_NORMS = (nn.modules.batchnorm._BatchNorm.forward, nn.SyncBatchNorm.forward)
 Call = Callable[[], Any]
 Clock = Callable[[], float]
 _CPU = torch.device('cpu')
@@ -62,7 +63,7 @@ def _without_norms(model: nn.Module) -> nn.Module:
     They have no multiply-adds that count, and on the meta device they take
     longer than all other layers together.
     """
-    if type(model) in _NORMS:
+    if type(model).forward in _NORMS:
         return nn.Identity()
     for name, child in model.named_children():
         setattr(model, name, _without_norms(child))

@@ -143,3 +143,94 @@ def test_an_older_state_has_no_read_points() -> None:
         del row['read_points']
     assert [group.read_points
             for group in from_state(state).groups] == [()] * 2
+
+
+class FunctionalNorm(nn.Module):
+    """Block that does not call its norm, but uses its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(3, 4)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = self.norm
+        return F.relu(
+            F.batch_norm(
+                self.conv(x), norm.running_mean, norm.running_var, norm.weight,
+                norm.bias, self.training))
+
+
+def depthwise(channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        conv(channels, channels, groups=channels), nn.BatchNorm2d(channels),
+        nn.ReLU(), conv(channels, channels))
+
+
+@pytest.mark.parametrize('name, norms', [
+    ('chain', [('1', ), ('4', )]),
+    ('residual', [('stem.1', 'branch.4'), ('branch.1', )]),
+    ('concat', [('a.1', ), ('b.1', )]),
+    ('image pool', [('stem.1', ), ('pool.1', )]),
+    ('depthwise behind concat', [('depth.1', ), ('depth.1', ),
+                                 ('point.1', )]),
+    ('hard swish', [(), ('4', )]),
+    ('squeeze-excite', [(), ()]),
+    ('group norm', [(), ('4', )]),
+    ('PReLU', [(), ('3', )]),
+    ('norm shared by two layers', [('stem.1', ), (), ()]),
+    ('called twice', [()]),
+    ('no norm', [(), ()]),
+])
+def test_norms_that_can_have_gates(name: str, norms: list[tuple[str,
+                                                                ...]]) -> None:
+    _, analysis = TOYS[name].analyse()
+    assert [group.norms for group in analysis.groups] == norms
+
+
+@pytest.mark.parametrize('net', [
+    Net(lambda net, x: net.head(F.relu6(net.stem(x))),
+        stem=block(3, 4)[:2],
+        head=last(4)),
+    Net(lambda net, x: net.head((y := net.stem(x)) * y.mean(
+        (2, 3), keepdim=True).sigmoid()),
+        stem=block(3, 4),
+        head=last(4)),
+    Net(lambda net, x: net.head(y := net.stem(x)) + net.side(net.depth(y)),
+        stem=block(3, 4),
+        depth=depthwise(4),
+        head=last(4),
+        side=last(4)),
+    Net(lambda net, x: net.head(y := net.stem(x)) + net.side(
+        net.depth(F.softplus(y))),
+        stem=block(3, 4),
+        depth=depthwise(4),
+        head=last(4),
+        side=last(4)),
+    Net(lambda net, x: net.head((y := net.stem(x)) + net.body(y)),
+        stem=block(3, 4),
+        body=nn.Sequential(
+            nn.BatchNorm2d(4), nn.ReLU(), *block(4, 5), conv(5, 4),
+            nn.BatchNorm2d(4)),
+        head=last(4)),
+    Net(lambda net, x: net.head(net.stem(x)),
+        stem=FunctionalNorm(),
+        head=last(4)),
+],
+                         ids=[
+                             'clipped', 'attention of itself',
+                             'read by a depthwise convolution',
+                             'read by one behind an activation',
+                             'read by a norm', 'module not called'
+                         ])
+def test_norms_whose_factor_would_change_more_have_no_gates(
+        net: nn.Module) -> None:
+    assert analyse(net, SHAPE, run).groups[0].norms == ()
+
+
+def test_norms_with_gates_are_saved() -> None:
+    _, analysis = TOYS['residual'].analyse()
+    state = to_state(analysis)
+    assert from_state(state).groups[0].norms == ('stem.1', 'branch.4')
+    del state['groups'][0]['norms']  # as in an earlier version
+    assert from_state(state).groups[0].norms == ()

@@ -61,6 +61,8 @@ def test_reports_of_the_repository_become_the_results_page(
     monkeypatch.setattr(results, 'RESULTS', page)
     monkeypatch.setattr(results, 'README', readme)
     monkeypatch.setattr(results, 'GUIDE', guide)
+    for plot in ('plot_accuracy', 'plot_overview'):
+        monkeypatch.setattr(results, plot, lambda *_: None)
     monkeypatch.setattr(sys, 'argv', ['results.py', *map(str, reports)])
     results.main()
     assert page.read_text() == (ROOT / 'docs' / 'results.md').read_text()
@@ -74,7 +76,8 @@ def test_guide_stays_as_it_is_without_all_reports(
     guide = tmp_path / 'guide.md'
     guide.write_text('<!-- budget -->\nold\n<!-- /budget -->\n')
     monkeypatch.setattr(results, 'GUIDE', guide)
-    results.show_guide([ROOT / 'docs' / 'reports' / 'budget.json'])
+    results.show_guide(
+        results.read([ROOT / 'docs' / 'reports' / 'budget.json'])['budget'])
     assert 'old' in guide.read_text()
 
 
@@ -85,56 +88,195 @@ def _row(method: str, score: float, seed: int, target: float = 0.4) -> dict:
         seed=seed,
         score=score,
         macs=target,
+        minutes=2.,
         score_gated=score,
         half_open=0.001,
         start_score=None if method == 'start' else 50.)
 
 
+def _report(*rows: dict, **changed: Any) -> dict:
+    return dict(
+        dict(
+            title='M on D: all',
+            file='accuracy_voc_8',
+            data='voc',
+            metric='mIoU',
+            weights='none',
+            weights_sha256='0' * 64,
+            machine='here',
+            torch='2.0',
+            torch_pruning='1.6',
+            start=30,
+            iterations=8,
+            batch_size=2,
+            crop=[9, 9],
+            optimizer='SGD',
+            precision='float32',
+            phases=[0.1, 0.6, 0.3],
+            train='',
+            test='',
+            rows=list(rows)), **changed)
+
+
+def _cells(text: str) -> list[list[str]]:
+    """Cells of the tables in a text, without the lines below their heads."""
+    return [[cell.strip() for cell in line.split('|')[1:-1]]
+            for line in text.splitlines()
+            if line.startswith('|') and not line.startswith('|:')]
+
+
 def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        tmp_path: Path) -> None:
     import results
-    report = dict(
-        data='voc',
-        metric='mIoU',
-        weights='none',
-        weights_sha256='0' * 64,
-        torch_pruning='1.6',
-        start=30,
-        iterations=8,
-        batch_size=2,
-        crop=[9, 9],
-        optimizer='SGD',
-        precision='float32',
-        phases=[0.1, 0.6, 0.3],
-        train='',
-        test='',
-        rows=[
-            _row('start', 50., 0, 1.),
-            _row('dense', 60., 0, 1.),
-            _row('dense', 64., 1, 1.),
-            _row('gdp', 58., 0),
-            _row('gdp', 62., 1),
-            _row('scp', 57., 0),
-            dict(_row('l1', 55., 0, 0.25), start_score=51.),
-            dict(method='l1', target=0.4, seed=0, score=None, start_score=50.),
-        ])
-    text = '\n'.join(results.accuracy(report))
-    cells = [[cell.strip() for cell in line.split('|')[1:-1]]
-             for line in text.splitlines() if line.startswith('|')]
-    assert cells[0] == ['mIoU', 'FLOPs 0.25', 'FLOPs 0.4']
-    assert cells[2:] == [['GDP', '-', '60.00 ± 2.83 (2)'],
-                         ['SCP', '-', '57.00 (1)'],
-                         ['L1 norm', '55.00 (1)', 'out of reach']]
-    assert 'target: GDP +0.0 to +0.0 points, SCP +0.0 to +0.0 points, ' in text
-    assert '- GDP and SCP: the mIoU before and after' in text
-    assert 'Dense: 62.00 ± 2.83 (2)' in text
-    assert 'GDP at 0.4 is 2.00 below dense; the' in text
-    assert 'difference of two runs is 4.00' in text and '0.10% at most' in text
-    assert ('(none): 50.00; `l1-0.25-0` started from a second training of it: '
-            '51.00.') in text
-    assert '--methods dense gdp l1 scp --targets 0.25 0.4 ' in text
+    report = _report(
+        _row('start', 50., 0, 1.), _row('dense', 60., 0, 1.),
+        _row('dense', 64., 1, 1.), _row('gdp', 58., 0), _row('gdp', 61., 1),
+        _row('scp', 57., 0), dict(_row('l1', 55., 0, 0.25), start_score=51.),
+        dict(method='l1', target=0.4, seed=0, score=None, start_score=50.))
+    section = results.accuracy(report)
+    facts = '\n'.join(section.facts)
+    assert section.title == 'M on D, 8 iterations'
+    assert _cells(section.body[0]) == [
+        [
+            'training', 'FLOPs', 'mIoU', 'minus dense (se)',
+            '95 % interval (pairs)'
+        ],
+        ['dense', '1', '62.00 ± 2.83 (2)', '-', '-'],
+        [
+            'GDP', '0.4', '59.50 ± 2.12 (2)', '-2.50 (0.50)',
+            '-8.85 to +3.85 (2)'
+        ],
+        ['SCP', '0.4', '57.00 (1)', '-3.00', '- (1)'],
+        ['L1 norm', '0.4', 'out of reach', '-', '-'],
+        # It started from another network than the dense one.
+        ['L1 norm', '0.25', '55.00 (1)', '-', '-'],
+    ]
+    assert ('(none), mIoU 50.00; `l1-0.25-0` started from a second training '
+            'of it: 51.00.') in facts
+    assert '--methods dense gdp l1 scp --targets 0.25 0.4`' in facts
+    assert ('all 3 trainings with gates: FLOPs 0.0 points from the target '
+            '(0.0 with the') in results.checks([report])
     results.plot_accuracy(report, tmp_path)
-    assert (tmp_path / 'accuracy_voc_8.png').stat().st_size > 1000
+    results.plot_overview([report], tmp_path)
+    for name in ('accuracy_voc_8', 'accuracy_overview'):
+        assert (tmp_path / f'{name}.png').stat().st_size > 1000
+
+
+def test_differences_are_those_of_pairs_with_their_interval() -> None:
+    from accuracy_scores import differences, mean_and_interval
+    report = _report(
+        *(_row('dense', 60. + seed, seed, 1.) for seed in range(4)),
+        *(_row('gdp', 59. + seed - gap, seed)
+          for seed, gap in enumerate([0., 1., 2.])),
+        # Another start: no pair.
+        dict(_row('gdp', 40., 3), start_score=49.))
+    gaps = differences(report, 'gdp', 0.4)
+    assert gaps == [-1., -2., -3.]
+    # Deviation 1, so the error is 3 ** -0.5; the quantile of t is 4.3027.
+    assert mean_and_interval(gaps) == ('-2.00 (0.58)', '-4.48 to +0.48 (3)')
+    assert mean_and_interval([]) == ('-', '-')
+
+
+def test_changes_are_compared_with_no_change_run_by_run() -> None:
+    import results
+    from accuracy_variants import CHANGES
+    report = _report(
+        _row('dense', 60., 0, 1.), _row('dense+kd', 61., 0, 1.),
+        _row('gdp', 58., 0), _row('gdp', 50., 1), _row('gdp+kd', 60., 0),
+        _row('gdp+ema+flat', 57., 0), _row('gdp+ema+flat', 48., 1))
+    text = '\n'.join(results.accuracy(report).body)
+    ema, flat, kd = (CHANGES[name].label for name in ('ema', 'flat', 'kd'))
+    before, after = text.split('One change at a time')
+    assert _cells(after) == [
+        [
+            'training', 'FLOPs', 'mIoU', 'minus no change (se)',
+            '95 % interval (pairs)'
+        ],
+        ['dense', '1', '60.00 (1)', '-', '-'],
+        [f'dense, {kd}', '1', '61.00 (1)', '+1.00', '- (1)'],
+        ['GDP', '0.4', '54.00 ± 5.66 (2)', '-', '-'],
+        [
+            f'GDP, {ema}, {flat}', '0.4', '52.50 ± 6.36 (2)', '-1.50 (0.50)',
+            '-7.85 to +4.85 (2)'
+        ],
+        [f'GDP, {kd}', '0.4', '60.00 (1)', '+2.00', '- (1)'],
+    ]
+    # Rows with a change are no rows of the first table.
+    assert [row[0] for row in _cells(before)] == ['training', 'dense', 'GDP']
+
+
+def test_rows_from_elsewhere_are_named() -> None:
+    from accuracy_report import places
+    there = dict(machine='there', torch='2.1', torch_pruning='')
+    report = _report(
+        _row('dense', 60., 0, 1.), _row('gdp', 58., 0), _row('l1', 58., 0),
+        _row('l1', 58., 1), dict(_row('gdp', 58., 1), **there),
+        dict(_row('gdp', 58., 2), **there))
+    assert places(report) == ('here, torch 2.0, Torch-Pruning 1.6; '
+                              '`gdp-0.4-1`, seed 2: there, torch 2.1')
+
+
+def test_report_is_completed_on_another_machine(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import accuracy
+    weights, report = tmp_path / 'weights.pth', tmp_path / 'report.json'
+    weights.touch()
+    monkeypatch.setattr(sys, 'argv', [
+        'accuracy.py', 'camvid', '--data-root',
+        str(tmp_path), '--weights',
+        str(weights), '--work-dir',
+        str(tmp_path), '--methods', 'dense', '--seeds', '0', '1', '--report',
+        str(report)
+    ])
+    args = accuracy.parse_args()
+    old = dict(machine='old', torch='1.0', torch_pruning='')
+    rows = [_row('start', 50., 0, 1.), _row('dense', 60., 0, 1.)]
+    report.write_text(
+        json.dumps(dict(accuracy.conditions(args), **old, rows=rows)))
+    # The start was trained again here, and so was the second seed.
+    again = [_row('start', 51., 0, 1.), _row('dense', 61., 1, 1.)]
+    for row in again:
+        folder = accuracy.folder_of(args, accuracy.name_of(row))
+        (folder / 'training').mkdir(parents=True)
+        (folder / 'result.json').write_text(json.dumps(row))
+    accuracy.start_checkpoint(args).touch()
+    accuracy.main()
+    assert json.loads(report.read_text())['rows'] == [
+        dict(rows[1], **old),
+        dict(again[1], **accuracy.place()),
+        dict(rows[0], **old)
+    ]
+    monkeypatch.setattr(sys, 'argv', [*sys.argv, '--start', '31'])
+    with pytest.raises(SystemExit, match='expected start 31 as in this run'):
+        accuracy.main()
+
+
+def test_facts_of_all_sections_are_said_once() -> None:
+    from pages import Section, chapter
+    sections = [
+        Section('one', ['table'], ['shared', 'first']),
+        Section('two', [], ['shared', '', 'second'])
+    ]
+    assert chapter('all', ['intro'], sections) == [
+        '## all', '', '- intro', '- shared', '', '### one', '', 'table', '',
+        '- first', '', '### two', '', '- second', ''
+    ]
+    assert chapter('all', ['intro'], sections[:1]) == [
+        '## one', '', 'table', '', '- intro', '- shared', '- first', ''
+    ]
+    assert chapter('all', ['intro'], []) == []
+
+
+def test_time_of_whole_trainings_becomes_iterations() -> None:
+    from cost_report import equal_time
+    runs = dict(dense=dict(seconds=10.), short=dict(seconds=8.))
+    report = _report(
+        _row('dense', 60., 0, 1.), dict(_row('gdp', 58., 0), minutes=3.))
+    facts = equal_time(None, dict(whole=dict(iterations=40, runs=runs)),
+                       [report]).facts
+    assert 'short: 40 gated iterations took 0.80 of' in facts[1]
+    assert facts[1].endswith(', 50 would fit.')
+    assert facts[2].endswith('in 1 of 1 comparisons.')
 
 
 @pytest.mark.parametrize('methods, target, cells', [
@@ -148,15 +290,12 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
         'M on D', 'accuracy', '60.00 (1)', '0.5', '60.00 (1)', '62.00 (1)',
         '61.00 (1), L1 norm'
     ]),
-    (('gdp', 'l1'), 0.4, []),
+    (('gdp', 'l1'), 0.4, None),
 ])
 def test_readme_has_the_gates_and_the_best_alternative(
-        methods: tuple[str, ...], target: float, cells: list[str],
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import results
-    readme = tmp_path / 'README.md'
-    readme.write_text('<!-- accuracy -->\nold\n<!-- /accuracy -->\n')
-    monkeypatch.setattr(results, 'README', readme)
+        methods: tuple[str,
+                       ...], target: float, cells: list[str] | None) -> None:
+    from accuracy_overview import readme_table
     rows = [
         _row('dense', 60., 0, 1.),
         _row('gdp', 60., 0, target),
@@ -164,16 +303,69 @@ def test_readme_has_the_gates_and_the_best_alternative(
         _row('random', 59., 0, target),
         _row('l1', 61., 0, target)
     ]
-    results.show_accuracy([
-        dict(
-            title='M on D: all',
-            data='voc',
-            metric='accuracy',
-            iterations=8,
-            rows=[row for row in rows if row['method'] in methods])
+    report = _report(
+        *(row for row in rows if row['method'] in methods), metric='accuracy')
+    assert _cells(readme_table([report]))[1:] == ([cells] if cells else [])
+
+
+def test_first_sentence_says_where_gdp_stands() -> None:
+    from accuracy_overview import overview
+    reports = [
+        _report(
+            _row('dense', 60., 0, 1.),
+            _row('gdp', 60. + gap, 0, target),
+            title=f'DeepLabV3Plus-{name} on D: all',
+            data=name)
+        for name, gap, target in (('A', -7.5, 0.4), ('B', 0.5, 0.5))
+    ]
+    assert ('on 1 of 2 networks: at 0.4 of the FLOPs 7.50 below (A on D); at '
+            '0.5 of the FLOPs 0.50 above (B on D).**') in overview(reports)[0]
+
+
+def test_predictions_stand_side_by_side_in_a_small_file() -> None:
+    import numpy as np
+    import predictions
+    from PIL import Image
+    image = np.zeros((6, 8, 3), np.uint8)
+    labels = np.full((6, 8), 255, np.uint8)
+    labels[:, :4] = 1
+    content = predictions.draw([('image', [image]), ('label', [labels])],
+                               classes=('sky', 'road'),
+                               palette=[[9, 9, 9], [200, 0, 100]])
+    with Image.open(io.BytesIO(content)) as picture:
+        colours = {
+            colour: number
+            for number, colour in picture.convert('RGB').getcolors()
+        }
+    # Half of the label, and less in the legend; none of the first class.
+    assert colours[200, 0, 100] > 10 * colours.get((9, 9, 9), 0) > 0
+    assert len(content) < 20_000
+
+
+@pytest.mark.parametrize('made, message', [
+    ([], 'finished run of'),
+    (['dense/result.json', 'pruned/result.json'], 'expected a run with gates'),
+    ([
+        'dense/result.json', 'pruned/result.json', 'pruned/pair/gdp_pruned.py',
+        'dense/training/voc.py', 'pruned/training/camvid.py'
+    ], 'but got voc and camvid'),
+])
+def test_runs_that_cannot_be_drawn_are_refused(
+        made: list[str], message: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    import predictions
+    for name in made:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(sys, 'argv', [
+        'predictions.py',
+        str(tmp_path / 'dense'),
+        str(tmp_path / 'pruned'), '--report', 'report.json'
     ])
-    last = readme.read_text().splitlines()[3]
-    assert [cell.strip() for cell in last.split('|')[1:-1]] == cells
+    with pytest.raises(SystemExit):
+        predictions.parse_args()
+    assert message in ' '.join(capsys.readouterr().err.split())
 
 
 def test_alternatives_prune_every_layer_by_the_same_share() -> None:

@@ -1,6 +1,7 @@
 """Several processes: one set of gates, and one process that writes.
 
-On CPUs, over gloo; three tests' worth of processes, because each imports all.
+On CPUs, over gloo. The programs that start processes run once each, because
+each of the processes imports all; the other trainings are in forks.
 """
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ from gdp_mmseg.export.export import export
 from gdp_mmseg.report.record import read_rows
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
-from helpers.project import WITHOUT_SYNC, Exported, Project, Trained, run_tool
+from helpers.project import (WITHOUT_SYNC, Exported, Project, Trained,
+                             run_program, run_tool)
 
 ITERATIONS = 12
 # The mean over two processes' batches is that over one batch of both, if no
@@ -166,7 +168,8 @@ def test_two_processes_evaluate_and_export_what_one_does(
 
 
 @pytest.fixture(scope='module')
-def others(project: Project) -> dict[str, Path]:
+def others(project: Project,
+           tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The work folders of trainings in two processes."""
     exact = project.config('exact', EXACT)
     joined = project.config('joined', JOINED, exact)
@@ -174,10 +177,12 @@ def others(project: Project) -> dict[str, Path]:
         name: project.config(name, lines, joined)
         for name, lines in OTHERS.items()
     }
-    _run_in_two([
-        sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
-        '--standalone', HELPERS / 'train_each.py', *configs.values()
-    ])
+    folder = tmp_path_factory.mktemp('others')
+    run_program(
+        HELPERS / 'train_each.py',
+        folder / 'store',
+        *configs.values(),
+        cwd=folder)
     return {name: path.with_suffix('') for name, path in configs.items()}
 
 

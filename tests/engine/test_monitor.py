@@ -29,6 +29,7 @@ from helpers.project import TARGET, Exported, Project, Trained, train
 from helpers.stages import is_drawn, network
 
 
+@pytest.mark.usefixtures('rendered_pictures')
 def test_local_backend_gets_pictures_at_the_end(project: Project,
                                                 tmp_path: Path) -> None:
     cfg = project.load(tmp_path)
@@ -42,6 +43,7 @@ def test_local_backend_gets_pictures_at_the_end(project: Project,
         assert is_drawn(np.asarray(Image.open(files[0])))
 
 
+@pytest.mark.usefixtures('rendered_pictures')
 def test_tensorboard_gets_pictures_at_the_interval(project: Project,
                                                    tmp_path: Path) -> None:
     pytest.importorskip('tensorboard', reason='TensorBoard is not installed')

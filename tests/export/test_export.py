@@ -463,9 +463,13 @@ def test_checkpoint_and_config_say_the_same_widths(exported: Exported) -> None:
     assert meta['widths'] == _widths(exported)
 
 
-@pytest.mark.parametrize('failure', [RuntimeError, KeyboardInterrupt])
-@pytest.mark.parametrize('which', [1, 2])
-@pytest.mark.parametrize('out_dir', ['pair', 'a/b/pair'])
+# Each two of the values meet.
+@pytest.mark.parametrize('failure, which, out_dir', [
+    (RuntimeError, 1, 'pair'),
+    (RuntimeError, 2, 'a/b/pair'),
+    (KeyboardInterrupt, 1, 'a/b/pair'),
+    (KeyboardInterrupt, 2, 'pair'),
+])
 def test_half_an_export_leaves_nothing_behind(project: Project,
                                               trained: Trained, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any, Callable
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import GDPGates
-from gdp_mmseg.gates.layers import gate_layer_, slot_values
+from gdp_mmseg.gates.layers import gate_, gate_layer_, slot_values, ungate_
+
+from helpers.toys import SHAPE, TOYS, open_gates, randomise_, run
 
 SLOTS = torch.tensor([2, -1, 0, 0, 1, -1])
 IMAGE = (2, 6, 7, 7)
@@ -152,3 +156,57 @@ def test_only_convolutions_and_linear_layers_are_gated(
         layer: nn.Module) -> None:
     with pytest.raises(TypeError, match=type(layer).__name__):
         gate_layer_(layer, GDPGates(3), SLOTS)
+
+
+def all_at_layers(analysis: Analysis) -> Analysis:
+    """The analysis of a version whose gates never stood at norms."""
+    return dataclasses.replace(
+        analysis,
+        groups=tuple(
+            dataclasses.replace(group, norms=()) for group in analysis.groups))
+
+
+def outputs_and_gradients(net: nn.Module, analysis: Analysis,
+                          inputs: Tensor) -> list[Any]:
+    """Outputs, gradients and statistics of a training step."""
+    net = copy.deepcopy(net)
+    gates = open_gates(torch.arange(analysis.num_gates) % 3 != 0).to(inputs)
+    gate_(net, analysis, gates)
+    outputs = run(net, inputs)
+    flat = [outputs] if isinstance(outputs, Tensor) else [*outputs]
+    weights = torch.Generator().manual_seed(3)
+    sum((output * torch.randn(
+        output.shape, generator=weights, dtype=output.dtype)).sum()
+        for output in flat).backward()
+    return [
+        *flat, gates.theta.grad, *[p.grad for p in net.parameters()],
+        *[b for b in net.buffers() if b.is_floating_point()]
+    ]
+
+
+@pytest.mark.parametrize('name', [
+    name for name in TOYS
+    if any(group.norms for group in TOYS[name].analyse()[1].groups)
+])
+def test_gates_at_norms_compute_what_gates_at_layers_do(name: str) -> None:
+    torch.manual_seed(0)
+    net, analysis = TOYS[name].analyse()
+    net = randomise_(net).double().train()
+    inputs = torch.randn(3, *SHAPE).double()
+    for found, wanted in zip(
+            outputs_and_gradients(net, analysis, inputs),
+            outputs_and_gradients(net, all_at_layers(analysis), inputs)):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_behind_gated_norms_stay_plain() -> None:
+    net, analysis = TOYS['residual'].analyse()
+    plain = [{**vars(module)} for module in net.modules()]
+    gate_(net, analysis, GDPGates(analysis.num_gates))
+    changed = [
+        name for name, module in net.named_modules()
+        if {'forward', '_conv_forward'} & {*vars(module)}
+    ]
+    assert changed == ['stem.1', 'branch.1', 'branch.4']
+    ungate_(net, analysis)
+    assert [{**vars(module)} for module in net.modules()] == plain

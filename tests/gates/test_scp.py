@@ -216,15 +216,15 @@ def test_masks_of_a_step_are_drawn_once_and_shared() -> None:
     torch.manual_seed(0)
     net, _ = TOYS['shared head'].analyse()
     gates, _ = gates_on(net.train())
+    net.gates = gates
     with_phi_(net.fine[1], [.93, .94, .95, .96])
     with_phi_(net.coarse[1], [.93, .94, .95, .96])
     steps(gates, 1.)
     drawn = gates.factors(torch.arange(4)).detach()
     assert torch.equal(drawn, gates.factors(torch.arange(4)))
-    assert torch.equal(
-        drawn,
-        copy.deepcopy(net)  # as an average does
-        .head[0]._conv_forward.gates.factors(torch.arange(4)))
+    copied = copy.deepcopy(net)  # as an average does
+    assert torch.equal(drawn, copied.gates.factors(torch.arange(4)))
+    assert copied.fine[1].forward.gates is copied.gates is not gates
     steps(gates, 1.)
     assert not torch.equal(drawn, gates.factors(torch.arange(4)))
 

@@ -7,6 +7,7 @@ in a fork of this process, which has never imported what is tested.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,11 +20,18 @@ import matplotlib.figure  # noqa: F401
 import mmengine.runner  # noqa: F401
 import scipy.sparse.csgraph  # noqa: F401
 import torch
-import yapf.yapflib.yapf_api  # noqa: F401
+
+from helpers.light import spare_time_
+
+# mmpretrain needs it, and takes a second to import it.
+with contextlib.suppress(ImportError):
+    import torchvision  # noqa: F401
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    # Nor are pages copied to which only a collection would write.
+    spare_time_()
     for line in sys.stdin:
         request = json.loads(line)
         child = os.fork()

@@ -6,8 +6,10 @@ installed. It asserts nothing, so PYTEST_DONT_REWRITE.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import gc
 import io
 import json
 import os
@@ -15,29 +17,38 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
-from typing import Any, Callable, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
+from mmseg.utils import register_all_modules
 from torch import Tensor, nn
 from yapf.yapflib import yapf_api
 
+from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.demo.data import make_demo_data
-from gdp_mmseg.engine.matching import gate_meta
-from gdp_mmseg.engine.model import find_pruner, known_gates
+from gdp_mmseg.engine import model as models
+from gdp_mmseg.engine import monitor
+from gdp_mmseg.engine.model import find_pruner
+from gdp_mmseg.export import export as exporting
 from gdp_mmseg.export.networks import load_exported
-from gdp_mmseg.pruner.pruner import Pruner
-from gdp_mmseg.pruner.settings import Settings
+from gdp_mmseg.pruner.settings import Gate, Settings
 from gdp_mmseg.report.tables import Report
 
 from helpers import HELPERS, PYTHONPATH, TOOLS
 
 FORMAT_CODE = yapf_api.FormatCode
+# What draws the gates, for a training and for an export.
+DRAWING = [(monitor, 'draw_widths', monitor.draw_widths),
+           (monitor, 'draw_record', monitor.draw_record),
+           (exporting, 'draw_record', exporting.draw_record)]
 TARGET = 0.4
 ITERATIONS = 32
 # In iterations 4, 24, 4.
@@ -398,28 +409,49 @@ def _fit_travel_(cfg: Config) -> None:
             gdp.get('gate_travel', Settings.gate_travel), pruning)
 
 
-# Analyses of this process, by the model's config: most tests train the same.
-_ANALYSES: dict[str, dict[str, Any]] = {}
+# What a model was built of, and analyses of this process by all that they
+# depend on.
+_PARTS: weakref.WeakKeyDictionary[nn.Module, str] = (
+    weakref.WeakKeyDictionary())
+_ANALYSES: dict[Any, tuple[Analysis, float]] = {}
+_BUILD, _ANALYSE, _VERIFY = (models.build_base_model, models.analyse_model,
+                             models.verify)
+
+
+def _build_base(base: Any, parts: Mapping[str, Any]) -> nn.Module:
+    """Build a model without gates, and remember what it was built of."""
+    network = _BUILD(base, parts)
+    _PARTS[network] = repr((base, parts))
+    return network
+
+
+def _analyse_once(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    ignore: Sequence[str] = (),
+    only: Sequence[str] | None = None,
+    gate: Gate = Gate()
+) -> tuple[Analysis, float]:
+    """Analyse each model once a process."""
+    arguments = shape, ignore, only, gate
+    if network not in _PARTS or models.verify is not _VERIFY:
+        return _ANALYSE(network, *arguments)
+    # An analysis serves all gate methods that have gates for all channels.
+    method = gate if gate.type == 'scp' else None
+    shapes = [tensor.shape for tensor in network.state_dict().values()]
+    # A test, or a pruned config, may have changed what was built.
+    key = _PARTS[network], repr((network, shapes, shape, ignore, only, method))
+    if key not in _ANALYSES:
+        _ANALYSES[key] = _ANALYSE(network, *arguments)
+    return copy.deepcopy(_ANALYSES[key])
 
 
 def build_runner(
         cfg: Config,
         build: Callable[[Config], Runner] = Runner.from_cfg) -> Runner:
-    """Build the runner of a config; analyse each model once a process."""
+    """Build the runner of a config, in which gates travel far enough."""
     _fit_travel_(cfg)
-    config = cfg.model.to_dict()
-    # An analysis serves all gate methods that have gates for all channels.
-    if 'scp' not in str(config.get('gdp', {}).get('gate')):
-        config.get('gdp', {}).pop('gate', None)
-    key = str(config)
-    with known_gates(_ANALYSES.get(key)):
-        runner = build(cfg)
-    model: Any = getattr(runner, 'model', None)
-    # A FlexibleRunner builds its model when the training begins.
-    pruner = getattr(getattr(model, 'module', model), 'gdp', None)
-    if isinstance(pruner, Pruner):
-        _ANALYSES[key] = gate_meta(pruner)
-    return runner
+    return build(cfg)
 
 
 def train(cfg: Config) -> tuple[Runner, Recorder]:
@@ -518,28 +550,72 @@ def process_group(tmp_path: Path,
 
 
 @contextlib.contextmanager
-def formatted_configs(formatted: bool) -> Iterator[None]:
-    """Have mmengine format the configs that it writes, or not.
+def written_for(reader: bool) -> Iterator[None]:
+    """Have configs formatted and pictures rendered as for a reader, or not.
 
-    Each training and each export has some of them formatted, which takes as
-    long as the training itself here.
+    Each training and each export writes some of both, which takes as long as
+    the training itself here.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             yapf_api, 'FormatCode',
-            FORMAT_CODE if formatted else lambda text, **_: (text, True))
+            FORMAT_CODE if reader else lambda text, **_: (text, True))
+        for module, name, draw in DRAWING:
+            patch.setattr(module, name, draw if reader else _emptied(draw))
         yield
 
 
+def _emptied(draw: Callable[..., Figure | None]) -> Callable[..., Any]:
+    """A function that draws a figure and takes all out of it."""
+
+    def drawn(*args: Any, **options: Any) -> Figure | None:
+        figure = draw(*args, **options)
+        if figure is not None:
+            figure.clear()
+        return figure
+
+    return drawn
+
+
 @pytest.fixture(scope='session', autouse=True)
-def plain_configs() -> Iterator[None]:
-    """Nobody reads the configs of most tests."""
-    with formatted_configs(False):
+def plain_files() -> Iterator[None]:
+    """Nobody reads the configs and pictures of most tests."""
+    with written_for(False):
+        yield
+
+
+@pytest.fixture()
+def rendered_pictures() -> Iterator[None]:
+    """A training gives its visualizer the pictures themselves."""
+    with written_for(True):
+        yield
+
+
+def remember_analyses_(patch: pytest.MonkeyPatch) -> None:
+    """Have no gated model analysed twice, whatever builds it."""
+    patch.setattr(models, 'build_base_model', _build_base)
+    patch.setattr(models, 'analyse_model', _analyse_once)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def remembered_analyses() -> Iterator[None]:
+    """Most tests train the same model."""
+    with pytest.MonkeyPatch.context() as patch:
+        remember_analyses_(patch)
         yield
 
 
 @pytest.fixture(scope='session')
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+def libraries() -> None:
+    """All of mmsegmentation, imported, and left out of collections too."""
+    register_all_modules(init_default_scope=False)
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope='session')
+def project(libraries: None,
+            tmp_path_factory: pytest.TempPathFactory) -> Project:
     """The user's project: drawn data, a config, the drop-in over it."""
     folder = tmp_path_factory.mktemp('project')
     make_demo_data(folder / 'data', train=8, val=4, size=64, seed=0)
@@ -568,7 +644,7 @@ def exported(trained: Trained,
              tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """The trained checkpoint, exported by the command line."""
     cwd = tmp_path_factory.mktemp('exported')
-    with formatted_configs(True):
+    with written_for(True):
         outcome = run_tool(
             'export.py',
             trained.config,

@@ -11,7 +11,10 @@ from mmengine.runner import Runner
 
 from gdp_mmseg.engine.model import find_pruner
 
+from helpers.light import spare_time_
 from helpers.project import Recorder
+
+spare_time_()
 
 
 def _refuse() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from gdp_mmseg.report.measure import layer_ms, median_ms
+from gdp_mmseg.report.measure import _without_norms, layer_ms, median_ms
 
 
 def test_calls_alternate_and_the_first_round_is_dropped() -> None:
@@ -43,3 +43,27 @@ def test_layers_are_named_and_timed_as_often_as_they_run() -> None:
     assert all(time > 0 for time in times.values())
     assert len(runs) == 2 * 3
     assert not model['parts'][0]._forward_hooks
+
+
+class _AnySize(nn.modules.batchnorm._BatchNorm):
+    """Batch norm like the one that mmengine puts in the place of SyncBN."""
+
+    def _check_input_dim(self, inputs: torch.Tensor) -> None:
+        pass
+
+
+class _Mixing(nn.BatchNorm2d):
+    """Batch norm with multiply-adds of its own."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return super().forward(inputs) @ inputs
+
+
+@pytest.mark.parametrize('norm, leaves', [(nn.BatchNorm2d, True),
+                                          (nn.SyncBatchNorm, True),
+                                          (_AnySize, True), (_Mixing, False),
+                                          (nn.InstanceNorm2d, False)])
+def test_norms_without_multiply_adds_leave_a_count(norm: type[nn.Module],
+                                                   leaves: bool) -> None:
+    model = _without_norms(nn.Sequential(nn.Conv2d(3, 4, 1), norm(4)))
+    assert isinstance(model[1], nn.Identity) == leaves
