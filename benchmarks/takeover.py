@@ -22,9 +22,11 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
+from gdp_mmseg.analysis.liveness import kept_channels, kept_slots
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.gates.layers import slot_values
+from gdp_mmseg.pruner.pruner import Pruner
 
 # Share of the mean variance of the channels that is added to each of them,
 # because the covariance is an estimate.
@@ -66,15 +68,13 @@ class Moments:
         self._squares.lerp_(samples.T @ samples / len(samples), 1 - DECAY)
         self.count += len(samples)
 
-    def select_(self, slots: Tensor) -> None:
+    def select_(self, left: Tensor) -> None:
         """Drop the channels that a cut took away, in place.
 
         Args:
-            slots (Tensor): ``(C,)`` gates of the channels that are left.
+            left (Tensor): ``(C,)`` bool, channels that are left.
         """
-        # All channels of a gate leave at once.
-        left = torch.isin(self.slots, slots)
-        self.slots = slots
+        self.slots = self.slots[left]
         self._sum = self._sum[left]
         self._squares = self._squares[left][:, left]
 
@@ -162,24 +162,31 @@ class TakeoverHook(Hook):
         self.gradually = gradually
         self.weigh_every = weigh_every
         self._layers: dict[str, _Reader] = {}
-        self._openness = torch.empty(0)
+        self._openness = self._present = torch.empty(0)
         self._factors: Tensor | float = 1.
 
     def before_train(self, runner: Runner) -> None:
         """Begin to observe what the gated layers read."""
         pruner = find_pruner(runner.model)
         self._openness = pruner.gates.openness().detach()
+        self._present = torch.ones(pruner.analysis.num_gates, dtype=torch.bool)
         self._layers = {
             layer.name:
             _Reader(
-                runner.model.get_submodule(layer.name), layer, layer.name
-                in pruner.analysis.norms)
+                runner.model.get_submodule(layer.name), layer, pruner,
+                self._kept)
             for layer in pruner.analysis.gated_layers()
             if _is_known(runner.model.get_submodule(layer.name))
         }
         if self.weigh_every:
             plain = pruner._scarcity
             pruner._scarcity = lambda: plain() * self._factors
+
+    def _kept(self, pruner: Pruner) -> Tensor:
+        """Gates ``(G,)`` whose channels are left in a pass after a cut."""
+        is_open = (~pruner.gates.is_closed().cpu()).float()
+        self._present = kept_channels(pruner.analysis, is_open, self._present)
+        return self._present
 
     def before_train_iter(self,
                           runner: Runner,
@@ -243,33 +250,49 @@ class _Reader:
     Args:
         module (nn.Module): Convolution or linear layer.
         layer (Layer): What the analysis found about it.
-        has_norm (bool): Whether a batch norm alone reads its output.
+        pruner (Pruner): Gates of the model.
+        kept (Callable): Returns the gates ``(G,)`` whose channels are left.
     """
 
-    def __init__(self, module: nn.Module, layer: Layer,
-                 has_norm: bool) -> None:
+    def __init__(self, module: nn.Module, layer: Layer, pruner: Pruner,
+                 kept: Callable[[Pruner], Tensor]) -> None:
         self.module: Any = module
         self.observes = False
-        self._centred = has_norm or self.module.bias is not None
-        self._has_norm = has_norm
+        # A batch norm alone reads its output.
+        self._has_norm = layer.name in pruner.analysis.norms
+        self._centred = self._has_norm or self.module.bias is not None
         self._moments = Moments(layer.inputs)
+        self._pruner, self._kept = pruner, kept
+        self._at_norms = torch.zeros(
+            pruner.analysis.num_gates, dtype=torch.bool)
+        for group in pruner.analysis.groups:
+            self._at_norms[group.gates] = bool(group.norms)
         self.release_: Callable[[], None] = module.register_forward_pre_hook(
             self._observe).remove
 
     def _observe(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.observes and module.training:
-            self._follow_cut_()
-            samples = samples_of(args[0].detach(), module)
-            with torch.autocast(samples.device.type, enabled=False):
-                self._moments.add_(samples)
+        if not module.training:
+            return
+        # Also if it does not observe: gates move on before it does.
+        if self.module.weight.shape[1] != len(self._moments.slots):
+            self._moments.select_(
+                kept_slots(self._moments.slots, self._kept(self._pruner)))
+        if not self.observes:
+            return
+        samples = samples_of(args[0].detach(), module)
+        with torch.autocast(samples.device.type, enabled=False):
+            self._moments.add_(samples / self._factors())
 
-    def _follow_cut_(self) -> None:
-        """Drop the channels that have left the layer, in place."""
-        gated: Any = vars(self.module).get('_conv_forward') or vars(
-            self.module)['forward']
-        slots = gated.gates._slots[gated.index].cpu()
-        if len(slots) != len(self._moments.slots):
-            self._moments.select_(slots)
+    @torch.no_grad()
+    def _factors(self) -> Tensor:
+        """Factors ``(C,)`` that the inputs have by gates at batch norms."""
+        slots = self._moments.slots
+        openness = self._pruner.gates.openness()
+        values = slot_values(openness, slots.to(openness.device))
+        elsewhere = (slots < 0) | ~self._at_norms[slots.clamp(min=0)]
+        # What a closed gate let through counts no longer.
+        return values.masked_fill(
+            elsewhere.to(values.device) | (values == 0), 1)
 
     def unexplained(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Gates ``(n,)`` of open inputs, and what no other input tells.
@@ -302,7 +325,6 @@ class _Reader:
             gradually (bool): Whether the inputs are all whose gates move,
                 not only those whose gates close.
         """
-        self._follow_cut_()
         moments, kernel = self._moments, self.module.weight
         slots = moments.slots.to(before.device)
         old, new = slot_values(before, slots), slot_values(after, slots)
@@ -322,7 +344,8 @@ class _Reader:
         if self.module.bias is not None and not self._has_norm:
             means = moments.mean
             constant = means[closing] - found.T @ (means * new)[stays]
-            self.module.bias += constant @ lost.flatten(2).sum(2)
+            self.module.bias += constant @ lost.reshape(*lost.shape[:2],
+                                                        -1).sum(2)
 
 
 def along(values: Tensor, dim: int) -> Tensor:
