@@ -138,8 +138,9 @@ def plan(args: argparse.Namespace) -> Iterator[str]:
 def _can_start(args: argparse.Namespace, name: str) -> bool:
     """Tell whether a run has what it needs of other runs."""
     method, _, seed = name.split('-')
-    return 'kd' not in method.split('+') or teacher_checkpoint(
-        args, int(seed)).exists()
+    return not any(CHANGES[change].teacher
+                   for change in method.split('+')[1:]) or teacher_checkpoint(
+                       args, int(seed)).exists()
 
 
 def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import torch
+from gate_hooks import GainHook, StreamHook
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
@@ -17,9 +18,15 @@ from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor
 from torch.nn import functional as F
 
+from takeover import TakeoverHook
+
 # Share of the training after which weights are averaged: GDP's gates are
 # fixed by then.
 AVERAGED_FROM = 0.5
+# Openness under which a gate closes for good where its readers take over.
+CLOSE_BELOW = 0.5
+# Factor of the learning rate after the pruning phase.
+RESTART = 2.
 
 
 @HOOKS.register_module()
@@ -35,17 +42,20 @@ class DistillHook(Hook):
         weight (float): Factor of the divergence in the loss.
         temperature (float): Divisor of the logits; the divergence is
             multiplied by its square.
+        begin (float): Share of the training after which it counts.
     """
 
     def __init__(self,
                  model: dict[str, Any],
                  checkpoint: str,
                  weight: float = 1.,
-                 temperature: float = 2.) -> None:
+                 temperature: float = 2.,
+                 begin: float = 0.) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.weight = weight
         self.temperature = temperature
+        self.begin = begin
 
     def before_train(self, runner: Runner) -> None:
         """Build the teacher and add its term to the decoder's loss."""
@@ -60,6 +70,9 @@ class DistillHook(Hook):
         plain = student.decode_head.loss_by_feat
 
         def loss_by_feat(logits: Tensor, samples: Any) -> dict[str, Tensor]:
+            if runner.iter < self.begin * runner.max_iters:
+                images.clear()
+                return plain(logits, samples)
             with torch.no_grad():
                 wanted = teacher.decode_head(teacher.backbone(images.pop()))
             images.clear()
@@ -85,26 +98,36 @@ def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
 def _ema(cfg: Config, teacher: Path) -> None:
     """Average the weights over the second half, and evaluate the average."""
     begin = round(AVERAGED_FROM * cfg.train_cfg.max_iters)
-    cfg.custom_hooks = [
-        *cfg.get('custom_hooks', []),
-        dict(
-            type='EMAHook',
-            ema_type='ExponentialMovingAverage',
-            momentum=0.02,
-            update_buffers=True,
-            begin_iter=begin)
-    ]
+    _add_hook_(
+        cfg,
+        type='EMAHook',
+        ema_type='ExponentialMovingAverage',
+        momentum=0.02,
+        update_buffers=True,
+        begin_iter=begin)
 
 
-def _distill(cfg: Config, teacher: Path) -> None:
+def _add_hook_(cfg: Config, **hook: Any) -> None:
+    cfg.custom_hooks = [*cfg.get('custom_hooks', []), hook]
+
+
+def _distilled(weight: float = 1.,
+               begin: float = 0.) -> Callable[[Config, Path], None]:
     """Distil from the dense network that was trained on, its own too."""
-    model = dict(cfg.model)
-    model.pop('gdp', None)
-    model['type'] = 'EncoderDecoder'
-    cfg.custom_hooks = [
-        *cfg.get('custom_hooks', []),
-        dict(type='DistillHook', model=model, checkpoint=str(teacher))
-    ]
+
+    def change(cfg: Config, teacher: Path) -> None:
+        model = dict(cfg.model)
+        model.pop('gdp', None)
+        model['type'] = 'EncoderDecoder'
+        _add_hook_(
+            cfg,
+            type=DistillHook.__name__,
+            model=model,
+            checkpoint=str(teacher),
+            weight=weight,
+            begin=begin)
+
+    return change
 
 
 def _faster(factor: float) -> Callable[[Config, Path], None]:
@@ -140,6 +163,55 @@ def _phases(*phases: float) -> Callable[[Config, Path], None]:
     return change
 
 
+def _close_early(cfg: Config, teacher: Path) -> None:
+    """Close a gate once it is half closed."""
+    cfg.model.gdp.close_below = CLOSE_BELOW
+
+
+def _take_over(cfg: Config, teacher: Path) -> None:
+    """Let the readers of a closing channel take over what it carried."""
+    _close_early(cfg, teacher)
+    _add_hook_(cfg, type=TakeoverHook.__name__)
+
+
+def _take_over_gradually(cfg: Config, teacher: Path) -> None:
+    """Take over what a channel carries as its gate falls."""
+    _close_early(cfg, teacher)
+    _add_hook_(cfg, type=TakeoverHook.__name__, gradually=True)
+
+
+def _take_over_and_weigh(cfg: Config, teacher: Path) -> None:
+    """Close channels that others can take over rather than others."""
+    _close_early(cfg, teacher)
+    _add_hook_(cfg, type=TakeoverHook.__name__, weigh_every=4)
+
+
+def _long_means(cfg: Config, teacher: Path) -> None:
+    """Average the gains over more steps, of which more are a warm-up."""
+    _add_hook_(cfg, type=GainHook.__name__, betas=(0.98, 0.995))
+
+
+def _keep_streams(cfg: Config, teacher: Path) -> None:
+    """Keep three quarters of the channels of each residual stream."""
+    # So small that it keeps one channel of every other group.
+    cfg.model.gdp.min_keep_ratio = 1e-3
+    _add_hook_(cfg, type=StreamHook.__name__, ratio=0.75)
+
+
+def _restart(cfg: Config, teacher: Path) -> None:
+    """Double the learning rate after the pruning phase, then let it fall."""
+    end = cfg.train_cfg.max_iters
+    begin = round(sum(cfg.model.gdp.phases[:2]) * end)
+    hold_(cfg, begin / end)
+    cfg.param_scheduler.insert(
+        0,
+        dict(
+            type='MultiStepLR',
+            milestones=[begin],
+            gamma=RESTART,
+            by_epoch=False))
+
+
 @dataclass(frozen=True)
 class Change:
     """A change to a training.
@@ -148,16 +220,43 @@ class Change:
         label (str): What it is, in tables.
         apply_ (Callable): Takes the config of the training and the checkpoint
             of a trained dense network, and changes the config in place.
+        teacher (bool): Whether it reads that checkpoint.
     """
 
     label: str
     apply_: Callable[[Config, Path], None]
+    teacher: bool = False
 
 
 CHANGES: dict[str, Change] = dict(
     ema=Change('average of the weights over the second half', _ema),
-    kd=Change('distillation from the dense network that was trained on',
-              _distill),
+    kd=Change(
+        'distillation from the dense network that was trained on',
+        _distilled(),
+        teacher=True),
+    kd_half=Change(
+        'distillation from the dense network that was trained on, at weight '
+        '0.5',
+        _distilled(0.5),
+        teacher=True),
+    kd_late=Change(
+        'distillation from the dense network that was trained on, after the '
+        'pruning phase',
+        _distilled(begin=0.3),
+        teacher=True),
+    close=Change('gates close at an openness of 0.5', _close_early),
+    takeover=Change(
+        'kernels take over what a closing channel carried, at an openness of '
+        '0.5', _take_over),
+    gradual=Change('takeover of each loss of openness', _take_over_gradually),
+    weigh=Change(
+        'takeover, and gains times the root of what no other channel tells',
+        _take_over_and_weigh),
+    gains=Change('longer means of the gains', _long_means),
+    parts=Change('three quarters of each residual stream stay', _keep_streams),
+    restart=Change(
+        'learning rate times 2 after the pruning phase, then linear',
+        _restart),
     lr2=Change('learning rate times 2.5', _faster(2.5)),
     lr5=Change('learning rate times 5', _faster(5.)),
     flat=Change('learning rate held for 0.6, then linear', _flat),

@@ -636,3 +636,57 @@ def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
         split='train',
         augment=True,
         data_root=str(Path('data').resolve()))
+
+
+def _config_of(method: str) -> Any:
+    """Config of a training on CamVid with changes."""
+    import accuracy_configs
+    args: Any = SimpleNamespace(
+        data='camvid',
+        data_root=Path('data'),
+        weights=Path('weights.pth'),
+        work_dir=Path('work'),
+        iterations=100,
+        start=700,
+        tune=False,
+        lr=1e-3,
+        hold=0.6)
+    return accuracy_configs.config_of(args, method, 0.4, 0)
+
+
+def test_rate_is_twice_as_high_after_the_pruning_phase() -> None:
+    from mmengine.registry import PARAM_SCHEDULERS
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
+    schedulers = [
+        PARAM_SCHEDULERS.build(dict(one, optimizer=optimizer))
+        for one in _config_of('gdp+restart').param_scheduler
+    ]
+    rates = []
+    for _ in range(100):
+        rates.append(optimizer.param_groups[0]['lr'])
+        optimizer.step()
+        for one in schedulers:
+            one.step()
+    assert rates[:30] == [1e-3] * 30
+    assert rates[30] == 2e-3
+    assert rates[65] == pytest.approx(1e-3, rel=0.02)
+    assert rates[-1] < 5e-5
+
+
+def test_residual_streams_keep_their_share() -> None:
+    from gate_hooks import GainHook, StreamHook
+
+    from gdp_mmseg.engine.model import add_gates_
+    from gdp_mmseg.pruner.settings import Settings
+
+    from helpers.toys import TOYS
+    net, analysis = TOYS['residual'].analyse()
+    settings = _config_of('gdp+parts').model.gdp
+    add_gates_(net, analysis, Settings.from_config(settings))
+    runner: Any = SimpleNamespace(model=net)
+    StreamHook(0.75).before_train(runner)
+    pruner: Any = net.gdp
+    # The stream of four channels, and the inside of its branch.
+    assert pruner.min_kept.tolist() == [3, 1]
+    GainHook((0.5, 0.6)).before_train(runner)
+    assert pruner.gates.betas == (0.5, 0.6)
