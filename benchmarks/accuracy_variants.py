@@ -15,10 +15,9 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner, load_checkpoint
+from takeover import TakeoverHook
 from torch import Tensor
 from torch.nn import functional as F
-
-from takeover import TakeoverHook
 
 # Share of the training after which weights are averaged: GDP's gates are
 # fixed by then.

@@ -8,10 +8,10 @@ import pytest
 
 pytest.importorskip('mmseg')
 
+import takeover
 import torch
 from torch import Tensor, nn
 
-import takeover
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.engine.hooked import HookedPruner
 from gdp_mmseg.engine.model import add_gates_
