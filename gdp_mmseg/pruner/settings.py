@@ -19,6 +19,8 @@ COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
 # A pruning phase in which a gate can close in fewer steps is short: its gain
 # is a mean over some tens of steps.
 _STEPS_TO_CLOSE = 10
+# Smallest target: far below any network of use.
+_LEAST_TARGET = 0.001
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +28,9 @@ class Target:
     """The resource to budget and the share of it to keep.
 
     Args:
-        ratio (float): Share of the dense cost to keep, in (0, 1).
+        ratio (float): Share of the dense cost to keep, in [0.001, 1). A
+            target is met within one percentage point, so that less would be
+            no network at all.
         type (str): ``'flops'``, ``'params'`` or ``'latency'``.
         runtime (str): Runtime in which the layers are timed for a latency, a
             key of :data:`gdp_mmseg.cost.latency.STOPWATCHES`.
@@ -43,10 +47,12 @@ class Target:
             raise ValueError(f'gdp.target.type: expected one of {[*COSTS]}, '
                              f'but got {self.type!r}' +
                              did_you_mean(self.type, COSTS))
-        if not isinstance(self.ratio, (int, float)) or not 0 < self.ratio < 1:
+        if not isinstance(self.ratio,
+                          (int, float)) or not _LEAST_TARGET <= self.ratio < 1:
             key = 'gdp.target' if self.type == 'flops' else 'gdp.target.ratio'
             raise ValueError(f'{key}: expected the share of '
-                             f'{COSTS[self.type]} to keep, in (0, 1), '
+                             f'{COSTS[self.type]} to keep, in '
+                             f'[{_LEAST_TARGET}, 1), '
                              f'but got {self.ratio!r}')
 
         if self.runtime not in [*STOPWATCHES]:

@@ -415,7 +415,7 @@ CASES = {
     **{
         f'{tool} at target {goal}':
         Case(f'{tool}.py', arguments, goal, 'gdp.target')
-        for goal in ('0', '1', '1.5', '-0.4', '40')
+        for goal in ('0', '0.0001', '1', '-0.4', '40')
         for tool, arguments in {
             'train':
             lambda w, goal=goal: w.train(*w.set(model__gdp__target=goal)),
@@ -426,8 +426,10 @@ CASES = {
         }.items()
     },
     'train at a target below what cannot be pruned':
-    Case('train.py', lambda w: w.train(*w.set(model__gdp__target=1e-6)),
-         '1e-06', 'gdp.target'),
+    Case(
+        'train.py', lambda w: w.train(*w.set(
+            model__gdp__target=0.002, model__gdp__min_keep_ratio=0.2)),
+        '0.002', 'cannot be pruned'),
     'train with an unknown setting':
     Case('train.py', lambda w: w.train(*w.set(model__gdp__tagret=0.3)),
          'tagret', 'model.gdp'),
