@@ -224,6 +224,34 @@ def _spread(values: list[float], form: str) -> str:
     return f'{middle} ({low} to {high})'
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure all but other gate methods; return the report."""
+    # Measured first: on Linux, a process starts with the peak of its parent.
+    whole = whole_run.measure(args.whole_size, args.iterations)
+    dense, gated = (
+        peak_of_fresh_process(one, args.batch, args.size)
+        for one in (False, True))
+    steps = {
+        network:
+        dict(
+            gdp=step_seconds(config, args.batch, args.size, args.rounds,
+                             'gdp'))
+        for network, config in NETWORKS.items()
+    }
+    return dict(
+        whole=whole,
+        analysis_s=analysis_seconds(),
+        steps=steps,
+        memory_ratio=gated / dense,
+        memory_kb=[dense, gated],
+        export_s=export_seconds(),
+        batch=args.batch,
+        size=args.size,
+        rounds=args.rounds,
+        torch=torch.__version__,
+        machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
+
+
 def main() -> None:
     """Measure, write the report and, from it, the page."""
     parser = argparse.ArgumentParser(
@@ -260,32 +288,8 @@ def main() -> None:
             args.gate)
         write_(args.report, report)
         return
-    # Measured first: on Linux, a process starts with the peak of its parent.
-    whole = whole_run.measure(args.whole_size, args.iterations)
-    dense, gated = (
-        peak_of_fresh_process(one, args.batch, args.size)
-        for one in (False, True))
-    steps = {
-        network:
-        dict(
-            gdp=step_seconds(config, args.batch, args.size, args.rounds,
-                             'gdp'))
-        for network, config in NETWORKS.items()
-    }
-    report = dict(
-        whole=whole,
-        analysis_s=analysis_seconds(),
-        steps=steps,
-        memory_ratio=gated / dense,
-        memory_kb=[dense, gated],
-        export_s=export_seconds(),
-        batch=args.batch,
-        size=args.size,
-        rounds=args.rounds,
-        torch=torch.__version__,
-        machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
     args.report.parent.mkdir(parents=True, exist_ok=True)
-    write_(args.report, report)
+    write_(args.report, measure(args))
 
 
 def write_(path: Path, report: dict[str, Any]) -> None:

@@ -181,6 +181,8 @@ def measure(size: int, iterations: int) -> dict[str, Any]:
     for name, (_, end) in ends.items():
         context.Process(
             target=train, args=(name, size, iterations, end)).start()
+        # A training that fails then ends the wait for its turn.
+        end.close()
     for _ in range(iterations):
         for name, (turns, _) in ends.items():
             turns.send(None)

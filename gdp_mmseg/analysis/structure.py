@@ -153,6 +153,13 @@ class Analysis:
             if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
+    def at_layers(self) -> Analysis:
+        """Return this analysis with all gates at layers, none at norms."""
+        return dataclasses.replace(
+            self,
+            groups=tuple(
+                dataclasses.replace(group, norms=()) for group in self.groups))
+
     def without(self, reasons: Mapping[int, str]) -> Analysis:
         """Return this analysis with some groups frozen.
 

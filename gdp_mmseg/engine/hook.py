@@ -10,6 +10,7 @@ from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
 from ..gates.base import GateMethod
+from ..gates.layers import gate_layers_
 from ..pruner.figures import Figures
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
@@ -70,6 +71,12 @@ class GDPHook(ResumeHook):
             ValueError: See :class:`ResumeHook`.
         """
         super().before_run(runner)
+        if runner.cfg.get('efficient_conv_bn_eval'):
+            # It reads the parameters of norms and does not call them.
+            network, pruner = network_of(runner.model), find_pruner(
+                runner.model)
+            pruner.analysis = gate_layers_(network, pruner.analysis,
+                                           pruner.gates)
         if self._shrink not in runner.hooks:
             runner.register_hook(self._shrink)
 

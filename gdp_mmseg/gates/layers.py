@@ -59,6 +59,24 @@ def ungate_(model: nn.Module, analysis: Analysis) -> None:
         del hooks[key]
 
 
+def gate_layers_(model: nn.Module, analysis: Analysis,
+                 gates: GateMethod) -> Analysis:
+    """Move the gates at norms to the layers behind them, in place.
+
+    Args:
+        model (nn.Module): A model with gates.
+        analysis (Analysis): The analysis that its gates are from.
+        gates (GateMethod): The gates.
+
+    Returns:
+        Analysis: The analysis of the model from now on.
+    """
+    ungate_(model, analysis)
+    moved = analysis.at_layers()
+    gate_(model, moved, gates)
+    return moved
+
+
 def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
     """Let the gated modules read the slots of some gates only, in place.
 

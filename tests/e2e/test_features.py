@@ -273,15 +273,15 @@ def test_compiled_training_is_the_plain_one(
         return step(pruner, *arguments)
 
     monkeypatch.setattr(Pruner, 'step_', step_)
-    # A layer of another size is another compilation; the first few tell.
-    monkeypatch.setattr(torch._dynamo.config, 'recompile_limit', 2)
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters['frames']
     options: dict[str, Any] = {'train_cfg.max_iters': 4, **SHALLOW}
     _, plain = train(project.load(tmp_path / 'plain', **options))
     assert frames['ok'] == 0
     options['compile'] = dict(backend='eager')
-    runner, compiled = train(project.load(tmp_path, **options))
+    # A layer of another size is another compilation; the first few tell.
+    with torch._dynamo.config.patch(recompile_limit=2):
+        runner, compiled = train(project.load(tmp_path, **options))
     assert frames['ok'] > 0
     torch._dynamo.reset()
     assert traced == [False] * 8

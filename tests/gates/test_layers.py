@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 from typing import Any, Callable
 
 import pytest
@@ -158,14 +157,6 @@ def test_only_convolutions_and_linear_layers_are_gated(
         gate_layer_(layer, GDPGates(3), SLOTS)
 
 
-def all_at_layers(analysis: Analysis) -> Analysis:
-    """The analysis of a version whose gates never stood at norms."""
-    return dataclasses.replace(
-        analysis,
-        groups=tuple(
-            dataclasses.replace(group, norms=()) for group in analysis.groups))
-
-
 def outputs_and_gradients(net: nn.Module, analysis: Analysis,
                           inputs: Tensor) -> list[Any]:
     """Outputs, gradients and statistics of a training step."""
@@ -195,7 +186,7 @@ def test_gates_at_norms_compute_what_gates_at_layers_do(name: str) -> None:
     inputs = torch.randn(3, *SHAPE).double()
     for found, wanted in zip(
             outputs_and_gradients(net, analysis, inputs),
-            outputs_and_gradients(net, all_at_layers(analysis), inputs)):
+            outputs_and_gradients(net, analysis.at_layers(), inputs)):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
