@@ -26,6 +26,7 @@ from gdp_mmseg.analysis.liveness import kept_channels, kept_slots
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
 from gdp_mmseg.gates.layers import slot_values
+from gdp_mmseg.gates.scaling import along
 from gdp_mmseg.pruner.pruner import Pruner
 
 # Share of the mean variance of the channels that is added to each of them,
@@ -263,10 +264,7 @@ class _Reader:
         self._centred = self._has_norm or self.module.bias is not None
         self._moments = Moments(layer.inputs)
         self._pruner, self._kept = pruner, kept
-        self._at_norms = torch.zeros(
-            pruner.analysis.num_gates, dtype=torch.bool)
-        for group in pruner.analysis.groups:
-            self._at_norms[group.gates] = bool(group.norms)
+        self._at_norms = pruner.analysis.at_norms()
         self.release_: Callable[[], None] = module.register_forward_pre_hook(
             self._observe).remove
 
@@ -338,7 +336,7 @@ class _Reader:
         found = estimator(
             moments.covariance(self._centred), closing, stays, new)
         lost = kernel[:, closing].transpose(0, 1) * along(
-            fall[closing], kernel.dim())
+            fall[closing], kernel, 0)
         kernel[:, stays] += (found @ lost.flatten(1)).reshape(
             -1, *lost.shape[1:]).transpose(0, 1)
         if self.module.bias is not None and not self._has_norm:
@@ -346,11 +344,6 @@ class _Reader:
             constant = means[closing] - found.T @ (means * new)[stays]
             self.module.bias += constant @ lost.reshape(*lost.shape[:2],
                                                         -1).sum(2)
-
-
-def along(values: Tensor, dim: int) -> Tensor:
-    """Reshape ``(C,)`` so that it multiplies the first of ``dim`` axes."""
-    return values.reshape(-1, *[1] * (dim - 1))
 
 
 def samples_of(inputs: Tensor, module: nn.Module) -> Tensor:

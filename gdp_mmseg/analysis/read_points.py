@@ -337,18 +337,12 @@ class ReadPointTracker:
 
     def _norm(self, operation: Operation, inner: Expression) -> Expression:
         self._normed.append(inner)
-        weight = operation.args[1]
-        name = (
-            self._labels.name_of(weight)
-            if isinstance(weight, Tensor) else None)
+        name, shift = map(self._name_of, operation.args[1:3])
         norm, _, leaf = (name or '').rpartition('.')
         if name is None or leaf != 'weight':
             return _OtherNorm(
                 inner, f'batch norm without scale ({self._labels.here()})')
-        shift = operation.args[2]
-        if self._labels.here() == norm and isinstance(
-                shift,
-                Tensor) and self._labels.name_of(shift) == norm + '.bias':
+        if self._labels.here() == norm and shift == f'{norm}.bias':
             self._modules.add(norm)
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
@@ -357,6 +351,10 @@ class ReadPointTracker:
                               f'batch norm used more than once ({norm})')
         return _Leaf((name, 0),
                      ReadPoint((norm, ), of_sum=isinstance(inner, _Sum)))
+
+    def _name_of(self, argument: object) -> str | None:
+        return self._labels.name_of(argument) if isinstance(argument,
+                                                            Tensor) else None
 
     def _lost(self, inner: Expression, operation: Operation) -> Expression:
         return _Lost(inner, f'{operation.name} in {self._labels.here()}')

@@ -54,13 +54,7 @@ def from_state(state: Mapping[str, Any]) -> Analysis:
                 for name, axis, gates in state['gate_of_slot']
             },
             layers=tuple(_layer(**row) for row in state['layers']),
-            groups=tuple(
-                Group(
-                    torch.tensor(row['gates']), tuple(row['writers']),
-                    tuple(row['readers']), row['can_be_empty'],
-                    _read_points(row.get('read_points', (
-                    ))), tuple(row.get('norms', ())))
-                for row in state['groups']),
+            groups=tuple(_group(**row) for row in state['groups']),
             parameters={
                 name: tuple(shape)
                 for name, shape in state['parameters'].items()
@@ -126,6 +120,20 @@ def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
                 for name, value in call.items()
             }) for call in calls),
         **rest)
+
+
+def _group(
+    gates: list[int],
+    writers: list[str],
+    readers: list[str],
+    can_be_empty: bool,
+    read_points: Iterable[Mapping[str, Any]] = (),
+    norms: Iterable[str] = ()
+) -> Group:
+    """Restore a group; earlier versions have not saved the last two."""
+    return Group(
+        torch.tensor(gates), tuple(writers), tuple(readers), can_be_empty,
+        _read_points(read_points), tuple(norms))
 
 
 def _read_points(rows: Iterable[Mapping[str, Any]]) -> tuple[ReadPoint, ...]:

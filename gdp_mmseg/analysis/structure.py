@@ -153,6 +153,12 @@ class Analysis:
             if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
+    def at_norms(self) -> Tensor:
+        """Mask ``(num_gates,)`` of the gates that stand at norms."""
+        stand = torch.tensor([bool(group.norms) for group in self.groups],
+                             dtype=torch.bool)
+        return stand[self.group_of()]
+
     def at_layers(self) -> Analysis:
         """Return this analysis with all gates at layers, none at norms."""
         return dataclasses.replace(

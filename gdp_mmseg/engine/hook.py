@@ -10,7 +10,7 @@ from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
 from ..gates.base import GateMethod
-from ..gates.layers import gate_layers_
+from ..gates.layers import move_to_layers_
 from ..pruner.figures import Figures
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
@@ -75,8 +75,8 @@ class GDPHook(ResumeHook):
             # It reads the parameters of norms and does not call them.
             network, pruner = network_of(runner.model), find_pruner(
                 runner.model)
-            pruner.analysis = gate_layers_(network, pruner.analysis,
-                                           pruner.gates)
+            pruner.analysis = move_to_layers_(network, pruner.analysis,
+                                              pruner.gates)
         if self._shrink not in runner.hooks:
             runner.register_hook(self._shrink)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from typing import Any, Iterator, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -36,9 +35,9 @@ def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
             norms[place.name] = _GatedNorm(place.module, gates, place.gated)
         else:
             gate_layer_(place.module, gates, place.gated)
-    keeper = _Keeper(norms)
-    keeper(model)
-    model.register_forward_pre_hook(keeper)
+    if norms:
+        model.register_forward_pre_hook(_Keeper(norms))
+        _restore_(model)
 
 
 def ungate_(model: nn.Module, analysis: Analysis) -> None:
@@ -48,19 +47,15 @@ def ungate_(model: nn.Module, analysis: Analysis) -> None:
         model (nn.Module): A model with gates.
         analysis (Analysis): The analysis that its gates are from.
     """
-    _restore_(model)
-    for place in _places(model, analysis):
-        attributes = vars(place.module)
-        for name in ('forward', '_conv_forward'):
-            if isinstance(attributes.get(name), _GatedForward):
-                del attributes[name]
+    for place, name, _ in _gated(model, analysis):
+        delattr(place.module, name)
     hooks = model._forward_pre_hooks
     for key in [key for key in hooks if isinstance(hooks[key], _Keeper)]:
         del hooks[key]
 
 
-def gate_layers_(model: nn.Module, analysis: Analysis,
-                 gates: GateMethod) -> Analysis:
+def move_to_layers_(model: nn.Module, analysis: Analysis,
+                    gates: GateMethod) -> Analysis:
     """Move the gates at norms to the layers behind them, in place.
 
     Args:
@@ -86,14 +81,9 @@ def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
         analysis (Analysis): The analysis that its gates are from.
         keep (Tensor): ``(G,)`` bool on the CPU.
     """
-    _restore_(model)
-    for place in _places(model, analysis):
-        attributes = vars(place.module)
-        for name in ('forward', '_conv_forward'):
-            found = attributes.get(name)
-            if isinstance(found, _GatedForward):
-                found.gates.set_slots_(
-                    found.index, place.gated[kept_slots(place.slots, keep)])
+    for place, _, found in _gated(model, analysis):
+        found.gates.set_slots_(found.index,
+                               place.gated[kept_slots(place.slots, keep)])
 
 
 class _Place(NamedTuple):
@@ -116,12 +106,9 @@ class _Place(NamedTuple):
 
 def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
     """Yield the modules of a model that have gates."""
-    at_norms = torch.zeros(analysis.num_gates, dtype=torch.bool)
-    norms: dict[str, None] = {}
-    for group in analysis.groups:
-        if group.norms:
-            at_norms[group.gates] = True
-            norms.update(dict.fromkeys(group.norms))
+    at_norms = analysis.at_norms()
+    norms = dict.fromkeys(norm for group in analysis.groups
+                          for norm in group.norms)
     axes = [(name, True, analysis.gate_of_slot[f'{name}.weight', 0])
             for name in norms]
     axes += [(layer.name, False, layer.inputs)
@@ -132,6 +119,17 @@ def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
         if bool((gated >= 0).any()):
             yield _Place(name, model.get_submodule(name), is_norm, slots,
                          gated)
+
+
+def _gated(model: nn.Module,
+           analysis: Analysis) -> Iterator[tuple[_Place, str, _GatedForward]]:
+    """Yield places, the method that gates replaced there, and what by."""
+    _restore_(model)
+    for place in _places(model, analysis):
+        for name in ('forward', '_conv_forward'):
+            found = vars(place.module).get(name)
+            if isinstance(found, _GatedForward):
+                yield place, name, found
 
 
 def gate_layer_(layer: nn.Module, gates: GateMethod, slots: Tensor) -> None:

@@ -17,6 +17,8 @@ from .outputs import first_line, largest_difference, outputs_of
 from .prune import cut
 from .random_weights import centre_biases_, copy_with_random_weights
 
+# Forwards, each with True if it is one of training.
+Forwards = Sequence[tuple[Forward, bool]]
 _INEXACT = 'not exact when pruned: the forward counts on these channels'
 # Sides of the input that are tried before the analysed one, and the step
 # between larger ones: a small input makes the many forward passes fast.
@@ -55,9 +57,9 @@ class Trial:
     Args:
         model (nn.Module): The model that was analysed, which stays unchanged.
         analysis (Analysis): The analysis of the model.
-        forwards (Sequence[tuple[Forward, bool]]): Forwards that are compared,
+        forwards (Forwards): Forwards that are compared,
             the one of inference first; each with True if it is of training.
-        others (Sequence[tuple[Forward, bool]]): Forwards that are compared if
+        others (Forwards): Forwards that are compared if
             the model itself can run them on these inputs.
         tolerance (float): Largest relative difference of equal outputs.
 
@@ -71,9 +73,8 @@ class Trial:
     """
 
     def __init__(self, model: nn.Module, analysis: Analysis,
-                 forwards: Sequence[tuple[Forward, bool]],
-                 others: Sequence[tuple[Forward,
-                                        bool]], tolerance: float) -> None:
+                 forwards: Forwards, others: Forwards,
+                 tolerance: float) -> None:
         self.tolerance = tolerance
         self.forwards = list(forwards)
         self.model, self.inputs = self._random_copy(model,

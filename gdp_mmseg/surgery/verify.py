@@ -21,7 +21,7 @@ from torch import nn
 from ..analysis.analyse import nothing_left
 from ..analysis.structure import Analysis
 from ..analysis.tracer import Forward, ForwardError, fixed_seeds
-from .trial import Trial
+from .trial import Forwards, Trial
 
 # Tolerance in double precision, where a small error is not lost in rounding.
 TOLERANCE = 1e-8
@@ -57,7 +57,7 @@ def verify(
         analysis: Analysis,
         forward: Forward,
         training_forward: Forward | None = None,
-        others: Sequence[tuple[Forward, bool]] = (),
+        others: Forwards = (),
         note: Callable[[str],
                        None] = lambda line: None) -> tuple[Analysis, float]:
     """Freeze the groups whose surgery is not exact on a copy of the model.
@@ -69,7 +69,7 @@ def verify(
         forward (Forward): The forward of inference (see
             :func:`gdp_mmseg.analysis.analyse.analyse`).
         training_forward (Forward, optional): The forward of training.
-        others (Sequence[tuple[Forward, bool]]): Further forwards that must
+        others (Forwards): Further forwards that must
             stay exact, each with True if it is one of training. Those that
             the model itself cannot run are left out.
         note (Callable[[str], None]): Called with a line for each forward that
@@ -98,11 +98,9 @@ def verify(
     return found
 
 
-def _tried(model: nn.Module, analysis: Analysis,
-           forwards: Sequence[tuple[Forward,
-                                    bool]], others: Sequence[tuple[Forward,
-                                                                   bool]],
-           note: Callable[[str], None]) -> tuple[Analysis, float]:
+def _tried(model: nn.Module, analysis: Analysis, forwards: Forwards,
+           others: Forwards, note: Callable[[str],
+                                            None]) -> tuple[Analysis, float]:
     """Verify an analysis with the gates at their places (see :func:`verify`).
     """
     attempts = list(_ATTEMPTS)
@@ -141,7 +139,7 @@ def _give_memory_back() -> None:
 
 
 def _runs_more_in_single(trial: Trial, model: nn.Module,
-                         others: Sequence[tuple[Forward, bool]]) -> bool:
+                         others: Forwards) -> bool:
     """Tell whether fewer forwards fail in single than in double precision."""
     required = trial.forwards[:trial.num_required]
     with default_dtype(torch.float32):

@@ -91,6 +91,16 @@ def _close_(net: Any, channel: int) -> None:
     gates.close_(torch.arange(len(gates.theta)) == of_writer[channel])
 
 
+def _assert_taken_over(net: Any, hook: Any, runner: Any) -> None:
+    """Assert that hardly anything is lost by closing a channel."""
+    inputs = _inputs()
+    wanted = net(inputs)
+    _close_(net, 3)
+    lost = (net(inputs) - wanted).abs().max()
+    hook.after_train_iter(runner, 0)
+    assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
+
+
 @pytest.mark.parametrize('reader, more', [
     (nn.Conv2d(6, 4, 1), {}),
     (nn.Conv2d(6, 4, 3), {}),
@@ -100,13 +110,7 @@ def _close_(net: Any, channel: int) -> None:
 def test_outputs_stay_where_others_tell_the_closing_channel(
         reader: nn.Module, more: dict[str, nn.Module]) -> None:
     net = _gated(reader, **more)
-    hook, runner = _observing(net)
-    inputs = _inputs()
-    wanted = net(inputs)
-    _close_(net, 3)
-    lost = (net(inputs) - wanted).abs().max()
-    hook.after_train_iter(runner, 0)
-    assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
+    _assert_taken_over(net, *_observing(net))
 
 
 def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
@@ -118,12 +122,7 @@ def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
     hook, runner = _observing(net)
     gates.theta.data[gate] = 1
     hook.after_train_iter(runner, 0)
-    inputs = _inputs()
-    wanted = net(inputs)
-    _close_(net, 3)
-    lost = (net(inputs) - wanted).abs().max()
-    hook.after_train_iter(runner, 0)
-    assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
+    _assert_taken_over(net, hook, runner)
 
 
 def test_what_was_taken_over_is_handed_on_after_a_cut() -> None:
