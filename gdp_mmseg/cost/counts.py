@@ -111,8 +111,10 @@ class Cost(WithConstants):
     def _sums(self, openness: Tensor) -> tuple[Tensor, Tensor]:
         """Open input and output channels of each term, ``(K,)`` twice."""
         sums = self.group_sums(openness)
-        return (self.inputs.to(sums) @ sums + self.fixed_inputs.to(sums),
-                self.outputs.to(sums) @ sums + self.fixed_outputs.to(sums))
+        return (torch.addmv(
+            self.fixed_inputs.to(sums), self.inputs.to(sums), sums),
+                torch.addmv(
+                    self.fixed_outputs.to(sums), self.outputs.to(sums), sums))
 
     def forward(self, openness: Tensor) -> Tensor:
         """Compute the share of the dense cost, a differentiable scalar.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
 from .blocks import Blocks
-from .scaling import fixed
+from .lookup import Lookup
 
 
 class CostFunction(Protocol):
@@ -34,7 +34,7 @@ class CostFunction(Protocol):
 class GateMethod(nn.Module, abc.ABC):
     """Base class of the gate methods: one vector of gates for a model.
 
-    A method implements :meth:`openness`, :meth:`factors`, :meth:`worth`,
+    A method implements :meth:`openness`, :meth:`levels`, :meth:`worth`,
     :meth:`observe_` and :meth:`step_`; the other methods have defaults that
     fit gates without a schedule of their own. :meth:`observe_` and
     :meth:`step_` run right before the optimizer's step, on its gradients. A
@@ -61,6 +61,7 @@ class GateMethod(nn.Module, abc.ABC):
             good. An average of models (EMA) may average this mask and keep a
             non-zero theta, so test ``closed > 0``, never ``theta == 0``.
         multiplier (Tensor): Scalar, the price multiplier of the last step.
+        lookup (Lookup): The channel axes with these gates.
         gradual (bool): Whether the budget falls gradually. If not, it is the
             target in all of the pruning phase.
         loss_scale (Tensor | None): Factor that the gradients of the model's
@@ -81,9 +82,7 @@ class GateMethod(nn.Module, abc.ABC):
 
     def __init__(self, num_gates: int) -> None:
         super().__init__()
-        # No buffers: an average of models would average these indices.
-        self._slots: list[Tensor] = []
-        self._fixed: dict[int, tuple[Any, Tensor]] = {}
+        self.lookup = Lookup()
         self._known_open = -1, False
         self.gradual = self.heeded = True
         self.loss_scale: Tensor | None = None
@@ -144,48 +143,33 @@ class GateMethod(nn.Module, abc.ABC):
 
     # -- the forward pass --------------------------------------------------
 
-    def add_slots(self, slots: Tensor) -> int:
-        """Register the gates of a channel axis.
-
-        Args:
-            slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
-
-        Returns:
-            int: Index for :meth:`slot_factors`.
-        """
-        self._slots.append(slots)
-        return len(self._slots) - 1
-
-    def set_slots_(self, index: int, slots: Tensor) -> None:
-        """Replace the gates of a channel axis, in place.
-
-        Args:
-            index (int): What :meth:`add_slots` returned for the axis.
-            slots (Tensor): ``(C,)`` gate of each channel, -1 for none.
-        """
-        self._slots[index] = slots
-        self._fixed.pop(index, None)
-
     def slot_factors(self, index: int) -> Tensor:
-        """Factors ``(C,)`` of a channel axis, differentiable in theta."""
-        if self.heeded or not self.training or torch.compiler.is_compiling():
-            return self._computed_factors(index)
-        # Nothing moves the gates now, so that their factors stay as they are.
-        state = (self.theta._version, self.closed._version, self.theta.device,
-                 self.theta.dtype)
-        known = self._fixed.get(index)
-        if known is None or known[0] != state:
-            known = state, self._computed_factors(index).detach()
-            self._fixed[index] = known
-        return fixed(self.theta, known[1])
+        """Factors ``(C,)`` of a channel axis.
 
-    def _computed_factors(self, index: int) -> Tensor:
-        slots = self._slots[index]
-        if slots.device != self.theta.device:
-            slots = self._slots[index] = slots.to(self.theta.device)
-        known = slots.clamp(min=0)
-        return self.factors(known).masked_fill(self.closed[known] > 0,
-                                               0).masked_fill(slots < 0, 1)
+        They are differentiable in theta in training, and those of
+        :meth:`decided` in evaluation. A change of a tensor here by its
+        ``data`` is not seen in training.
+
+        Args:
+            index (int): Index of the axis in :attr:`lookup`.
+        """
+        if not self.training:
+            return self.lookup.constant(index, self.decided())
+        self.draw_()
+        if torch.compiler.is_compiling():
+            return self.lookup.linear(index, self.theta, *self._levels())
+        state = (self.heeded,
+                 *(one._version
+                   for one in self._buffers.values() if one is not None))
+        return self.lookup.known(index, self.theta, state, self._levels)
+
+    @torch.no_grad()
+    def _levels(self) -> tuple[Tensor, Tensor]:
+        """Levels and slopes of the gates, of those that move."""
+        levels, slopes = self.levels()
+        closed = self.is_closed()
+        return (levels.masked_fill(closed, 0),
+                slopes.masked_fill(closed, 0) * self.heeded)
 
     def note_open_(self, are_open: bool) -> None:
         """Note what :meth:`are_open` returned; it holds until theta changes.
@@ -208,19 +192,18 @@ class GateMethod(nn.Module, abc.ABC):
         """Return whether all factors are 1 in training, a scalar bool."""
         return torch.zeros((), dtype=torch.bool, device=self.theta.device)
 
+    def draw_(self) -> None:
+        """Draw what factors in training depend on, in place, if it is due."""
+
     @abc.abstractmethod
-    def factors(self, gates: Tensor) -> Tensor:
-        """Factors of the kernels for some gates, in the current mode.
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Factors of the kernels in training and their derivative in theta.
 
-        In training these may be soft or random. In evaluation they are
-        :meth:`decided`.
-
-        Args:
-            gates (Tensor): ``(C,)`` indices.
+        They may be soft or random. In evaluation they are :meth:`decided`.
 
         Returns:
-            Tensor: ``(C,)``, differentiable in theta. Closed gates may have
-            any value here; the caller sets them to zero.
+            tuple[Tensor, Tensor]: ``(G,)`` each. Closed gates may have any
+            values here; the caller sets them to zero.
         """
 
     # -- the state of the gates --------------------------------------------
@@ -369,7 +352,7 @@ class GateMethod(nn.Module, abc.ABC):
         limit would close in one process and stay open in another.
         """
         if dist.is_available() and dist.is_initialized():
-            for tensor in (self.theta.data, self.closed, self.multiplier):
+            for tensor in (self.theta.detach(), self.closed, self.multiplier):
                 dist.broadcast(tensor, 0)
 
     def settle_(self,

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .base import CostFunction
 from .blocks import Blocks
 from .gains import GainMethod
-from .multiplier import LEAST_SCALE, first_guess, held_cost, solve_multiplier
+from .multiplier import first_guess, held_cost, solve_multiplier
 
 # Weight of the root mean square of dL/dg in the gain of an open gate. Once the
 # weights have settled, the mean of dL/dg is about zero, and only its square
 # tells what closing costs. 0.3 was chosen once and is not tuned per network.
 _RMS_SHARE = 0.3
+# Lower bound of a mean square that divides: it only prevents 0 / 0.
+_LEAST_NOISE = 1e-38
 
 
 def openness(theta: Tensor, epsilon: Tensor | float) -> Tensor:
@@ -157,10 +160,11 @@ class GDPGates(GainMethod):
         self.close_below = close_below
         self.register_buffer('epsilon', torch.tensor(epsilon[0]))
 
-    def factors(self, gates: Tensor) -> Tensor:
-        """Openness ``(C,)`` of some gates, in training and evaluation."""
-        # Only these gates: cheaper than all of them once for each layer.
-        return openness(self.theta[gates], self.epsilon)
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Openness of all gates and its slope, ``(G,)`` each."""
+        return (openness(self.theta,
+                         self.epsilon), openness_slope(self.theta,
+                                                       self.epsilon))
 
     def openness(self) -> Tensor:
         """Openness ``(G,)`` of all gates, differentiable in theta."""
@@ -246,7 +250,8 @@ class GDPGates(GainMethod):
         closed = self.is_closed()
         surplus = self._surplus(blocks, protected)
         unbiased, noise = self.mean_gains()
-        noise = noise * scarcity**2
+        # A gate with neither gain nor price stays where it is.
+        noise = (noise * scarcity**2).clamp(min=_LEAST_NOISE)
         gain = (unbiased * scarcity).clamp(max=0) - _RMS_SHARE * noise.sqrt()
         price = cost.price(self.openness())
         if protected is not None:
@@ -256,28 +261,27 @@ class GDPGates(GainMethod):
 
         def moved(multiplier: Tensor) -> tuple[Tensor, Tensor]:
             push = multiplier * price
-            # A gate with neither gain nor price stays where it is.
-            scale = (noise + push * push).sqrt().clamp(min=LEAST_SCALE)
-            step = (gain + push) / scale
+            step = (gain + push) / torch.addcmul(noise, push, push).sqrt()
             if surplus is not None:
                 step = step.masked_fill(surplus, 1)
             # Above one the openness is flat: a gate that moved far beyond
             # could not come back in time.
-            theta = (self.theta - travel * step).clamp(0, 1)
-            value = openness(theta, self.epsilon)
-            stays = (value >= self.close_below).to(value)
-            return theta * stays, value * stays
+            theta = torch.addcmul(
+                self.theta, travel, step, value=-1).clamp(0, 1)
+            return theta, F.threshold(
+                openness(theta, self.epsilon), self.close_below, 0.)
 
         def spent(multiplier: Tensor) -> Tensor:
-            theta, value = moved(multiplier)
+            _, value = moved(multiplier)
             channels = None if blocks is None else blocks.channels(
-                ~closed, theta > 0, protected)
+                ~closed, value > 0, protected)
             return held_cost(cost, value, channel_weight, channels)
 
         multiplier = solve_multiplier(
             spent, budget, first_guess(noise.masked_fill(closed, 0), price))
         self.multiplier.copy_(multiplier)
-        theta, _ = moved(multiplier)
+        theta, value = moved(multiplier)
+        theta = theta * value.sign()
         if blocks is not None:
             theta = self._whole_blocks(theta, blocks, protected)
         self.close_(theta == 0)

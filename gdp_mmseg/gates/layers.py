@@ -82,8 +82,8 @@ def select_slots_(model: nn.Module, analysis: Analysis, keep: Tensor) -> None:
         keep (Tensor): ``(G,)`` bool on the CPU.
     """
     for place, _, found in _gated(model, analysis):
-        found.gates.set_slots_(found.index,
-                               place.gated[kept_slots(place.slots, keep)])
+        found.gates.lookup.replace_(found.index,
+                                    place.gated[kept_slots(place.slots, keep)])
 
 
 class _Place(NamedTuple):
@@ -178,7 +178,7 @@ class _GatedForward:
                  slots: Tensor) -> None:
         self.module = module
         self.gates = gates
-        self.index = gates.add_slots(slots)
+        self.index = gates.lookup.add(slots)
 
     def factors(self) -> Tensor:
         """Factors ``(C,)`` of the channels."""

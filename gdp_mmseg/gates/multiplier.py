@@ -27,7 +27,7 @@ def held_cost(cost: CostFunction,
             gate counts for. Defaults to 1 for each gate that is not closed.
     """
     if channels is None:
-        channels = (openness > 0).to(openness)
+        channels = openness.sign()
     return ((1 - channel_weight) * cost(openness) +
             channel_weight * cost(channels))
 
@@ -51,8 +51,8 @@ def first_guess(square: Tensor, price: Tensor) -> Tensor:
 # change nothing.
 _LEAST_FACTOR = 1e-3
 _FACTORS = 16
-# Twelve halvings: to one part in four thousand of the bracket.
-_HALVINGS = 12
+# Eight halvings: to a 256th of the bracket.
+_HALVINGS = 8
 
 
 def solve_multiplier(spent: Callable[[Tensor], Tensor],

@@ -16,6 +16,8 @@ from torch import Tensor
 # Elements of a tensor that are worked on at once in the backward pass: they
 # stay in the processor's cache. A GPU takes the whole tensor.
 _CHUNK = 2**18
+# Elements below which the plain product takes no longer.
+_SMALL = 2**18
 
 
 def scaled(tensor: Tensor,
@@ -39,8 +41,9 @@ def scaled(tensor: Tensor,
             is zero.
     """
     axis %= tensor.dim()
-    if torch.compiler.is_compiling() or tensor.requires_grad != (
-            factors.requires_grad):
+    is_small = tensor.numel() < _SMALL and heeded and not neutral
+    if (is_small or torch.compiler.is_compiling()
+            or tensor.requires_grad != factors.requires_grad):
         return (tensor * along(factors, tensor, axis)).to(tensor.dtype)
     product: Tensor = _Product.apply(tensor, factors, axis, neutral, heeded)
     return product
@@ -122,26 +125,3 @@ def along(values: Tensor, tensor: Tensor, axis: int) -> Tensor:
     shape = [1] * tensor.dim()
     shape[axis] = -1
     return values.reshape(shape)
-
-
-class _Fixed(torch.autograd.Function):
-    """Factors that do not move."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, factors: Tensor) -> Tensor:
-        ctx.save_for_backward(theta)
-        return factors.view_as(factors)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[Any, ...]:
-        theta, = ctx.saved_tensors
-        return torch.zeros_like(theta), None
-
-
-def fixed(theta: Tensor, factors: Tensor) -> Tensor:
-    """Return factors that do not move, with a gradient of zero for theta.
-
-    Wrappers of several processes wait for the gradient of each parameter.
-    """
-    found: Tensor = _Fixed.apply(theta, factors)
-    return found

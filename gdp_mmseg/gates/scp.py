@@ -191,18 +191,18 @@ class SCPGates(GateMethod):
 
     # -- the forward pass --------------------------------------------------
 
-    def factors(self, gates: Tensor) -> Tensor:
-        """Masks ``(C,)`` of some gates: soft in training."""
-        if not self.training:
-            return self.decided()[gates]
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Soft masks of all gates and their slope, ``(G,)`` each."""
+        return self.mask + self.theta, torch.ones_like(self.mask)
+
+    def draw_(self) -> None:
+        """Draw the masks of the next forward passes, in place, if due."""
         if not self._drawn:
             self._draw_()
-        return self.mask[gates] + self.theta[gates]
 
     @torch.compiler.disable
     @torch.no_grad()
     def _draw_(self) -> None:
-        """Draw the masks of the next forward passes, in place."""
         self._drawn = True
         if self._settled:  # Channels may have left the norms.
             self.mask.fill_(1)

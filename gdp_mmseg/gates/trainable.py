@@ -199,9 +199,10 @@ class TrainableGates(GainMethod):
 
     # -- the state of the gates --------------------------------------------
 
-    def factors(self, gates: Tensor) -> Tensor:
-        """Steps ``(C,)`` of some gates, in training and evaluation."""
-        return self._opened(self.theta[gates])
+    def levels(self) -> tuple[Tensor, Tensor]:
+        """Steps of all gates and their slope, ``(G,)`` each."""
+        return (self._opened(self.theta), SHAPES[self.shape](
+            self.theta).masked_fill(self.settled > 0, 0))
 
     def openness(self) -> Tensor:
         """Steps ``(G,)`` of all gates, differentiable in theta."""

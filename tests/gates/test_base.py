@@ -1,7 +1,9 @@
 """Any gate method drives the same pruner."""
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.gates.base import CostFunction, GateMethod
 from gdp_mmseg.gates.blocks import Blocks
-from gdp_mmseg.gates.gdp import GDPGates
+from gdp_mmseg.gates.gdp import GDPGates, openness, openness_slope
 from gdp_mmseg.gates.layers import gate_
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Gate, Settings, Target
@@ -29,11 +31,10 @@ class HardGates(GateMethod):
         self.register_buffer('seen', torch.zeros(num_gates))
         self.settled = 0
 
-    def factors(self, gates: Tensor) -> Tensor:
-        values = self.theta[gates]
-        if self.training and not self.settled:
-            return values * (1 + 0.1 * torch.rand(len(gates)))
-        return values
+    def levels(self) -> tuple[Tensor, Tensor]:
+        noise = 1 + 0.1 * torch.rand(len(self.theta))
+        slopes = torch.ones_like(noise) if self.settled else noise
+        return self.theta * slopes, slopes
 
     def openness(self) -> Tensor:
         return self.theta.masked_fill(self.is_closed(), 0)
@@ -163,34 +164,70 @@ def test_a_target_made_in_python_is_checked_too() -> None:
         Target(0.4, 'flop')
 
 
-def test_factors_of_gates_that_do_not_move_are_computed_once(
+def test_factors_are_computed_once_for_each_state_of_the_gates(
         monkeypatch: pytest.MonkeyPatch) -> None:
     computed = []
-    plain = GDPGates.factors
+    plain = GDPGates.levels
 
-    def factors(self: GDPGates, gates: torch.Tensor) -> torch.Tensor:
-        computed.append(gates)
-        return plain(self, gates)
+    def levels(self: GDPGates) -> tuple[Tensor, Tensor]:
+        computed.append(self.theta.tolist())
+        return plain(self)
 
-    monkeypatch.setattr(GDPGates, 'factors', factors)
+    monkeypatch.setattr(GDPGates, 'levels', levels)
     gates = GDPGates(4)
-    index = gates.add_slots(torch.tensor([2, -1, 0]))
-    gates.theta.data.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8]))
-    moving = gates.slot_factors(index)
+    with torch.no_grad():
+        gates.theta.copy_(torch.tensor([0.5, 0.6, 0.7, 0.8]))
+    axes = torch.tensor([2, -1, 0]), torch.tensor([0, 1, 2, 2])
+    first, second = (gates.lookup.add(axis) for axis in axes)
+
+    def gradient(*factors: Tensor) -> Tensor:
+        gates.theta.grad = None
+        for factor in factors:  # Several passes, of one graph.
+            factor.sum().backward()
+        assert gates.theta.grad is not None
+        return gates.theta.grad
+
+    moving = [gates.slot_factors(index) for index in (first, second)]
+    opened = openness(gates.theta.detach(), 0.1)
+    slope = openness_slope(gates.theta.detach(), 0.1)
+    assert torch.equal(moving[0],
+                       torch.stack([opened[2],
+                                    torch.tensor(1.), opened[0]]))
+    assert torch.equal(moving[1], opened[[0, 1, 2, 2]])
+    assert torch.equal(
+        gradient(*moving), slope * torch.tensor([2., 1., 3., 0.]))
+    assert len(computed) == 1
     gates.heeded = False
     for _ in range(3):
-        fixed = gates.slot_factors(index)
-        assert torch.equal(fixed, moving)
-        gates.theta.grad = None
-        fixed.sum().backward()
+        fixed = gates.slot_factors(first)
+        assert torch.equal(fixed, moving[0])
         # The gradient exists, for wrappers of several processes.
-        assert torch.equal(gates.theta.grad, torch.zeros(4))
+        assert torch.equal(gradient(fixed), torch.zeros(4))
     assert len(computed) == 2
     with torch.no_grad():
         gates.theta[0] = 0.9
-    assert torch.equal(gates.slot_factors(index)[:2], moving[:2])
-    assert gates.slot_factors(index)[2] > moving[2]
+    assert torch.equal(gates.slot_factors(first)[:2], moving[0][:2])
+    assert gates.slot_factors(first)[2] > moving[0][2]
     gates.close_(torch.tensor([True, False, False, False]))
-    assert gates.slot_factors(index)[2] == 0
-    gates.set_slots_(index, torch.tensor([3]))
-    assert gates.slot_factors(index).shape == (1, )
+    assert gates.slot_factors(first)[2] == 0
+    gates.lookup.replace_(first, torch.tensor([3]))
+    assert gates.slot_factors(first).shape == (1, )
+
+
+def test_factors_of_copies_and_of_passes_without_gradient_are_their_own(
+) -> None:
+    gates = GDPGates(2)
+    index = gates.lookup.add(torch.tensor([1, 0]))
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            assert not gates.slot_factors(index).requires_grad
+        factors = gates.slot_factors(index)
+        (factors * factors).sum().backward()
+        assert gates.theta.grad is not None
+        gates.theta.grad = None
+    for copied in (copy.deepcopy(gates), pickle.loads(pickle.dumps(gates))):
+        with torch.no_grad():
+            copied.theta[0] = 0.5
+        copied.slot_factors(index).sum().backward()
+        assert copied.theta.grad is not None and gates.theta.grad is None
+        assert copied.slot_factors(index)[1] < gates.slot_factors(index)[1]

@@ -42,10 +42,18 @@ def leaves(shape: tuple[int, ...], axis: int) -> tuple[Tensor, Tensor]:
     return tensor.requires_grad_(), factors.requires_grad_()
 
 
-@pytest.mark.parametrize('chunk', [1, 100, 2**18])
+@pytest.fixture(autouse=True)
+def _nothing_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, '_SMALL', 0)
+
+
+@pytest.mark.parametrize('small, chunk', [(0, 1), (0, 100), (0, 2**18),
+                                          (2**18, 2**18)])
 @pytest.mark.parametrize('name', LAYERS)
 def test_gradients_are_those_of_the_plain_product(
-        name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        name: str, small: int, chunk: int,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, '_SMALL', small)
     monkeypatch.setattr(scaling, '_CHUNK', chunk)
     layer, shape, axis = LAYERS[name]
     found = []

@@ -220,13 +220,14 @@ def test_masks_of_a_step_are_drawn_once_and_shared() -> None:
     with_phi_(net.fine[1], [.93, .94, .95, .96])
     with_phi_(net.coarse[1], [.93, .94, .95, .96])
     steps(gates, 1.)
-    drawn = gates.factors(torch.arange(4)).detach()
-    assert torch.equal(drawn, gates.factors(torch.arange(4)))
+    axis = gates.lookup.add(torch.arange(4))
+    drawn = gates.slot_factors(axis).detach()
+    assert torch.equal(drawn, gates.slot_factors(axis))
     copied = copy.deepcopy(net)  # as an average does
-    assert torch.equal(drawn, copied.gates.factors(torch.arange(4)))
+    assert torch.equal(drawn, copied.gates.slot_factors(axis))
     assert copied.fine[1].forward.gates is copied.gates is not gates
     steps(gates, 1.)
-    assert not torch.equal(drawn, gates.factors(torch.arange(4)))
+    assert not torch.equal(drawn, gates.slot_factors(axis))
 
 
 def test_masks_are_one_before_the_pruning_phase() -> None:
@@ -415,7 +416,8 @@ def test_a_new_training_opens_what_is_not_closed() -> None:
     gates.begin_(0.)
     assert not gates.is_settled()
     assert gates.openness().tolist() == [1., 1., 0., 0.]
-    assert gates.factors(torch.arange(2)).tolist() == [1., 1.]
+    assert gates.slot_factors(gates.lookup.add(
+        torch.arange(2))).tolist() == [1., 1.]
 
 
 def test_fixed_threshold_and_penalty_are_the_papers() -> None:

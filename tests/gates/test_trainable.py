@@ -383,7 +383,8 @@ def test_gates_settled_in_one_model_are_settled_in_an_average(
     assert float(average.module.theta[0]) < 0
     for name in ('openness', 'decided'):
         assert getattr(average.module, name)().tolist() == [1, 0, 1]
-    assert average.module.factors(torch.arange(2)).tolist()[0] == 1
+    axis = average.module.lookup.add(torch.arange(2))
+    assert average.module.slot_factors(axis).tolist()[0] == 1
     # Another training that begins with the average, as it is.
     average.module.begin_(0.)
     assert average.module.openness().tolist() == [1, 0, 1]
