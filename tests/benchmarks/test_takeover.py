@@ -52,6 +52,11 @@ def _pruner(net: Any) -> HookedPruner:
     return pruner
 
 
+@torch.no_grad()
+def _set_(theta: Tensor, gate: int, value: Tensor | float) -> None:
+    theta[gate] = value
+
+
 def _observing(net: Any, **options: Any) -> tuple[takeover.TakeoverHook, Any]:
     """Hook that has observed ten batches."""
     hook = takeover.TakeoverHook(1, **options)
@@ -118,9 +123,9 @@ def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
     assert any(group.norms for group in _pruner(net).analysis.groups)
     gates = _pruner(net).gates
     gate = _pruner(net).analysis.gate_of_slot['writer.weight', 0][1]
-    gates.theta.data[gate] = theta_of(torch.tensor(0.5), gates.epsilon)
+    _set_(gates.theta, gate, theta_of(torch.tensor(0.5), gates.epsilon))
     hook, runner = _observing(net)
-    gates.theta.data[gate] = 1
+    _set_(gates.theta, gate, 1.)
     hook.after_train_iter(runner, 0)
     _assert_taken_over(net, hook, runner)
 
@@ -150,11 +155,11 @@ def test_half_of_a_channel_is_taken_over_and_given_back() -> None:
     wanted = net(inputs)
     gates = _pruner(net).gates
     gate = _pruner(net).analysis.gate_of_slot['writer.weight', 0][3]
-    gates.theta.data[gate] = theta_of(torch.tensor(0.5), gates.epsilon)
+    _set_(gates.theta, gate, theta_of(torch.tensor(0.5), gates.epsilon))
     lost = (net(inputs) - wanted).abs().max()
     hook.after_train_iter(runner, 0)
     assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
-    gates.theta.data[gate] = 1
+    _set_(gates.theta, gate, 1.)
     hook.after_train_iter(runner, 0)
     assert (net(inputs) - wanted).abs().max() < 1e-3 * lost
 
@@ -163,7 +168,7 @@ def test_gates_in_use_leave_the_kernels_as_they_are() -> None:
     net = _gated(nn.Conv2d(6, 4, 1))
     hook, runner = _observing(net)
     before = net.reader.weight.clone()
-    _pruner(net).gates.theta.data[0] = 0.5
+    _set_(_pruner(net).gates.theta, 0, 0.5)
     hook.after_train_iter(runner, 0)
     assert torch.equal(net.reader.weight, before)
 
