@@ -51,8 +51,8 @@ def first_guess(square: Tensor, price: Tensor) -> Tensor:
 # change nothing.
 _LEAST_FACTOR = 1e-3
 _FACTORS = 16
-# Eight halvings: to a 256th of the bracket.
-_HALVINGS = 8
+# Twelve halvings: to one part in four thousand of the bracket.
+_HALVINGS = 12
 
 
 def solve_multiplier(spent: Callable[[Tensor], Tensor],

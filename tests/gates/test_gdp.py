@@ -85,7 +85,7 @@ def test_multiplier_solves_an_analytic_cost(budget: float,
         return 1 / (1 + multiplier / scale)
 
     found = solve_multiplier(spent, budget, torch.tensor(scale))
-    assert found.item() == pytest.approx(scale * (1 / budget - 1), rel=2**-6)
+    assert found.item() == pytest.approx(scale * (1 / budget - 1), rel=2**-11)
     assert spent(found) <= budget
 
 
@@ -97,7 +97,7 @@ def test_multiplier_is_found_over_many_magnitudes(least: float) -> None:
 
     found = solve_multiplier(spent, 0.5, torch.tensor(1.)).item()
     if least < 1e6:  # That is far above any that is needed.
-        assert least <= found <= max(least * 1.016, 1e-3 * 2**-10)
+        assert least <= found <= max(least * 1.01, 1e-3 * 2**-10)
     assert math.isfinite(found)
 
 
