@@ -123,7 +123,7 @@ class Cost(WithConstants):
             openness (Tensor): ``(G,)`` in [0, 1].
         """
         inputs, outputs = self._sums(openness)
-        return (self.shares * inputs * outputs).sum()
+        return (inputs * outputs) @ self.shares.to(inputs)
 
     def price(self, openness: Tensor) -> Tensor:
         """Derivative ``(G,)`` of :meth:`forward`, in closed form."""

@@ -232,6 +232,7 @@ class _Scaled:
     """
 
     def __init__(self, norm: Any, factors: Tensor) -> None:
+        vars(self).update(vars(norm))
         self._norm = norm
         self.weight = norm.weight * factors
         self.bias = norm.bias * factors

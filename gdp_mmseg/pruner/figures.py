@@ -71,7 +71,7 @@ def state_of(gates: GateMethod, flops: Cost, cost: Cost,
             :func:`gdp_mmseg.gates.multiplier.held_cost`.
     """
     openness = gates.openness()
-    channels = (openness > 0).to(openness)
+    channels = openness.sign()
     low, high = HALF_OPEN
     return dict(
         flops=flops(channels),

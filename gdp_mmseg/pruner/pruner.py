@@ -362,7 +362,7 @@ class Pruner(WithConstants):
     def _alive_groups(self) -> Tensor:
         """Mask ``(S,)`` of the groups with a gate that is not closed."""
         openness = self.gates.openness()
-        return self.cost.group_sums((openness > 0).to(openness)) > 0
+        return self.cost.group_sums(openness.sign()) > 0
 
     def channels(self) -> Tensor:
         """Mask ``(G,)`` of 0 and 1: the gates whose channels a cut keeps."""

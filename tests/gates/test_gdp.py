@@ -125,7 +125,7 @@ class Linear:
         self.prices = prices / prices.sum()
 
     def __call__(self, openness: Tensor) -> Tensor:
-        return self.prices @ openness
+        return openness @ self.prices
 
     def price(self, openness: Tensor) -> Tensor:
         return self.prices
