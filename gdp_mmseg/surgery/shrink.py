@@ -237,8 +237,8 @@ def _changed_states(states: Mapping[Any, Any], names: Mapping[Any, str],
 # -- modules without channels -----------------------------------------------
 
 
-class _EmptyNorm:
-    """Replacement of the forward of a norm without channels.
+class _Empty:
+    """Replacement of the forward of a module without channels.
 
     It is an object and not a closure, because ``deepcopy`` binds its
     attributes to the copied module.
@@ -250,18 +250,17 @@ class _EmptyNorm:
     def __init__(self, gated: Any) -> None:
         self.gated = gated
 
+
+class _EmptyNorm(_Empty):
+
     def __call__(self, inputs: Tensor, *_: Any) -> Tensor:
         return inputs
 
 
-class _EmptyLayer(_EmptyNorm):
+class _EmptyLayer(_Empty):
     """Replacement of the forward of a layer that has no kernel left.
 
     It gives the bias, or zero, at each position, as a kernel of zeros does.
-
-    Args:
-        layer (nn.Module): The layer.
-        gated (Any): See :class:`_EmptyNorm`.
     """
 
     def __init__(self, layer: nn.Linear | _ConvNd, gated: Any) -> None:
@@ -295,7 +294,7 @@ def _empty_(module: Any) -> None:
     """Let a layer or norm work without channels, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
-    if isinstance(former, _EmptyNorm):
+    if isinstance(former, _Empty):
         return
     # PyTorch's norms refuse tensors without channels in training mode.
     is_norm = isinstance(module, (_BatchNorm, nn.GroupNorm))
@@ -307,7 +306,7 @@ def _fill_(module: nn.Module) -> None:
     """Undo :func:`_empty_`, in place."""
     name = _forward_of(module)
     former = vars(module).get(name)
-    if isinstance(former, _EmptyNorm):
+    if isinstance(former, _Empty):
         delattr(module, name)
         if former.gated is not None:
             setattr(module, name, former.gated)

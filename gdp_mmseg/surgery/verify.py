@@ -13,7 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import sys
-from typing import Callable, Iterator, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 from torch import nn
@@ -87,20 +87,35 @@ def verify(
     forwards = [(forward, False)]
     if training_forward is not None:
         forwards.append((training_forward, True))
-    found = _tried(model, analysis, forwards, others, note)
-    if found[0].num_gates < analysis.num_gates and any(
+    found = _tried(model, analysis, forwards, others)
+    if found.analysis.num_gates < analysis.num_gates and any(
             group.norms for group in analysis.groups):
         # Code that was not traced may change what norms with gates give.
-        at_layers = _tried(model, analysis.at_layers(), forwards, others, note)
-        if at_layers[0].num_gates > found[0].num_gates:
+        at_layers = _tried(model, analysis.at_layers(), forwards, others)
+        if at_layers.analysis.num_gates > found.analysis.num_gates:
             found = at_layers
+    for name, cause in found.skipped.items():
+        note(f'{name} was not verified, because it gave: {cause}')
     _give_memory_back()
-    return found
+    return found.analysis, found.difference
+
+
+class _Found(NamedTuple):
+    """Result of a verification.
+
+    Args:
+        analysis (Analysis): See :func:`verify`.
+        difference (float): See :func:`verify`.
+        skipped (dict[str, str]): Names of the forwards that were left out,
+            and why.
+    """
+    analysis: Analysis
+    difference: float
+    skipped: dict[str, str]
 
 
 def _tried(model: nn.Module, analysis: Analysis, forwards: Forwards,
-           others: Forwards, note: Callable[[str],
-                                            None]) -> tuple[Analysis, float]:
+           others: Forwards) -> _Found:
     """Verify an analysis with the gates at their places (see :func:`verify`).
     """
     attempts = list(_ATTEMPTS)
@@ -113,17 +128,13 @@ def _tried(model: nn.Module, analysis: Analysis, forwards: Forwards,
                         trial, model, others):
                     attempts = attempts[-1:]
                     continue
-                found = _verified(trial)
-                break
+                return _Found(*_verified(trial), trial.skipped)
             except _Rounded:
                 continue
             except ForwardError:
                 if not attempts:
                     raise
                 attempts = attempts[-1:]
-    for name, cause in trial.skipped.items():
-        note(f'{name} was not verified, because it gave: {cause}')
-    return found
 
 
 def _give_memory_back() -> None:
