@@ -113,14 +113,14 @@ class GDPGates(GainMethod):
     gain counts more, the less of the gate's group is left (``scarcity``). The
     held cost counts a half-open gate partly as its openness and partly as a
     full channel, because a full channel is what it becomes in the pruned
-    network. A gate whose openness falls below ``close_below`` is closed: it
-    is exactly zero, for good.
+    network. A gate whose openness falls to ``close_below`` is closed: it is
+    exactly zero, for good.
 
     Args:
         num_gates (int): ``G``.
         epsilon (tuple[float, float]): Values at the start and at the end of
             the pruning phase.
-        close_below (float): Openness under which a gate closes for good.
+        close_below (float): Openness at which a gate closes for good.
         betas (tuple[float, float]): Decay rates of the means ``m`` and ``v``.
 
     Raises:

@@ -173,7 +173,7 @@ class Settings:
             at the end of the pruning phase.
         gate_travel (float): Distance that a theta, 1 at the start, can move
             in the pruning phase.
-        close_below (float): Openness under which a gate closes for good.
+        close_below (float): Openness at which a gate closes for good.
         min_keep_ratio (float): Least share of the channels of each group
             that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
