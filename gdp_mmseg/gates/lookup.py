@@ -81,14 +81,14 @@ class Lookup:
         state = (state, theta._version, theta.device, theta.dtype,
                  theta.requires_grad, torch.is_grad_enabled(),
                  torch.is_inference_mode_enabled())
-        if (self._known is None or self._known[0] is not theta
-                or self._known[1] != state):
+        known = self._known
+        if known is None or known[0] is not theta or known[1] != state:
             if self._joined is None or self._joined.device != theta.device:
                 self._joined = torch.cat(self._slots).to(theta.device)
             factors: Tensor = _Linear.apply(theta, *levels(), self._joined)
-            self._known = theta, state, factors.split(
-                [len(slots) for slots in self._slots])
-        return self._known[2][index]
+            sizes = [len(slots) for slots in self._slots]
+            known = self._known = theta, state, factors.split(sizes)
+        return known[2][index]
 
     def _of(self, index: int, like: Tensor) -> Tensor:
         """Return the gates of an axis, on the device of another tensor."""
