@@ -27,6 +27,8 @@ COLOURS = {
     method: colormaps['tab20'](2 * index % 20 + index // 10)
     for index, method in enumerate(LABELS)
 }
+# Base of a change: the same method without it.
+_NO_CHANGE = 'no change'
 # Facts that are true of all comparisons.
 COMPARED = (
     'All rows of a section start from one dense network and train on for '
@@ -71,16 +73,21 @@ def accuracy(report: Report) -> Section:
 
 def title_of(report: Report) -> str:
     """Return network, data and length of a comparison."""
-    held_out = ', on held-out training images'
     return (f'{network_of(report)}, {report["iterations"]} iterations' +
-            held_out * ('--tune' in report.get('flags', '')))
+            ', on held-out training images' * _is_held_out(report))
+
+
+def _is_held_out(report: Report) -> bool:
+    """Tell whether scores are those of images held out of the training."""
+    return ('--tune' in report.get('flags', '')
+            or report['file'].startswith('tuning'))
 
 
 def _scores(report: Report) -> str:
     """Return the table of the scores, target by target."""
     ran = {row['method'] for row in report['rows']}
     targets = reversed(targets_of(report, *LABELS))
-    return _table(report, 'dense', [
+    return _table(report, ['dense'], [
         ('dense', 'dense', 1.),
         *((LABELS[method], method, target) for target in targets
           for method in filter(ran.__contains__, LABELS)),
@@ -101,7 +108,7 @@ def changes(report: Report) -> list[str]:
             for method in (base, *names) if method.split('+')[0] == base]
     return [
         '', 'One change at a time:', '',
-        _table(report, 'no change', rows)
+        _table(report, [_NO_CHANGE, 'dense'], rows)
     ] if names else []
 
 
@@ -112,28 +119,28 @@ def _label(method: str) -> str:
         [LABELS.get(base, base), *(CHANGES[name].label for name in names)])
 
 
-def _table(report: Report, base: str, rows: Sequence[tuple[str, str,
-                                                           float]]) -> str:
-    """Return a table of scores and of their differences to a base.
+def _table(report: Report, bases: Sequence[str],
+           rows: Sequence[tuple[str, str, float]]) -> str:
+    """Return a table of scores and of their differences to bases.
 
     Args:
         report (Report): Report with the scores.
-        base (str): The base, ``'dense'`` or ``'no change'``.
+        bases (Sequence[str]): ``'dense'``, ``'no change'`` or both.
         rows (Sequence[tuple[str, str, float]]): Label, method and target of
             each row; left out if it did not run.
     """
-    cells = [[
-        'training', 'FLOPs', report['metric'], f'minus {base} (se)',
-        '95 % interval (pairs)'
-    ]]
+    cells = [['training', 'FLOPs', report['metric']]]
+    for base in bases:
+        cells[0] += [f'minus {base} (se)', '95 % interval (pairs)']
     for label, method, target in rows:
-        other = method.split('+')[0] if base == 'no change' else base
-        gaps = differences(report, method, target, other)
         if score := _cell(report, method, target):
-            cells.append([
-                label, f'{target:g}', score,
-                *mean_and_interval(gaps if method != other else [])
-            ])
+            cells.append([label, f'{target:g}', score])
+            for base in bases:
+                own = method.split('+')[0]
+                other = own if base == _NO_CHANGE else base
+                is_base = other == (method if base == _NO_CHANGE else own)
+                cells[-1] += mean_and_interval([] if is_base else differences(
+                    report, method, target, other))
     return table(cells)
 
 
@@ -145,13 +152,15 @@ def _cell(report: Report, method: str, target: float) -> str:
     return mean_and_spread(values) if values else 'out of reach' * ran
 
 
-def tuning(report: Report) -> Section:
-    """Return the section of changes that were tried before a comparison."""
+def tried(report: Report) -> Section:
+    """Return the section of changes that were tried one by one."""
     return Section(
-        report['title'],
+        f'{title_of(report)}: changes to the training',
         changes(report)[3:], [
-            'These scores chose the learning rate of later comparisons.',
-            *_training(report), f'Machine: {places(report)}. Report: '
+            'Runs with the same seed have the same start and the same order '
+            'of the data.' + ' These scores chose the learning rate of later '
+            'comparisons.' * _is_held_out(report), *_training(report),
+            f'Machine: {places(report)}. Report: '
             f'`reports/{report["file"]}.json`.'
         ])
 

@@ -12,7 +12,7 @@ from typing import Any, Iterable
 from gdp_mmseg.report import tables
 
 from accuracy_overview import overview, plot_overview, readme_table
-from accuracy_report import COMPARED, accuracy, checks, plot_accuracy, tuning
+from accuracy_report import COMPARED, accuracy, checks, plot_accuracy, tried
 from accuracy_scores import LABELS
 from accuracy_tasks import TASKS
 from budget_report import BUDGETS, budget, controllers
@@ -73,7 +73,8 @@ def page(reports: dict[str, list[Report]]) -> str:
         lines += chapter('Comparisons',
                          [*COMPARED, checks(compared)], [
                              *map(accuracy, compared + reports['held']),
-                             *map(tuning, reports.get('tuning', []))
+                             *map(tried, reports.get('changes', [])),
+                             *map(tried, reports.get('tuning', []))
                          ])
     lines += chapter('Budgets of small trainings', BUDGETS, [
         *map(budget, reports.get('budget', [])),

@@ -187,19 +187,20 @@ def test_changes_are_compared_with_no_change_run_by_run() -> None:
     text = '\n'.join(results.accuracy(report).body)
     ema, flat, kd = (CHANGES[name].label for name in ('ema', 'flat', 'kd'))
     before, after = text.split('One change at a time')
-    assert _cells(after) == [
-        [
-            'training', 'FLOPs', 'mIoU', 'minus no change (se)',
-            '95 % interval (pairs)'
-        ],
-        ['dense', '1', '60.00 (1)', '-', '-'],
-        [f'dense, {kd}', '1', '61.00 (1)', '+1.00', '- (1)'],
-        ['GDP', '0.4', '54.00 ± 5.66 (2)', '-', '-'],
+    head, *rows = _cells(after)
+    assert head == [
+        'training', 'FLOPs', 'mIoU', 'minus no change (se)',
+        '95 % interval (pairs)', 'minus dense (se)', '95 % interval (pairs)'
+    ]
+    assert rows == [
+        ['dense', '1', '60.00 (1)', '-', '-', '-', '-'],
+        [f'dense, {kd}', '1', '61.00 (1)', '+1.00', '- (1)', '-', '-'],
+        ['GDP', '0.4', '54.00 ± 5.66 (2)', '-', '-', '-2.00', '- (1)'],
         [
             f'GDP, {ema}, {flat}', '0.4', '52.50 ± 6.36 (2)', '-1.50 (0.50)',
-            '-7.85 to +4.85 (2)'
+            '-7.85 to +4.85 (2)', '-3.00', '- (1)'
         ],
-        [f'GDP, {kd}', '0.4', '60.00 (1)', '+2.00', '- (1)'],
+        [f'GDP, {kd}', '0.4', '60.00 (1)', '+2.00', '- (1)', '+0.00', '- (1)'],
     ]
     # Rows with a change are no rows of the first table.
     assert [row[0] for row in _cells(before)] == ['training', 'dense', 'GDP']
