@@ -122,6 +122,16 @@ def step_seconds(config: Path, batch: int, size: int, rounds: int,
     return found[2:]
 
 
+def measure_steps(gate: str, batch: int, size: int,
+                  rounds: int) -> dict[str, list[list[float]]]:
+    """Return :func:`step_seconds` of all networks, of the first if not GDP."""
+    return {
+        network: step_seconds(config, batch, size, rounds * share, gate)
+        for (network, config), share in zip(NETWORKS.items(), SHARES)
+        if share == 1 or gate == 'gdp'
+    }
+
+
 def peak_memory(gated: bool, batch: int, size: int) -> int:
     """Return the peak memory of two steps in this process, in kilobytes."""
     model = build(gated)
@@ -237,17 +247,14 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     dense, gated = (
         peak_of_fresh_process(one, args.batch, args.size)
         for one in (False, True))
-    steps = {
-        network:
-        dict(
-            gdp=step_seconds(config, args.batch, args.size, args.rounds *
-                             share, 'gdp'))
-        for (network, config), share in zip(NETWORKS.items(), SHARES)
-    }
+    steps = measure_steps('gdp', args.batch, args.size, args.rounds)
     return dict(
         whole=whole,
         analysis_s=analysis_seconds(),
-        steps=steps,
+        steps={
+            network: dict(gdp=pairs)
+            for network, pairs in steps.items()
+        },
         memory_ratio=gated / dense,
         memory_kb=[dense, gated],
         export_s=export_seconds(),
@@ -279,9 +286,9 @@ def main() -> None:
         '--iterations', type=int, default=40, help='length of whole trainings')
     parser.add_argument(
         '--gate',
-        choices=[gate for gate in METHODS if gate != 'gdp'],
-        help='measure only the training step with another gate method, and '
-        'add it to the report')
+        choices=METHODS,
+        help='measure only the training step with this gate method, and put '
+        'it into the report')
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -292,10 +299,10 @@ def main() -> None:
         parser.error('the following arguments are required: --report')
     if args.gate:
         report = json.loads(args.report.read_text())
-        network = next(iter(NETWORKS))
-        report['steps'][network][args.gate] = step_seconds(
-            CONFIG, report['batch'], report['size'], report['rounds'],
-            args.gate)
+        steps = measure_steps(args.gate, report['batch'], report['size'],
+                              report['rounds'])
+        for network, pairs in steps.items():
+            report['steps'][network][args.gate] = pairs
         write_(args.report, report)
         return
     args.report.parent.mkdir(parents=True, exist_ok=True)

@@ -78,8 +78,8 @@ class Cost(WithConstants):
                 fixed[row] = (gates < 0).sum()
                 slots[row].index_add_(0, group_of[gates[gates >= 0]],
                                       torch.ones(int((gates >= 0).sum())))
-            self.register_buffer(side, slots / sizes, persistent=False)
-            self.register_buffer(f'fixed_{side}', fixed, persistent=False)
+            self.add_constant(side, slots / sizes)
+            self.add_constant(f'fixed_{side}', fixed)
         self.register_buffer(
             'shares', torch.zeros(len(terms)), persistent=persistent)
 

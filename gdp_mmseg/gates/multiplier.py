@@ -28,8 +28,7 @@ def held_cost(cost: CostFunction,
     """
     if channels is None:
         channels = openness.sign()
-    return ((1 - channel_weight) * cost(openness) +
-            channel_weight * cost(channels))
+    return torch.lerp(cost(openness), cost(channels), channel_weight)
 
 
 # Lower bound of a divisor: it only prevents 0 / 0.
@@ -51,8 +50,8 @@ def first_guess(square: Tensor, price: Tensor) -> Tensor:
 # change nothing.
 _LEAST_FACTOR = 1e-3
 _FACTORS = 16
-# Twelve halvings: to one part in four thousand of the bracket.
-_HALVINGS = 12
+# Ten halvings: to a thousandth of the bracket.
+_HALVINGS = 10
 
 
 def solve_multiplier(spent: Callable[[Tensor], Tensor],

@@ -73,10 +73,11 @@ def state_of(gates: GateMethod, flops: Cost, cost: Cost,
     openness = gates.openness()
     channels = openness.sign()
     low, high = HALF_OPEN
+    whole = flops(channels)
     return dict(
-        flops=flops(channels),
+        flops=whole,
         flops_by_openness=flops(openness),
-        cost=cost(channels),
+        cost=whole if cost is flops else cost(channels),
         held_cost=held_cost(cost, openness, channel_weight),
         undecided=((openness > low) & (openness < high)).float().mean(),
         multiplier=gates.multiplier,

@@ -85,7 +85,7 @@ def test_multiplier_solves_an_analytic_cost(budget: float,
         return 1 / (1 + multiplier / scale)
 
     found = solve_multiplier(spent, budget, torch.tensor(scale))
-    assert found.item() == pytest.approx(scale * (1 / budget - 1), rel=2**-11)
+    assert found.item() == pytest.approx(scale * (1 / budget - 1), rel=2**-9)
     assert spent(found) <= budget
 
 
