@@ -3,9 +3,9 @@
     python benchmarks/speed.py --report docs/reports/speed.json
 
 Writes the report and, from it, ``docs/speed.md``. Times are process times of
-one thread. A ratio is measured in one process in which dense and gated steps
-alternate, and take turns in being the first. Peak memory is that of a fresh
-process for each network.
+one thread. A ratio is measured in a process of its own in which dense and
+gated steps alternate, and take turns in being the first. Peak memory is that
+of a fresh process for each network.
 """
 from __future__ import annotations
 
@@ -124,12 +124,28 @@ def step_seconds(config: Path, batch: int, size: int, rounds: int,
 
 def measure_steps(gate: str, batch: int, size: int,
                   rounds: int) -> dict[str, list[list[float]]]:
-    """Return :func:`step_seconds` of all networks, of the first if not GDP."""
+    """Return :func:`step_seconds` of all networks, of the first if not GDP.
+
+    Each is measured in a process of its own, because the memory that another
+    network has left in pieces would make its steps slower.
+    """
     return {
-        network: step_seconds(config, batch, size, rounds * share, gate)
-        for (network, config), share in zip(NETWORKS.items(), SHARES)
+        network:
+        json.loads(
+            in_fresh_process('--steps', network, '--gate', gate, '--batch',
+                             batch, '--size', size, '--rounds',
+                             rounds * share))
+        for network, share in zip(NETWORKS, SHARES)
         if share == 1 or gate == 'gdp'
     }
+
+
+def in_fresh_process(*flags: object) -> str:
+    """Return what this file prints last in a process of its own."""
+    command = [sys.executable, '-W', 'ignore', __file__, *map(str, flags)]
+    done = subprocess.run(
+        command, check=True, text=True, stdout=subprocess.PIPE)
+    return done.stdout.splitlines()[-1]
 
 
 def peak_memory(gated: bool, batch: int, size: int) -> int:
@@ -139,20 +155,6 @@ def peak_memory(gated: bool, batch: int, size: int) -> int:
     for index in range(2):
         step(model, optimizer, batch, size, index)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def peak_of_fresh_process(gated: bool, batch: int, size: int) -> int:
-    """Return :func:`peak_memory` of a process of its own."""
-    return int(
-        subprocess.run([
-            sys.executable, '-W', 'ignore', __file__, '--peak',
-            str(int(gated)), '--batch',
-            str(batch), '--size',
-            str(size)
-        ],
-                       check=True,
-                       text=True,
-                       stdout=subprocess.PIPE).stdout.split()[-1])
 
 
 def export_seconds() -> float:
@@ -205,7 +207,7 @@ def markdown(report: dict[str, Any]) -> str:
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
         'pairs of a dense and a gated step in one '
-        'process, with the quartiles in brackets. The difference is what '
+        'process for each row, with the quartiles in brackets. The difference is what '
         'gates cost in each step; it hardly depends on the size of the '
         'images. Times are process times of one thread. '
         f'{report["machine"]}, torch {report["torch"]}.', ''
@@ -245,8 +247,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     # Measured first: on Linux, a process starts with the peak of its parent.
     whole = whole_run.measure(args.whole_size, args.iterations)
     dense, gated = (
-        peak_of_fresh_process(one, args.batch, args.size)
-        for one in (False, True))
+        int(
+            in_fresh_process('--peak', int(one), '--batch', args.batch,
+                             '--size', args.size)) for one in (False, True))
     steps = measure_steps('gdp', args.batch, args.size, args.rounds)
     return dict(
         whole=whole,
@@ -290,10 +293,16 @@ def main() -> None:
         help='measure only the training step with this gate method, and put '
         'it into the report')
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
+    parser.add_argument('--steps', help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.peak is not None:
         print(peak_memory(bool(args.peak), args.batch, args.size))
+        return
+    if args.steps is not None:
+        pairs = step_seconds(NETWORKS[args.steps], args.batch, args.size,
+                             args.rounds, args.gate)
+        print(json.dumps(pairs))
         return
     if args.report is None:
         parser.error('the following arguments are required: --report')
