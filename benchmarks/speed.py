@@ -206,10 +206,9 @@ def markdown(report: dict[str, Any]) -> str:
         whole_run.markdown(report['whole']), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
-        'pairs of a dense and a gated step in one '
-        'process for each row, with the quartiles in brackets. The difference is what '
-        'gates cost in each step; it hardly depends on the size of the '
-        'images. Times are process times of one thread. '
+        'pairs of a dense and a gated step in one process for each row, with '
+        'the quartiles in brackets. The difference is what gates cost in each '
+        'step; it hardly depends on the size of the images. Times are process times of one thread. '
         f'{report["machine"]}, torch {report["torch"]}.', ''
     ])
 
