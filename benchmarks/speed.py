@@ -208,7 +208,8 @@ def markdown(report: dict[str, Any]) -> str:
         'without loading of data, gates in the pruning phase; medians over '
         'pairs of a dense and a gated step in one process for each row, with '
         'the quartiles in brackets. The difference is what gates cost in each '
-        'step; it hardly depends on the size of the images. Times are process times of one thread. '
+        'step; it hardly depends on the size of the images. Times are process '
+        'times of one thread. '
         f'{report["machine"]}, torch {report["torch"]}.', ''
     ])
 
