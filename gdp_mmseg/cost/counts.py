@@ -123,7 +123,8 @@ class Cost(WithConstants):
             openness (Tensor): ``(G,)`` in [0, 1].
         """
         inputs, outputs = self._sums(openness)
-        return (inputs * outputs) @ self.shares.to(inputs)
+        # A dot product would not be exactly 1 with all gates open.
+        return (self.shares * inputs * outputs).sum()
 
     def price(self, openness: Tensor) -> Tensor:
         """Derivative ``(G,)`` of :meth:`forward`, in closed form."""
