@@ -74,10 +74,10 @@ def accuracy(report: Report) -> Section:
 def title_of(report: Report) -> str:
     """Return network, data and length of a comparison."""
     return (f'{network_of(report)}, {report["iterations"]} iterations' +
-            ', on held-out training images' * _is_held_out(report))
+            ', on held-out training images' * is_held_out(report))
 
 
-def _is_held_out(report: Report) -> bool:
+def is_held_out(report: Report) -> bool:
     """Tell whether scores are those of images held out of the training."""
     return ('--tune' in report.get('flags', '')
             or report['file'].startswith('tuning'))
@@ -135,12 +135,12 @@ def _table(report: Report, bases: Sequence[str],
     for label, method, target in rows:
         if score := _cell(report, method, target):
             cells.append([label, f'{target:g}', score])
+            own = method.split('+')[0]
             for base in bases:
-                own = method.split('+')[0]
-                other = own if base == _NO_CHANGE else base
-                is_base = other == (method if base == _NO_CHANGE else own)
+                of_change = base == _NO_CHANGE
+                is_base = method == own if of_change else own == base
                 cells[-1] += mean_and_interval([] if is_base else differences(
-                    report, method, target, other))
+                    report, method, target, own if of_change else base))
     return table(cells)
 
 
@@ -159,7 +159,7 @@ def tried(report: Report) -> Section:
         changes(report)[3:], [
             'Runs with the same seed have the same start and the same order '
             'of the data.' + ' These scores chose the learning rate of later '
-            'comparisons.' * _is_held_out(report), *_training(report),
+            'comparisons.' * is_held_out(report), *_training(report),
             f'Machine: {places(report)}. Report: '
             f'`reports/{report["file"]}.json`.'
         ])

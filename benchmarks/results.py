@@ -12,7 +12,8 @@ from typing import Any, Iterable
 from gdp_mmseg.report import tables
 
 from accuracy_overview import overview, plot_overview, readme_table
-from accuracy_report import COMPARED, accuracy, checks, plot_accuracy, tried
+from accuracy_report import (COMPARED, accuracy, checks, is_held_out,
+                             plot_accuracy, tried)
 from accuracy_scores import LABELS
 from accuracy_tasks import TASKS
 from budget_report import BUDGETS, budget, controllers
@@ -41,12 +42,13 @@ def read(paths: Iterable[Path]) -> dict[str, list[Report]]:
     """
     found: dict[str, list[Report]] = {}
     for path in paths:
-        report = json.loads(path.read_text())
-        if isinstance(report, dict):
+        content = json.loads(path.read_text())
+        if isinstance(content, dict):
+            report = dict(content, file=path.stem)
             kind = path.stem.split('_')[0]
-            if kind == 'accuracy' and '--tune' in report.get('flags', ''):
+            if kind == 'accuracy' and is_held_out(report):
                 kind = 'held'
-            found.setdefault(kind, []).append(dict(report, file=path.stem))
+            found.setdefault(kind, []).append(report)
     for kind in ('accuracy', 'held'):
         found.setdefault(kind, []).sort(key=lambda report: (list(TASKS).index(
             report['data']), -report['iterations']))

@@ -39,14 +39,13 @@ from gdp_mmseg.report.tables import table
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
 
-# Configs of the networks whose training steps are measured.
+# Networks whose training steps are measured: the config, and the pairs of
+# steps for each of the first network, as many as take about as long.
 NETWORKS = {
-    'DeepLabV3Plus-ResNet50': CONFIG,
-    'DeepLabV3Plus-MobileNetV2': ROOT / 'benchmarks' / 'configs' / 'voc.py',
+    'DeepLabV3Plus-ResNet50': (CONFIG, 1),
+    'DeepLabV3Plus-MobileNetV2':
+    (ROOT / 'benchmarks' / 'configs' / 'voc.py', 10),
 }
-# Pairs of steps of a network for each of the first one: as many as take about
-# as long.
-SHARES = (1, 10)
 # Quantity, its key in the report, our goal, the unit of both.
 ROWS = (
     ('build and group analysis at 512 x 512', 'analysis_s', 5, ' s'),
@@ -129,14 +128,14 @@ def measure_steps(gate: str, batch: int, size: int,
     Each is measured in a process of its own, because the memory that another
     network has left in pieces would make its steps slower.
     """
+    measured = len(NETWORKS) if gate == 'gdp' else 1
     return {
         network:
         json.loads(
             in_fresh_process('--steps', network, '--gate', gate, '--batch',
                              batch, '--size', size, '--rounds',
                              rounds * share))
-        for network, share in zip(NETWORKS, SHARES)
-        if share == 1 or gate == 'gdp'
+        for network, (_, share) in [*NETWORKS.items()][:measured]
     }
 
 
@@ -300,7 +299,7 @@ def main() -> None:
         print(peak_memory(bool(args.peak), args.batch, args.size))
         return
     if args.steps is not None:
-        pairs = step_seconds(NETWORKS[args.steps], args.batch, args.size,
+        pairs = step_seconds(NETWORKS[args.steps][0], args.batch, args.size,
                              args.rounds, args.gate)
         print(json.dumps(pairs))
         return

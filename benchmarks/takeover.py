@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from gdp_mmseg.analysis.liveness import kept_channels, kept_slots
 from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.engine.model import find_pruner
-from gdp_mmseg.gates.layers import slot_values
+from gdp_mmseg.gates.lookup import slot_values
 from gdp_mmseg.gates.scaling import along
 from gdp_mmseg.pruner.pruner import Pruner
 

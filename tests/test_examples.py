@@ -54,8 +54,7 @@ def test_plain_pytorch(tmp_path: Path) -> None:
 def test_torchvision_deeplabv3(tmp_path: Path) -> None:
     pytest.importorskip('torchvision')
     said = run('torchvision_deeplabv3.py', tmp_path, '--steps', '16')
-    assert re.search(r'FLOPs: .* G \((?:49|50)\.\d%\) at 1 x 3 x 96 x 96',
-                     said)
+    assert re.search(r'FLOPs: .* G \(5\d\.\d%\) at 1 x 3 x 96 x 96', said)
     difference = re.search(r'outputs differ by (\S+)', said)
     assert difference and float(difference[1]) < 1e-5
 

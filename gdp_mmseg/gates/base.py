@@ -154,10 +154,13 @@ class GateMethod(nn.Module, abc.ABC):
             index (int): Index of the axis in :attr:`lookup`.
         """
         if not self.training:
-            return self.lookup.constant(index, self.decided())
+            return self.lookup.factors(index, self.decided())
         self.draw_()
         if torch.compiler.is_compiling():
-            return self.lookup.linear(index, self.theta, *self._levels())
+            levels, slopes = self._levels()
+            # It is zero, and its derivative is 1.
+            moved = self.theta - self.theta.detach()
+            return self.lookup.factors(index, levels + slopes * moved)
         state = (self.heeded,
                  *(one._version
                    for one in self._buffers.values() if one is not None))

@@ -232,7 +232,6 @@ class _Scaled:
     """
 
     def __init__(self, norm: Any, factors: Tensor) -> None:
-        vars(self).update(vars(norm))
         self._norm = norm
         self.weight = norm.weight * factors
         self.bias = norm.bias * factors
@@ -302,21 +301,3 @@ class _GatedLinear(_GatedLayer):
         layer: Any = self.module
         inputs, weight = self.gated(inputs, layer.weight, -1)
         return F.linear(inputs, weight, layer.bias)
-
-
-def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
-    """Openness of each slot of a channel axis: 1 where there is no gate.
-
-    Args:
-        openness (Tensor): ``(G,)``.
-        slots (Tensor): ``(C,)`` gate of each slot, -1 for none.
-
-    Returns:
-        Tensor: ``(C,)``, differentiable in ``openness``.
-
-    Examples:
-        >>> import torch
-        >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
-        tensor([0.0000, 1.0000, 0.5000])
-    """
-    return openness[slots.clamp(min=0)].masked_fill(slots < 0, 1)

@@ -48,35 +48,25 @@ class Lookup:
         self._slots[index] = slots
         self._joined = self._known = None
 
-    def constant(self, index: int, levels: Tensor) -> Tensor:
+    def factors(self, index: int, levels: Tensor) -> Tensor:
         """Factors ``(C,)`` of an axis by levels ``(G,)`` of the gates."""
-        return F.pad(levels, (0, 1), value=1.)[self._of(index, levels)]
-
-    def linear(self, index: int, theta: Tensor, levels: Tensor,
-               slopes: Tensor) -> Tensor:
-        """Factors ``(C,)`` of an axis, differentiable in theta.
-
-        Args:
-            index (int): Index of the axis.
-            theta (Tensor): ``(G,)``.
-            levels (Tensor): ``(G,)`` of the gates.
-            slopes (Tensor): ``(G,)`` their derivatives in theta.
-        """
-        # It is zero, and its derivative is 1.
-        moved = F.pad(theta - theta.detach(), (0, 1))
-        slots = self._of(index, levels)
-        return (self.constant(index, levels) +
-                F.pad(slopes, (0, 1))[slots] * moved[slots])
+        slots = self._slots[index]
+        if slots.device != levels.device:
+            slots = self._slots[index] = slots.to(levels.device)
+        return slot_values(levels, slots)
 
     def known(self, index: int, theta: Tensor, state: Hashable,
               levels: Callable[[], tuple[Tensor, Tensor]]) -> Tensor:
-        """Return :meth:`linear`, for all axes at once in each state.
+        """Factors ``(C,)`` of an axis, differentiable in theta.
+
+        Those of all axes are computed at once for each state.
 
         Args:
             index (int): Index of the axis.
             theta (Tensor): ``(G,)``.
             state (Hashable): State of all that ``levels`` reads.
-            levels (Callable): Returns levels and slopes, see :meth:`linear`.
+            levels (Callable): Returns levels ``(G,)`` of the gates and their
+                derivatives ``(G,)`` in theta.
         """
         state = (state, theta._version, theta.device, theta.dtype,
                  theta.requires_grad, torch.is_grad_enabled(),
@@ -89,13 +79,6 @@ class Lookup:
             sizes = [len(slots) for slots in self._slots]
             known = self._known = theta, state, factors.split(sizes)
         return known[2][index]
-
-    def _of(self, index: int, like: Tensor) -> Tensor:
-        """Return the gates of an axis, on the device of another tensor."""
-        slots = self._slots[index]
-        if slots.device != like.device:
-            slots = self._slots[index] = slots.to(like.device)
-        return slots
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave what is known out of copies: it belongs to other gates."""
@@ -110,7 +93,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, levels: Tensor, slopes: Tensor,
                 slots: Tensor) -> Tensor:
         ctx.parts = slopes, slots
-        return F.pad(levels, (0, 1), value=1.)[slots]
+        return slot_values(levels, slots)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
@@ -120,3 +103,21 @@ class _Linear(torch.autograd.Function):
                                                     gradient * slopes[slots],
                                                     accumulate=True)
         return found[:-1], None, None, None
+
+
+def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
+    """Openness of each slot of a channel axis: 1 where there is no gate.
+
+    Args:
+        openness (Tensor): ``(G,)``.
+        slots (Tensor): ``(C,)`` gate of each slot, -1 for none.
+
+    Returns:
+        Tensor: ``(C,)``, differentiable in ``openness``.
+
+    Examples:
+        >>> import torch
+        >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
+        tensor([0.0000, 1.0000, 0.5000])
+    """
+    return openness[slots.clamp(min=0)].masked_fill(slots < 0, 1)

@@ -94,7 +94,7 @@ def _gradients_(gradient: Tensor, tensor: Tensor, shaped: Tensor | None,
     Returns:
         Tensor: ``(C,)`` gradient of the factors.
     """
-    if (tensor.device.type != 'cpu' or axis != 1 or tensor.numel() <= _CHUNK):
+    if tensor.device.type != 'cpu' or axis != 1 or tensor.numel() <= _CHUNK:
         of_factors = _sums(gradient, tensor, axis, dtype)
         if shaped is not None:
             gradient *= shaped

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..analysis.liveness import kept_channels, kept_slots
 from ..analysis.structure import Analysis
 from ..analysis.tracer import clone_model, copy_model
-from ..gates.layers import slot_values
+from ..gates.lookup import slot_values
 from ..gates.scaling import along
 from .widths import Widths, apply_widths_, whole_width, widths_of
 

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.gdp import GDPGates
-from gdp_mmseg.gates.layers import gate_, gate_layer_, slot_values, ungate_
+from gdp_mmseg.gates.layers import gate_, gate_layer_, ungate_
+from gdp_mmseg.gates.lookup import slot_values
 
 from helpers.toys import SHAPE, TOYS, open_gates, randomise_, run
 
