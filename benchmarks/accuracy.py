@@ -170,7 +170,7 @@ def run(args: argparse.Namespace, name: str, folder: Path) -> dict[str, Any]:
             PruneOnce(method, float(target), begin, shape, int(seed),
                       task.whole))
     plain = (
-        mock.patch.object(Pruner, '_scarcity', lambda _: 1.)
+        mock.patch.object(Pruner, '_scarcity', lambda *_: 1.)
         if base == 'gdp_plain' else contextlib.nullcontext())
     row = dict(
         method=method,

@@ -25,8 +25,9 @@ from gdp_mmseg.gates import gdp
 from small_models import Run, conditions, train_once
 
 # Arguments: cost after a step at a multiplier, budget, order of magnitude of
-# the multiplier. Result: a multiplier. All are scalars.
-Controller = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]
+# the multiplier, and the last one. Result: a multiplier. All are scalars.
+Controller = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor],
+                      Tensor]
 
 
 @dataclasses.dataclass
@@ -45,7 +46,7 @@ class DualAscent:
     excess: float = 0.
 
     def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
-                 scale: Tensor) -> Tensor:
+                 scale: Tensor, guess: Tensor) -> Tensor:
         self.multiplier = max(0., self.multiplier + self.rate * self.excess)
         found = torch.full_like(scale, self.multiplier)
         self.excess = float(spent(found) - budget)
@@ -73,7 +74,7 @@ class ProportionalIntegral:
     excess: float = 0.
 
     def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
-                 scale: Tensor) -> Tensor:
+                 scale: Tensor, guess: Tensor) -> Tensor:
         self.total = max(0., self.total + self.excess)
         multiplier = scale * max(
             0., self.proportional * self.excess + self.integral * self.total)

@@ -181,7 +181,7 @@ class TakeoverHook(Hook):
         }
         if self.weigh_every:
             plain = pruner._scarcity
-            pruner._scarcity = lambda: plain() * self._factors
+            pruner._scarcity = lambda openness: plain(openness) * self._factors
 
     def _kept(self, pruner: Pruner) -> Tensor:
         """Gates ``(G,)`` whose channels are left in a pass after a cut."""

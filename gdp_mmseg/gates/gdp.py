@@ -261,7 +261,7 @@ class GDPGates(GainMethod):
 
         def moved(multiplier: Tensor) -> tuple[Tensor, Tensor]:
             push = multiplier * price
-            step = (gain + push) / torch.addcmul(noise, push, push).sqrt()
+            step = (gain + push) * torch.addcmul(noise, push, push).rsqrt()
             if surplus is not None:
                 step = step.masked_fill(surplus, 1)
             # Above one the openness is flat: a gate that moved far beyond
@@ -278,7 +278,8 @@ class GDPGates(GainMethod):
             return held_cost(cost, value, channel_weight, channels)
 
         multiplier = solve_multiplier(
-            spent, budget, first_guess(noise.masked_fill(closed, 0), price))
+            spent, budget, first_guess(noise.masked_fill(closed, 0), price),
+            self.multiplier)
         self.multiplier.copy_(multiplier)
         theta, value = moved(multiplier)
         theta = theta * value.sign()

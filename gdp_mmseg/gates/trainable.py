@@ -325,6 +325,7 @@ class TrainableGates(GainMethod):
                 spent,
                 budget,
                 first_guess(square.masked_fill(closed, 0), price),
+                self.multiplier,
                 signed=True)
         else:
             multiplier = self.penalty * (cost(self.openness()) - budget).sign()

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..cost.counts import Cost
-from ..gates.base import GateMethod
 from ..gates.multiplier import held_cost
 
 # Openness of a gate that counts as half open in :class:`Figures`.
@@ -59,29 +58,32 @@ class Figures:
             })
 
 
-def state_of(gates: GateMethod, flops: Cost, cost: Cost,
+def state_of(openness: Tensor, flops: Cost, cost: Cost,
              channel_weight: float) -> dict[str, Tensor]:
-    """Compute what :class:`Figures` tells, on the device of the gates.
+    """Compute what :class:`Figures` tells of an openness, on its device.
 
     Args:
-        gates (GateMethod): ``G`` gates.
+        openness (Tensor): ``(G,)``.
         flops (Cost): Share of the dense FLOPs.
         cost (Cost): Share of the target's resource.
         channel_weight (float): See
             :func:`gdp_mmseg.gates.multiplier.held_cost`.
     """
-    openness = gates.openness()
     channels = openness.sign()
     low, high = HALF_OPEN
-    whole = flops(channels)
-    return dict(
+    whole, soft = flops(channels), flops(openness)
+    state = dict(
         flops=whole,
-        flops_by_openness=flops(openness),
-        cost=whole if cost is flops else cost(channels),
-        held_cost=held_cost(cost, openness, channel_weight),
+        flops_by_openness=soft,
+        cost=whole,
+        held_cost=torch.lerp(soft, whole, channel_weight),
         undecided=((openness > low) & (openness < high)).float().mean(),
-        multiplier=gates.multiplier,
         openness=cost.group_sums(openness) / cost.sizes)
+    if cost is not flops:
+        state |= dict(
+            cost=cost(channels),
+            held_cost=held_cost(cost, openness, channel_weight))
+    return state
 
 
 def read(state: Mapping[str, Tensor]) -> dict[str, list[float]]:

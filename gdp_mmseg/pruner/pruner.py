@@ -157,13 +157,16 @@ class Pruner(WithConstants):
         Args:
             progress (float): Share of the training that is over, in [0, 1].
         """
-        return Figures.of(read(self._state(progress)), self.budget(progress))
+        state = self._state(self.gates.openness(), progress)
+        return Figures.of(read(state), self.budget(progress))
 
-    def _state(self, progress: float) -> dict[str, Tensor]:
+    def _state(self, openness: Tensor, progress: float) -> dict[str, Tensor]:
         """Compute what :class:`Figures` tells, on the device of the gates."""
         weight = 1. if self.gates.WHOLE_CHANNELS else (
             self.schedule.channel_weight_at(progress))
-        return state_of(self.gates, self.flops, self.cost, weight)
+        return dict(
+            state_of(openness, self.flops, self.cost, weight),
+            multiplier=self.gates.multiplier)
 
     # -- the training ------------------------------------------------------
 
@@ -248,7 +251,6 @@ class Pruner(WithConstants):
         # The last step of the pruning phase has the target for its budget.
         if is_last:
             progress = self.schedule.end_of_pruning
-        alive = self._alive_groups()
         before = {
             name: tensor.clone()
             for name, tensor in self.gates.state_dict().items()
@@ -256,8 +258,10 @@ class Pruner(WithConstants):
         # First observe: the gradient belongs to the state of the forward pass.
         finite = self.gates.observe_()
         self.gates.anneal_(self.schedule.pruned_share(progress))
+        openness = self.gates.openness()
+        alive = self._alive_groups(openness)
         if phase != 'warmup':
-            self._move_(progress, steps)
+            self._move_(openness, progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
         for name, tensor in self.gates.state_dict().items():
             tensor.copy_(torch.where(finite, tensor, before[name]))
@@ -265,17 +269,18 @@ class Pruner(WithConstants):
         if is_last:
             self._settle_(progress)
             self.gates.agree_()
-        died = (alive & ~self._alive_groups()).any()
+        openness = self.gates.openness()
+        died = (alive & ~self._alive_groups(openness)).any()
         state = read(
             dict(
-                self._state(progress),
+                self._state(openness, progress),
                 moved=finite,
                 died=died,
                 are_open=self.gates.are_open()))
         self.gates.note_open_(bool(state['are_open'][0]))
         if state['died'][0] and (self.gates.ABSORBING or is_last):
             self._close_dead_()
-            state |= read(self._state(progress))
+            state |= read(self._state(self.gates.openness(), progress))
         return Figures.of(state, self.budget(progress))
 
     def _settle_(self, progress: float) -> None:
@@ -283,28 +288,28 @@ class Pruner(WithConstants):
         if not self.gates.ABSORBING:
             # What they cost is the others' then.
             self._close_dead_()
-        self.gates.settle_(self.cost,
-                           self.budget(progress) + self._rounding(),
-                           self._protected(progress, True), self.blocks)
+        self.gates.settle_(
+            self.cost,
+            self.budget(progress) + self._rounding(self.gates.openness()),
+            self._protected(progress, True), self.blocks)
 
-    def _move_(self, progress: float, steps: float) -> None:
+    def _move_(self, openness: Tensor, progress: float, steps: float) -> None:
         """Move all gates by one step of the pruning phase, in place."""
         self.gates.step_(
             self.cost,
-            self.budget(progress) + self._rounding(),
+            self.budget(progress) + self._rounding(openness),
             self.settings.gate_travel /
             max(steps * self.schedule.phases[1], 1),
             self.schedule.channel_weight_at(progress),
-            self._protected(progress), self._scarcity(), self.blocks)
+            self._protected(progress), self._scarcity(openness), self.blocks)
 
-    def _rounding(self) -> Tensor:
+    def _rounding(self, openness: Tensor) -> Tensor:
         """Half of the price of the dearest open gate or block, a scalar.
 
         It rounds the budget to the nearest channel. A budget that is never
         exceeded would be missed by up to one channel, which is more than a
         point in a small network.
         """
-        openness = self.gates.openness()
         price = self.cost.price(openness).masked_fill(openness == 0, 0)
         if self.blocks is not None:
             price = price * self.blocks.sizes[self.blocks.group_of]
@@ -339,13 +344,13 @@ class Pruner(WithConstants):
         return kept | large & self.gates.strongest(
             blocks.group_of, blocks.full(is_open), standing)
 
-    def _scarcity(self) -> Tensor:
+    def _scarcity(self, openness: Tensor) -> Tensor:
         """Factor ``(G,)`` of the worth of a channel as its group shrinks.
 
         A gain tells what is lost with one channel while the others of its
         group can stand in for it. The fewer are left, the less they can.
         """
-        left = self.cost.group_sums(self.gates.openness()).clamp(min=1)
+        left = self.cost.group_sums(openness).clamp(min=1)
         return (self.cost.sizes / left)[self.cost.group_of]
 
     def _close_dead_(self) -> None:
@@ -359,9 +364,8 @@ class Pruner(WithConstants):
         self.gates.close_(~keep & (is_dead[self.cost.group_of]
                                    | (openness > 0)))
 
-    def _alive_groups(self) -> Tensor:
+    def _alive_groups(self, openness: Tensor) -> Tensor:
         """Mask ``(S,)`` of the groups with a gate that is not closed."""
-        openness = self.gates.openness()
         return self.cost.group_sums(openness.sign()) > 0
 
     def channels(self) -> Tensor:

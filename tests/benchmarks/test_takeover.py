@@ -188,11 +188,12 @@ def test_gain_of_a_channel_that_others_tell_counts_less() -> None:
     net.writer.weight.data[3:] = 0
     net.writer.weight.data[3] = net.writer.weight.data[0]
     hook, runner = _observing(net, weigh_every=1)
-    plain = HookedPruner._scarcity(_pruner(net))
+    openness = _pruner(net).gates.openness()
+    plain = HookedPruner._scarcity(_pruner(net), openness)
     runner.iter = 10
     hook.before_train_iter(runner, 0)
     of_writer = _pruner(net).analysis.gate_of_slot['writer.weight', 0]
-    factors = (_pruner(net)._scarcity() / plain)[of_writer[:4]]
+    factors = (_pruner(net)._scarcity(openness) / plain)[of_writer[:4]]
     # The fourth channel is the first.
     assert factors[[0, 3]].max() < 0.01
     assert factors[[1, 2]].min() > 0.9

@@ -76,17 +76,32 @@ def test_epsilon_is_refused_by_name(epsilon: tuple[float, ...]) -> None:
 # -- multiplier ------------------------------------------------------------
 
 
+@pytest.mark.parametrize('signed', [False, True])
 @pytest.mark.parametrize('scale', [1e-3, 1., 1e3])
 @pytest.mark.parametrize('budget', [0.9, 0.5, 0.1])
-def test_multiplier_solves_an_analytic_cost(budget: float,
-                                            scale: float) -> None:
+def test_multiplier_solves_an_analytic_cost(budget: float, scale: float,
+                                            signed: bool) -> None:
 
     def spent(multiplier: Tensor) -> Tensor:
         return 1 / (1 + multiplier / scale)
 
-    found = solve_multiplier(spent, budget, torch.tensor(scale))
-    assert found.item() == pytest.approx(scale * (1 / budget - 1), rel=2**-9)
-    assert spent(found) <= budget
+    wanted = scale * (1 / budget - 1)
+    for guess, precision in ((0., 0.1), (wanted * 1.1, 0.003), (wanted / 1.1,
+                                                                0.003)):
+        found = solve_multiplier(spent, budget, torch.tensor(scale), guess,
+                                 signed)
+        assert wanted <= found.item() <= wanted * (1 + precision)
+
+
+@pytest.mark.parametrize('guess', [0., -2.2, 1.8])
+def test_signed_multiplier_uses_the_budget_up(guess: float) -> None:
+    found = solve_multiplier(
+        lambda multiplier: -multiplier,
+        2.,
+        torch.tensor(1.),
+        guess,
+        signed=True)
+    assert -2 <= found.item() <= -2 * (1 - 0.05 * (guess == 0) - 0.003)
 
 
 @pytest.mark.parametrize('least', [1e-4, 1e-3, 0.9, 1., 3e3, 3e7])
@@ -95,10 +110,12 @@ def test_multiplier_is_found_over_many_magnitudes(least: float) -> None:
     def spent(multiplier: Tensor) -> Tensor:
         return (multiplier < least).double()
 
-    found = solve_multiplier(spent, 0.5, torch.tensor(1.)).item()
+    found = torch.tensor(0.)
+    for _ in range(2):
+        found = solve_multiplier(spent, 0.5, torch.tensor(1.), found)
     if least < 1e6:  # That is far above any that is needed.
-        assert least <= found <= max(least * 1.01, 1e-3 * 2**-10)
-    assert math.isfinite(found)
+        assert least <= found.item() <= max(least * 1.01, 1.1e-3)
+    assert found.isfinite()
 
 
 def test_multiplier_is_zero_when_the_budget_holds_of_itself() -> None:
