@@ -132,7 +132,7 @@ class Cost(WithConstants):
         groups = (
             self.inputs.T.to(inputs) @ (self.shares * outputs) +
             self.outputs.T.to(inputs) @ (self.shares * inputs))
-        return groups[self.group_of]
+        return groups.index_select(0, self.group_of)
 
     @torch.no_grad()
     def group_shares(self) -> Tensor:

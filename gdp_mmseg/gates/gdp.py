@@ -173,7 +173,7 @@ class GDPGates(GainMethod):
 
     def are_open(self) -> Tensor:
         """Return whether the openness of all gates is 1, a scalar bool."""
-        return (self.openness().detach() == 1).all()
+        return (self.theta.detach() == 1).all()
 
     def worth(self) -> Tensor:
         """Mean square gain ``(G,)``, an estimate of the cost of closing."""

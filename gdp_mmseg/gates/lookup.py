@@ -74,7 +74,9 @@ class Lookup:
         known = self._known
         if known is None or known[0] is not theta or known[1] != state:
             if self._joined is None or self._joined.device != theta.device:
-                self._joined = torch.cat(self._slots).to(theta.device)
+                # What has no gate reads the end of the padded tables below.
+                self._joined = torch.cat(self._slots).to(
+                    theta.device).remainder(len(theta) + 1)
             factors: Tensor = _Linear.apply(theta, *levels(), self._joined)
             sizes = [len(slots) for slots in self._slots]
             known = self._known = theta, state, factors.split(sizes)
@@ -93,15 +95,17 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, levels: Tensor, slopes: Tensor,
                 slots: Tensor) -> Tensor:
         ctx.parts = slopes, slots
-        return slot_values(levels, slots)
+        return F.pad(levels, (0, 1), value=1).index_select(0, slots)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         slopes, slots = ctx.parts
         slopes = F.pad(slopes, (0, 1))
-        found = torch.zeros_like(slopes).index_put_((slots, ),
-                                                    gradient * slopes[slots],
-                                                    accumulate=True)
+        # Not index_add_, whose order of additions is random on a GPU.
+        found = torch.zeros_like(slopes).index_put_(
+            (slots, ),
+            gradient * slopes.index_select(0, slots),
+            accumulate=True)
         return found[:-1], None, None, None
 
 
@@ -120,4 +124,5 @@ def slot_values(openness: Tensor, slots: Tensor) -> Tensor:
         >>> slot_values(torch.tensor([0.5, 0.]), torch.tensor([1, -1, 0]))
         tensor([0.0000, 1.0000, 0.5000])
     """
-    return openness[slots.clamp(min=0)].masked_fill(slots < 0, 1)
+    found = openness.index_select(0, slots.clamp(min=0))
+    return found.masked_fill(slots < 0, 1)

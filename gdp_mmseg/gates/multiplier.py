@@ -50,6 +50,7 @@ def first_guess(square: Tensor, price: Tensor) -> Tensor:
 # change nothing.
 _LEAST_FACTOR = 1e-3
 _MOST_FACTOR = 1e6
+# Their number is this power of two, and so the search has so many steps.
 _HALVINGS = 10
 
 
@@ -87,22 +88,25 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     least, most = scale * _LEAST_FACTOR, scale * _MOST_FACTOR
     guess = torch.as_tensor(guess).to(scale).abs()
     centre = torch.where(guess > 0, guess, scale).clamp(least, most)
-    below, above = (centre / least).log(), (most / centre).log()
-
-    def size(place: Tensor) -> Tensor:
-        # The places from -1 to 1 are densest in magnitude around the centre.
-        return centre * (place**3 * torch.where(place < 0, below, above)).exp()
-
     is_free = spent(torch.zeros_like(scale)) <= budget
-    sign = 1 - 2. * is_free
-    near, far = -torch.ones_like(scale), torch.ones_like(scale)
-    for _ in range(_HALVINGS):
-        middle = (near + far) / 2
-        is_beyond = (spent(sign * size(middle)) <= budget) != is_free
-        near = torch.where(is_beyond, near, middle)
-        far = torch.where(is_beyond, middle, far)
-    if not signed:
-        return torch.where(is_free, 0., size(far))
-    # The near one is within the budget if it was tried.
-    within = torch.where(near > -1, -size(near), 0.)
-    return torch.where(is_free, within, size(far))
+    sizes = _sizes(least, centre, most) * (1 - 2. * is_free)
+    # Index of the least size that is known to be beyond the limit.
+    beyond = torch.full_like(is_free, 2**_HALVINGS, dtype=torch.long)
+    for halving in reversed(range(_HALVINGS)):
+        is_beyond = (spent(sizes.take(beyond - 2**halving))
+                     <= budget) != is_free
+        beyond = beyond.add(is_beyond, alpha=-2**halving)
+    if signed:
+        # The last that was free: none of them if all are beyond.
+        free = sizes.index_fill(0, beyond.new_zeros(1), 0).take(beyond - 1)
+    else:
+        free = torch.zeros_like(scale)
+    return torch.where(is_free, free, sizes.take(beyond))
+
+
+def _sizes(least: Tensor, centre: Tensor, most: Tensor) -> Tensor:
+    """Sizes from least to most, dense around the centre in magnitude."""
+    places = torch.linspace(
+        -1, 1, 2**_HALVINGS + 1, dtype=centre.dtype, device=centre.device)
+    way = torch.where(places < 0, centre / least, most / centre).log()
+    return centre * (places**3 * way).exp()

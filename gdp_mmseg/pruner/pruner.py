@@ -351,7 +351,7 @@ class Pruner(WithConstants):
         group can stand in for it. The fewer are left, the less they can.
         """
         left = self.cost.group_sums(openness).clamp(min=1)
-        return (self.cost.sizes / left)[self.cost.group_of]
+        return (self.cost.sizes / left).index_select(0, self.cost.group_of)
 
     def _close_dead_(self) -> None:
         """Close gates that feed only closed layers or are fed by none.
