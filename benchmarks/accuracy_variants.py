@@ -15,7 +15,6 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner, load_checkpoint
-from takeover import TakeoverHook
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -168,21 +167,8 @@ def _close_early(cfg: Config, teacher: Path) -> None:
 
 
 def _take_over(cfg: Config, teacher: Path) -> None:
-    """Let the readers of a closing channel take over what it carried."""
-    _close_early(cfg, teacher)
-    _add_hook_(cfg, type=TakeoverHook.__name__)
-
-
-def _take_over_gradually(cfg: Config, teacher: Path) -> None:
-    """Take over what a channel carries as its gate falls."""
-    _close_early(cfg, teacher)
-    _add_hook_(cfg, type=TakeoverHook.__name__, gradually=True)
-
-
-def _take_over_and_weigh(cfg: Config, teacher: Path) -> None:
-    """Close channels that others can take over rather than others."""
-    _close_early(cfg, teacher)
-    _add_hook_(cfg, type=TakeoverHook.__name__, weigh_every=4)
+    """Let the readers of a closing channel take over what it told."""
+    cfg.model.gdp.takeover = True
 
 
 def _long_means(cfg: Config, teacher: Path) -> None:
@@ -247,10 +233,6 @@ CHANGES: dict[str, Change] = dict(
     takeover=Change(
         'kernels take over what a closing channel carried, at an openness of '
         '0.5', _take_over),
-    gradual=Change('takeover of each loss of openness', _take_over_gradually),
-    weigh=Change(
-        'takeover, and gains times the root of what no other channel tells',
-        _take_over_and_weigh),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(

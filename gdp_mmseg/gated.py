@@ -15,7 +15,7 @@ from .analysis.state import first_difference, from_state, to_state
 from .analysis.structure import Analysis
 from .analysis.tracer import Forward, clone_model
 from .cost.counts import CountCost, ParameterCost
-from .gates.layers import gate_, ungate_
+from .gates.layers import ungate_
 from .pruner.pruner import Pruner
 from .pruner.settings import Settings
 from .report.summary import dead_parts, kept_by_part, kept_share
@@ -93,7 +93,7 @@ def gate(model: nn.Module,
     notes += [pruner.note_on_target(), *pruner.gates.notes()]
     for note in filter(None, notes):
         warnings.warn(note)
-    gate_(model, analysis, pruner.gates)
+    pruner.gate_(model)
     return GatedModel(model, pruner, num_steps, forward)
 
 

@@ -72,12 +72,16 @@ def train(model: GatedModel,
     return optimizer
 
 
-GATES = ('gdp', 'trainable')
+GATES: dict[str, dict[str, Any]] = {
+    'gdp': {},
+    'trainable': dict(gate='trainable'),
+    'takeover': dict(takeover=True)
+}
 
 
 @functools.cache
 def trained_with(gate: str) -> GatedModel:
-    model = gated(gate=gate)
+    model = gated(**GATES[gate])
     train(model)
     return model
 
@@ -174,14 +178,16 @@ def test_overflow_moves_no_gate() -> None:
 # In the pruning phase, and among the votes of its last steps.
 @pytest.mark.parametrize('gate, stop', [('gdp', STEPS // 2),
                                         ('trainable', STEPS // 2),
-                                        ('trainable', 47)])
+                                        ('trainable', 47),
+                                        ('takeover', STEPS // 2),
+                                        ('takeover', STEPS // 2 + 1)])
 def test_resume_by_state_dicts_goes_on_as_the_straight_training(
         gate: str, stop: int, tmp_path: Path) -> None:
-    first = gated(gate=gate)
+    first = gated(**GATES[gate])
     optimizer = train(first, end=stop)
     torch.save((first.state_dict(), optimizer.state_dict()),
                tmp_path / 'half.pt')
-    model = gated(gate=gate)
+    model = gated(**GATES[gate])
     optimizer = torch.optim.SGD(
         model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-2)
     state, momenta = torch.load(tmp_path / 'half.pt', weights_only=True)

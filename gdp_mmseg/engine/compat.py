@@ -28,7 +28,7 @@ def check_config(cfg: Config) -> None:
 
     Raises:
         ValueError: If it is gated and would split the gates, move none, or is
-            too short for them.
+            too short for them, or has a takeover and is compiled.
     """
     if kind_of(cfg.model) != 'gated':
         return
@@ -40,13 +40,17 @@ def check_config(cfg: Config) -> None:
         name = name_of((cfg.get(key) or {}).get('type'))
         if name in SPLITTING:
             raise ValueError(_whole_model(name, key))
+    settings = ModelConfig.of(cfg).settings
+    if settings.takeover and cfg.get('compile') not in (None, False):
+        raise ValueError('gdp.takeover: expected layers that are not '
+                         'compiled, because what they read is observed, but '
+                         f'got compile={cfg.compile}; remove compile')
     # The length of a training by epochs depends on its data.
     iterations = (cfg.get('train_cfg') or {}).get('max_iters')
     if iterations:
         wrapper = cfg.get('optim_wrapper') or {}
-        check_length(
-            ModelConfig.of(cfg).settings, iterations,
-            wrapper.get('accumulative_counts', 1))
+        check_length(settings, iterations, wrapper.get('accumulative_counts',
+                                                       1))
 
 
 def check_length(settings: Settings, iterations: int,

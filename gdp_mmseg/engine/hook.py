@@ -10,7 +10,6 @@ from mmengine.runner import Runner
 
 from ..cost.latency import SECONDS
 from ..gates.base import GateMethod
-from ..gates.layers import move_to_layers_
 from ..pruner.figures import Figures
 from ..pruner.pruner import Pruner
 from ..registry import HOOKS
@@ -73,10 +72,7 @@ class GDPHook(ResumeHook):
         super().before_run(runner)
         if runner.cfg.get('efficient_conv_bn_eval'):
             # It reads the parameters of norms and does not call them.
-            network, pruner = network_of(runner.model), find_pruner(
-                runner.model)
-            pruner.analysis = move_to_layers_(network, pruner.analysis,
-                                              pruner.gates)
+            find_pruner(runner.model).move_to_layers_(network_of(runner.model))
         if self._shrink not in runner.hooks:
             runner.register_hook(self._shrink)
 

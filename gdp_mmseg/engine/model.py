@@ -22,7 +22,6 @@ from ..analysis.analyse import analyse
 from ..analysis.structure import Analysis, Layer, LayerCall
 from ..analysis.tracer import ForwardError, fixed_seeds
 from ..cost.counts import FlopCost
-from ..gates.layers import gate_
 from ..pruner.settings import Gate, Settings
 from ..registry import MODELS
 from ..surgery.outputs import first_line
@@ -164,7 +163,7 @@ def add_gates_(network: nn.Module, analysis: Analysis,
     """
     pruner = HookedPruner(analysis, settings)
     network.gdp = pruner
-    gate_(network, analysis, pruner.gates)
+    pruner.gate_(network)
     refuse_others_(network, fitting_of(analysis))
     return network
 

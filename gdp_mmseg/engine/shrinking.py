@@ -161,6 +161,9 @@ class ShrinkHook(Hook):
             source.widen_(runner.optim_wrapper.optimizer)
             for other in others:
                 other.widen_()
+            pruner = find_pruner(runner.model)
+            if pruner.takeover is not None:
+                pruner.takeover.narrow_(torch.ones_like(source.present))
             _renew_(runner)
         self._shrinkages = []
 
@@ -170,8 +173,11 @@ class ShrinkHook(Hook):
         source.narrow_(keep, runner.optim_wrapper.optimizer)
         for other in others:
             other.narrow_(keep)
+        pruner = find_pruner(runner.model)
+        if pruner.takeover is not None:
+            pruner.takeover.narrow_(keep)
         _renew_(runner)
-        self._left = _share(find_pruner(runner.model), keep)
+        self._left = _share(pruner, keep)
 
 
 def averages(runner: Runner) -> list[Pruner]:

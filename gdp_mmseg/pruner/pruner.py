@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..analysis.constants import WithConstants
 from ..analysis.liveness import kept_channels, live_channels
@@ -11,6 +11,8 @@ from ..cost.counts import Cost, FlopCost, ParameterCost, inference_layers
 from ..cost.latency import STOPWATCHES, LatencyCost, Stopwatch, measure
 from ..gates.base import GateMethod
 from ..gates.blocks import Blocks
+from ..gates.layers import gate_, move_to_layers_
+from ..gates.takeover import Takeover
 from .figures import Figures, read, state_of
 from .multiples import min_kept, too_large
 from .notes import on_miss, on_target, refusal
@@ -58,6 +60,7 @@ class Pruner(WithConstants):
         self.settings = settings
         self.schedule = Schedule(settings.phases)
         self.gates = gates or settings.build_gates(analysis)
+        self.takeover: Takeover | None = None
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
         if settings.target.type == 'params':
@@ -75,6 +78,18 @@ class Pruner(WithConstants):
                      settings.target.ratio - _LARGEST_ROUNDING))
         if not self.unmeasured:
             self.check_target()
+
+    def gate_(self, model: nn.Module) -> None:
+        """Put the gates on the model that was analysed, in place."""
+        gate_(model, self.analysis, self.gates)
+        if self.settings.takeover:
+            self.takeover = Takeover(self.analysis, model, self.gates)
+
+    def move_to_layers_(self, model: nn.Module) -> None:
+        """Move the gates at norms of the model to the layers, in place."""
+        self.analysis = move_to_layers_(model, self.analysis, self.gates)
+        if self.takeover is not None:
+            self.takeover.analysis = self.analysis
 
     # -- cost and target ---------------------------------------------------
 
@@ -180,6 +195,7 @@ class Pruner(WithConstants):
         self.gates.begin_(self.schedule.pruned_share(progress))
         is_over = self.schedule.phase_at(progress) == 'settling'
         self._heed_(is_over and self.gates.is_settled(), progress, steps)
+        self._watch_(progress * steps, steps)
 
     @torch.no_grad()
     def step_(self, progress: float, steps: float) -> Figures | None:
@@ -222,7 +238,13 @@ class Pruner(WithConstants):
                 figures = self._step_(progress, steps, is_over)
         self.gates.theta.grad = None
         self._heed_(is_over, progress, steps)
+        self._watch_(progress * steps + 1, steps)
         return figures
+
+    def _watch_(self, step: float, steps: float) -> None:
+        """Let the takeover observe the passes of a step, or not, in place."""
+        if self.takeover is not None:
+            self.takeover.watch_in_(step, steps, self.schedule.phases)
 
     def _heed_(self, is_over: bool, progress: float, steps: float) -> None:
         """Note whether a step observes the gradient from here on, in place.
@@ -251,7 +273,7 @@ class Pruner(WithConstants):
         # The last step of the pruning phase has the target for its budget.
         if is_last:
             progress = self.schedule.end_of_pruning
-        before = {
+        saved = {
             name: tensor.clone()
             for name, tensor in self.gates.state_dict().items()
         }
@@ -264,12 +286,15 @@ class Pruner(WithConstants):
             self._move_(openness, progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
         for name, tensor in self.gates.state_dict().items():
-            tensor.copy_(torch.where(finite, tensor, before[name]))
+            tensor.copy_(torch.where(finite, tensor, saved[name]))
         self.gates.agree_()
         if is_last:
             self._settle_(progress)
             self.gates.agree_()
-        openness = self.gates.openness()
+        before, openness = openness, self.gates.openness()
+        if self.takeover is not None:
+            self.takeover.renew_(before)
+            self.takeover.take_over_(before, openness)
         died = (alive & ~self._alive_groups(openness)).any()
         state = read(
             dict(
@@ -368,8 +393,8 @@ class Pruner(WithConstants):
         """Mask ``(S,)`` of the groups with a gate that is not closed."""
         return self.cost.group_sums(openness.sign()) > 0
 
+    @torch.no_grad()
     def channels(self) -> Tensor:
         """Mask ``(G,)`` of 0 and 1: the gates whose channels a cut keeps."""
-        with torch.no_grad():
-            keep = kept_channels(self.analysis, self.gates.decided())
+        keep = kept_channels(self.analysis, self.gates.decided())
         return keep.to(self.gates.theta)

@@ -19,6 +19,9 @@ COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
 # A pruning phase in which a gate can close in fewer steps is short: its gain
 # is a mean over some tens of steps.
 _STEPS_TO_CLOSE = 10
+# Openness at which a gate closes for good. Where others take over, little is
+# lost, and the sooner the better they learn to do without.
+_CLOSED_AT, _CLOSED_AT_TAKEOVER = 1e-2, 0.5
 # Smallest target: far below any network of use.
 _LEAST_TARGET = 0.001
 
@@ -173,7 +176,8 @@ class Settings:
             at the end of the pruning phase.
         gate_travel (float): Distance that a theta, 1 at the start, can move
             in the pruning phase.
-        close_below (float): Openness at which a gate closes for good.
+        close_below (float, optional): Openness at which a gate closes for
+            good. Defaults to 0.01, with ``takeover`` to 0.5.
         min_keep_ratio (float): Least share of the channels of each group
             that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
@@ -185,6 +189,9 @@ class Settings:
         shrink (bool): Whether closed channels leave the model while an
             mmengine runner trains it, which saves time and memory. Defaults
             to True.
+        takeover (bool): Whether the kernels that read a channel take over
+            what it told when its gate closes (see
+            :mod:`gdp_mmseg.gates.takeover`). Defaults to False.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -195,12 +202,13 @@ class Settings:
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     gate_travel: float = 8.
-    close_below: float = 1e-2
+    close_below: float | None = None
     min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
     multiple: int = 1
     shrink: bool = True
+    takeover: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -215,12 +223,12 @@ class Settings:
         # Their constructors check the values.
         Schedule(self.phases)
         check_epsilon(self.epsilon)
-        for name in ('gate_travel', 'close_below'):
-            value = getattr(self, name)
+        for name, value in (('gate_travel', self.gate_travel),
+                            ('close_below', self.closed_at)):
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
-        if self.close_below >= 1:
+        if self.closed_at >= 1:
             raise ValueError('gdp.close_below: expected less than 1, the '
                              'openness at the start, but got '
                              f'{self.close_below}')
@@ -241,9 +249,17 @@ class Settings:
                 raise ValueError(f'gdp.{name}: expected a list of names or '
                                  "patterns of modules, e.g. ['decode_head'], "
                                  f'but got {value!r}')
-        if not isinstance(self.shrink, bool):
-            raise ValueError('gdp.shrink: expected True or False, but got '
-                             f'{self.shrink!r}')
+        for name in ('shrink', 'takeover'):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f'gdp.{name}: expected True or False, but '
+                                 f'got {getattr(self, name)!r}')
+
+    @property
+    def closed_at(self) -> float:
+        """Openness at which a gate closes for good."""
+        if self.close_below is None:
+            return _CLOSED_AT_TAKEOVER if self.takeover else _CLOSED_AT
+        return self.close_below
 
     def _check_owners(self) -> None:
         """Check that no setting of another gate method was set.
@@ -262,6 +278,10 @@ class Settings:
                     raise ValueError(
                         f'gdp.{key}: expected it with gate={name!r} only, but '
                         f'got gate={self.gate.type!r}; remove gdp.{key}')
+        if self.takeover and self.gate.type != 'gdp':
+            raise ValueError(
+                "gdp.takeover: expected it with gate='gdp' only, but got "
+                f'gate={self.gate.type!r}; remove gdp.takeover')
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
@@ -326,6 +346,8 @@ class Settings:
         """Make the gates of a model by the method that ``gate`` names."""
         method = METHODS[self.gate.type]
         own = {name: getattr(self, name) for name in method.SETTINGS}
+        if 'close_below' in own:
+            own['close_below'] = self.closed_at
         return method.of(analysis, **own, **self.gate.options)
 
 

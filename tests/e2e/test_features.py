@@ -126,6 +126,11 @@ FEATURES: dict[str, dict[str, Any]] = {
         'model.gdp.shrink': False
     },
     'optimizer-of-other-states': _optimizer('TorchAdafactor'),
+    'takeover-average-of-buffers': {
+        'model.gdp.takeover': True,
+        'custom_hooks':
+        [dict(type='EMAHook', momentum=0.2, update_buffers=True)]
+    },
 }
 # Features with which closed channels do not leave while the model trains.
 KEEPING = ('efficient_conv_bn_eval', 'closed-channels-stay',
@@ -197,7 +202,9 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
                                        gate_of: Callable[[int], str]) -> None:
     # SCP has no gates on norms that are frozen.
     frozen = 'model.backbone.norm_eval' in FEATURES[name]
-    gate = gate_of(0 if frozen else [*FEATURES].index(name))
+    takes_over = 'model.gdp.takeover' in FEATURES[name]
+    gate = 'gdp' if takes_over else gate_of(
+        0 if frozen else [*FEATURES].index(name))
     options = _short(**FEATURES[name], **{'model.gdp.gate': gate})
     if frozen and gate == 'scp':
         with pytest.raises(ValueError, match='frozen batch norm'):

@@ -71,6 +71,9 @@ OTHERS = {
     'scp-gates':
     "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
     "model = dict(backbone=dict(norm_eval=False), gdp=dict(gate='scp'))",
+    'takeover':
+    "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
+    'model = dict(gdp=dict(takeover=True))',
     'latency':
     "model = dict(gdp=dict(target=dict(_delete_=True, type='latency',"
     ' ratio=0.9)))',
@@ -198,6 +201,7 @@ def test_gates_stay_the_same_in_each_process(others: dict[str, Path],
     assert torch.equal(one['theta'], other['theta'])
     # The Phi of SCP, and so the norms.
     assert torch.equal(one['gain'], other['gain'])
+    assert torch.equal(one['weights'], other['weights'])
 
 
 def test_one_process_measures_the_latency_for_all(

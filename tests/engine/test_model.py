@@ -387,7 +387,7 @@ def test_settings_have_the_documented_defaults() -> None:
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
-    assert 0 < settings.close_below < 1 and settings.min_keep_ratio == 0
+    assert 0 < settings.closed_at < 1 and settings.min_keep_ratio == 0
 
 
 def test_settings_made_in_python_are_checked_too() -> None:
@@ -453,6 +453,9 @@ def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
      "'decode_head'"),
     (dict(only=[3]), r'gdp.only: expected a list of names.*\(3,\)'),
     (dict(shrink='no'), "gdp.shrink: expected True or False, but got 'no'"),
+    (dict(takeover=1), 'gdp.takeover: expected True or False, but got 1'),
+    (dict(takeover=True,
+          gate='trainable'), "gdp.takeover: expected it with gate='gdp' only"),
 ])
 def test_values_of_another_kind_are_refused(options: dict[str, Any],
                                             message: str) -> None:

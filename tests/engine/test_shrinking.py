@@ -129,6 +129,8 @@ def trained_alone(model: Any, inputs: Tensor, optimizer: str,
             keep = kept_channels(pruner.analysis, pruner.gates.openness())
             narrowed[0].narrow_(keep, trains)
             narrowed[1].narrow_(keep)
+            if pruner.takeover is not None:
+                pruner.takeover.narrow_(keep)
     numbers = sum(one.numel() for one in model.parameters())
     with torch.no_grad():
         return losses, all_outputs(average.eval(), inputs), numbers
@@ -149,7 +151,7 @@ def check_cut_training(model: Any, optimizer: str, side: int = 32) -> None:
 
 
 def small_model(backbone: dict[str, Any], norm: dict[str, Any],
-                channels: tuple[int, int]) -> Any:
+                channels: tuple[int, int], **gdp: Any) -> Any:
     """A small gated model with two heads, on the last outputs ``channels``."""
 
     def head(index: int) -> dict[str, Any]:
@@ -174,17 +176,21 @@ def small_model(backbone: dict[str, Any], norm: dict[str, Any],
             decode_head=head(1),
             auxiliary_head=head(0),
             test_cfg=ConfigDict(mode='whole'),
-            gdp=dict(target=0.7, gate_travel=3., phases=(0.1, 0.6, 0.3))))
+            gdp=dict(
+                target=0.7, gate_travel=3., phases=(0.1, 0.6, 0.3), **gdp)))
 
 
-def test_inverted_residuals_train_as_if_uncut() -> None:
+@pytest.mark.parametrize('takeover', [False, True])
+def test_inverted_residuals_train_as_if_uncut(takeover: bool) -> None:
     """Depthwise layers, and blocks that lose all that they add."""
     model = small_model(
         dict(
             type='MobileNetV2',
             widen_factor=0.25,
             strides=(1, 2, 2, 1, 1, 1, 1),
-            out_indices=(4, 6)), dict(type='BN'), (24, 80))
+            out_indices=(4, 6)),
+        dict(type='BN'), (24, 80),
+        takeover=takeover)
     check_cut_training(model, 'SGD')
 
 

@@ -49,6 +49,10 @@ class RankRecorder(Recorder):
             dict(
                 theta=torch.stack(self.theta),
                 gain=torch.stack(self.gain),
+                weights=torch.cat([
+                    weight.detach().flatten()
+                    for weight in runner.model.parameters()
+                ]),
                 observed=self.observed,
                 sizes=self.sizes,
                 shares=find_pruner(runner.model).cost.shares),
