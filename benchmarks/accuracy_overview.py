@@ -28,22 +28,18 @@ def overview(reports: Sequence[Report]) -> list[str]:
     """Return where GDP stands on all networks: a sentence, table and plot."""
     rows = [[
         'network and data', 'iterations', 'FLOPs', 'dense', 'GDP',
-        'GDP minus dense (se)', '95 % interval (pairs)',
-        *(label for gate, label in GATES.items() if gate != 'gdp'), OTHER
+        'GDP minus dense (95 % interval; pairs)', OTHER
     ]]
-    for report in reports:
-        for target in reversed(targets_of(report, 'gdp')):
-            gdp, *others = (
-                mean_and_spread(values_of(report, gate, target))
-                for gate in GATES)
-            rows.append([
-                short_name(report),
-                str(report['iterations']), f'{target:g}',
-                mean_and_spread(values_of(report, 'dense', 1.)), gdp,
-                *mean_and_interval(differences(report, 'gdp', target)),
-                *others,
-                best_alternative(report, target)
-            ])
+    compared = [(report, target) for report in reports
+                for target in reversed(targets_of(report, 'gdp'))]
+    for report, target in compared:
+        rows.append([
+            *_place(report, target),
+            mean_and_spread(values_of(report, 'dense', 1.)),
+            mean_and_spread(values_of(report, 'gdp', target)),
+            mean_and_interval(differences(report, 'gdp', target)),
+            best_alternative(report, target)
+        ])
     return [
         standing(reports), '',
         table(rows), '',
@@ -51,13 +47,30 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'accuracy on CIFAR-10. Dense: the network trained on for as long '
         'without pruning. FLOPs: share of its multiply-adds of one image. '
         'ResNet18, ResNet50 and MobileNetV2 are backbones of DeepLabV3Plus.',
-        '- Minus dense: mean difference of runs with the same seed, data '
-        'order and start (its standard error), and its interval by the paired '
-        't test. **Three seeds are few**: the interval has 4.3 standard '
-        'errors to each side with three pairs, 12.7 with two. Where it '
-        'includes 0, the difference may be chance.', '',
+        '- GDP minus dense: mean difference of runs with the same seed, data '
+        'order and start, and its interval by the paired t test. **Three '
+        'seeds are few**: the interval has 4.3 standard errors to each side '
+        'with three pairs, 12.7 with two. Where it includes 0, the difference '
+        'may be chance.', '', 'The three gates, where they were compared:', '',
+        table(_gates(compared)), '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
     ]
+
+
+def _place(report: Report, target: float) -> list[str]:
+    """Return network and data, iterations and FLOPs of a row."""
+    return [short_name(report), str(report['iterations']), f'{target:g}']
+
+
+def _gates(compared: Sequence[tuple[Report, float]]) -> list[list[str]]:
+    """Return the rows of the comparisons with more gates than GDP's."""
+    rows = [['network and data', 'iterations', 'FLOPs', *GATES.values()]]
+    for report, target in compared:
+        scores = [values_of(report, gate, target) for gate in GATES]
+        if sum(map(bool, scores)) > 1:
+            rows.append(
+                [*_place(report, target), *map(mean_and_spread, scores)])
+    return rows
 
 
 def standing(reports: Sequence[Report]) -> str:

@@ -131,7 +131,7 @@ def _table(report: Report, bases: Sequence[str],
     """
     cells = [['training', 'FLOPs', report['metric']]]
     for base in bases:
-        cells[0] += [f'minus {base} (se)', '95 % interval (pairs)']
+        cells[0].append(f'minus {base} (95 % interval; pairs)')
     for label, method, target in rows:
         if score := _cell(report, method, target):
             cells.append([label, f'{target:g}', score])
@@ -139,8 +139,9 @@ def _table(report: Report, bases: Sequence[str],
             for base in bases:
                 of_change = base == _NO_CHANGE
                 is_base = method == own if of_change else own == base
-                cells[-1] += mean_and_interval([] if is_base else differences(
-                    report, method, target, own if of_change else base))
+                cells[-1].append(
+                    mean_and_interval([] if is_base else differences(
+                        report, method, target, own if of_change else base)))
     return table(cells)
 
 

@@ -104,18 +104,17 @@ def _pairing(row: Report) -> tuple[int, float | None]:
     return row['seed'], row.get('start_score')
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[str, str]:
-    """Return ``mean (standard error)`` and ``interval (number)``.
+def mean_and_interval(values: Sequence[float]) -> str:
+    """Return ``mean (interval; number)``.
 
     Args:
         values (Sequence[float]): Differences of pairs. The interval is that
             of the paired t test, 95 %.
     """
     if not values:
-        return '-', '-'
+        return '-'
     mean = f'{statistics.mean(values):+.2f}'
     if len(values) == 1:
-        return mean, '- (1)'
+        return f'{mean} (1)'
     low, high = stats.ttest_1samp(values, 0.).confidence_interval(0.95)
-    return (f'{mean} ({stats.sem(values):.2f})',
-            f'{low:+.2f} to {high:+.2f} ({len(values)})')
+    return f'{mean} ({low:+.2f} to {high:+.2f}; {len(values)})'
