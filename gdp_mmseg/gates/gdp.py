@@ -8,6 +8,8 @@ Letters: ``G`` gates, one for each class of channels (see ``analysis``).
 """
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -159,6 +161,8 @@ class GDPGates(GainMethod):
         self.epsilon_range = epsilon
         self.close_below = close_below
         self.register_buffer('epsilon', torch.tensor(epsilon[0]))
+        # Lower bound of epsilon, which is not read from its device.
+        self._least_epsilon = 0.
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Openness of all gates and its slope, ``(G,)`` each."""
@@ -194,8 +198,15 @@ class GDPGates(GainMethod):
     def anneal_(self, pruned_share: float) -> None:
         """Take the epsilon of the schedule, in place."""
         epsilon = annealed(self.epsilon_range, pruned_share)
-        self._raise_epsilon_(epsilon)
+        if epsilon > self._least_epsilon:
+            self._raise_epsilon_(epsilon)
         self.epsilon.fill_(epsilon)
+        # The caller may restore the value before, which is no smaller.
+        self._least_epsilon = epsilon
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._least_epsilon = 0.
 
     @torch.no_grad()
     def _raise_epsilon_(self, epsilon: float) -> None:

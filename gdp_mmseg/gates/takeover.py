@@ -281,7 +281,8 @@ class _Reader(nn.Module):
             slot_values(openness, self.slots) for openness in (before, after))
         closing = (old > 0) & (new == 0) & self.left
         # Nothing may have been observed yet.
-        if not bool((self.precision.diagonal().cpu() > 0)[closing].any()):
+        is_known = self.precision.diagonal().cpu() > 0
+        if not bool(closing.any()) or not bool(is_known[closing].all()):
             return
         stays = (new > 0) & self.left
         coefficients, constant = self._estimate_(closing, stays)

@@ -442,6 +442,17 @@ def test_step_without_a_backward_pass_says_so() -> None:
         GDPGates(2).observe_()
 
 
+def test_gates_that_are_loaded_keep_their_openness() -> None:
+    gates, polarised = (GDPGates(2, epsilon=(0.1, 1e-3)) for _ in range(2))
+    gates.anneal_(0.5)
+    polarised.anneal_(1.)
+    polarised.theta.data[0] = 0.01
+    gates.load_state_dict(polarised.state_dict())
+    gates.anneal_(0.6)
+    assert float(gates.epsilon) == pytest.approx(0.1 * 0.01**0.6)
+    torch.testing.assert_close(gates.openness(), polarised.openness())
+
+
 def test_epsilon_that_rises_leaves_openness_as_it_is() -> None:
     """A training that begins from gates that another has polarised."""
     gates = GDPGates(4, epsilon=(0.1, 0.01))
