@@ -275,7 +275,6 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         export_s=export_seconds(),
         batch=args.batch,
         size=args.size,
-        rounds=args.rounds,
         torch=torch.__version__,
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
 
@@ -321,7 +320,7 @@ def main() -> None:
     if args.gate:
         report = json.loads(args.report.read_text())
         steps = measure_steps(args.gate, report['batch'], report['size'],
-                              report['rounds'])
+                              args.rounds)
         for network, pairs in steps.items():
             report['steps'][network][args.gate] = pairs
         write_(args.report, report)
