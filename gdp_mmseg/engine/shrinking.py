@@ -161,10 +161,7 @@ class ShrinkHook(Hook):
             source.widen_(runner.optim_wrapper.optimizer)
             for other in others:
                 other.widen_()
-            pruner = find_pruner(runner.model)
-            if pruner.takeover is not None:
-                pruner.takeover.narrow_(torch.ones_like(source.present))
-            _renew_(runner)
+            _renew_(runner, torch.ones_like(source.present))
         self._shrinkages = []
 
     def _narrow_(self, runner: Runner, keep: Tensor) -> None:
@@ -173,11 +170,8 @@ class ShrinkHook(Hook):
         source.narrow_(keep, runner.optim_wrapper.optimizer)
         for other in others:
             other.narrow_(keep)
-        pruner = find_pruner(runner.model)
-        if pruner.takeover is not None:
-            pruner.takeover.narrow_(keep)
-        _renew_(runner)
-        self._left = _share(pruner, keep)
+        _renew_(runner, keep)
+        self._left = _share(find_pruner(runner.model), keep)
 
 
 def averages(runner: Runner) -> list[Pruner]:
@@ -224,8 +218,16 @@ def _make_dense_(state: dict[str, Any], optimizer: torch.optim.Optimizer,
     state['state'] = shrinkage.dense_states(state['state'], names)
 
 
-def _renew_(runner: Runner) -> None:
-    """Renew what knows the shapes or the memory of the model's tensors."""
+def _renew_(runner: Runner, keep: Tensor) -> None:
+    """Renew what knows the shapes or the memory of the model's tensors.
+
+    Args:
+        runner (Runner): Runner of the training.
+        keep (Tensor): ``(G,)`` bool, gates whose channels the model has.
+    """
+    takeover = find_pruner(runner.model).takeover
+    if takeover is not None:
+        takeover.narrow_(keep)
     for average in averaged_models(runner):
         if average.update_buffers:
             average.avg_parameters = average.module.state_dict()
