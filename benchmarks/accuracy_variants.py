@@ -230,9 +230,7 @@ CHANGES: dict[str, Change] = dict(
         _distilled(begin=0.3),
         teacher=True),
     close=Change('gates close at an openness of 0.5', _close_early),
-    takeover=Change(
-        'kernels take over what a closing channel carried, at an openness of '
-        '0.5', _take_over),
+    takeover=Change('takeover', _take_over),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(
