@@ -26,8 +26,7 @@ from small_models import Run, conditions, train_once
 
 # Arguments: cost after a step at a multiplier, budget, order of magnitude of
 # the multiplier, and the last one. Result: a multiplier. All are scalars.
-Controller = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor, Tensor],
-                      Tensor]
+Controller = Callable[..., Tensor]
 
 
 @dataclasses.dataclass
@@ -46,7 +45,7 @@ class DualAscent:
     excess: float = 0.
 
     def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
-                 scale: Tensor, guess: Tensor) -> Tensor:
+                 scale: Tensor, guess: Tensor, **_: int) -> Tensor:
         self.multiplier = max(0., self.multiplier + self.rate * self.excess)
         found = torch.full_like(scale, self.multiplier)
         self.excess = float(spent(found) - budget)
@@ -74,7 +73,7 @@ class ProportionalIntegral:
     excess: float = 0.
 
     def __call__(self, spent: Callable[[Tensor], Tensor], budget: Tensor,
-                 scale: Tensor, guess: Tensor) -> Tensor:
+                 scale: Tensor, guess: Tensor, **_: int) -> Tensor:
         self.total = max(0., self.total + self.excess)
         multiplier = scale * max(
             0., self.proportional * self.excess + self.integral * self.total)

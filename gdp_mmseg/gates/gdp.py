@@ -23,6 +23,9 @@ from .multiplier import first_guess, held_cost, solve_multiplier
 # weights have settled, the mean of dL/dg is about zero, and only its square
 # tells what closing costs. 0.3 was chosen once and is not tuned per network.
 _RMS_SHARE = 0.3
+# Gates that move by less in a step need no multiplier that is exact where it
+# changes by magnitudes: the next step makes up for it.
+_SHORT_WAY = 0.02
 # Lower bound of a mean square that divides: it only prevents 0 / 0.
 _LEAST_NOISE = 1e-38
 
@@ -289,8 +292,11 @@ class GDPGates(GainMethod):
             return held_cost(cost, value, channel_weight, channels)
 
         multiplier = solve_multiplier(
-            spent, budget, first_guess(noise.masked_fill(closed, 0), price),
-            self.multiplier)
+            spent,
+            budget,
+            first_guess(noise.masked_fill(closed, 0), price),
+            self.multiplier,
+            halvings=10 if lr < _SHORT_WAY else 15)
         self.multiplier.copy_(multiplier)
         theta, value = moved(multiplier)
         theta = theta * value.sign()

@@ -45,26 +45,26 @@ def first_guess(square: Tensor, price: Tensor) -> Tensor:
     return square.sqrt().sum() / price.sum().clamp(min=LEAST_SCALE)
 
 
-# The multipliers that are tried lie between a thousandth of the scale and a
-# million times it. At the latter all gates move at full speed; more would
-# change nothing.
-_LEAST_FACTOR = 1e-3
+# The multipliers that are tried lie between a billionth of the scale, which a
+# few large gains may make too large, and a million times it. At the latter
+# all gates move at full speed; more would change nothing.
+_LEAST_FACTOR = 1e-9
 _MOST_FACTOR = 1e6
-# Their number is this power of two, and so the search has so many steps.
-_HALVINGS = 10
 
 
 def solve_multiplier(spent: Callable[[Tensor], Tensor],
                      budget: Tensor | float,
                      scale: Tensor,
                      guess: Tensor | float = 0.,
-                     signed: bool = False) -> Tensor:
+                     signed: bool = False,
+                     halvings: int = 15) -> Tensor:
     """Find the least multiplier at which ``spent`` is within ``budget``.
 
     The search has a fixed number of steps and reads no value, so that no host
-    waits for a GPU. It is the more precise the better the guess: a multiplier
-    that differs from it by a tenth is found to within a few thousandths, one
-    that differs by magnitudes to within a tenth.
+    waits for a GPU. It is the more precise the better the guess. With 15
+    halvings, a multiplier is found to within 0.3 %, wherever it is; with 10,
+    so is one that differs from the guess by a tenth, and one that differs by
+    magnitudes to within a tenth.
 
     Args:
         spent (Callable[[Tensor], Tensor]): Cost, a scalar, after a step at a
@@ -76,6 +76,7 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
             there is none.
         signed (bool): Whether it may be negative, so that the budget is used
             up. Defaults to False.
+        halvings (int): Number of steps of the search. Defaults to 15.
 
     Returns:
         Tensor: Scalar. Zero if the budget is met without a price, unless
@@ -89,10 +90,10 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     guess = torch.as_tensor(guess).to(scale).abs()
     centre = torch.where(guess > 0, guess, scale).clamp(least, most)
     is_free = spent(torch.zeros_like(scale)) <= budget
-    sizes = _sizes(least, centre, most) * (1 - 2. * is_free)
+    sizes = _sizes(least, centre, most, 2**halvings) * (1 - 2. * is_free)
     # Index of the least size that is known to be beyond the limit.
-    beyond = torch.full_like(is_free, 2**_HALVINGS, dtype=torch.long)
-    for halving in reversed(range(_HALVINGS)):
+    beyond = torch.full_like(is_free, 2**halvings, dtype=torch.long)
+    for halving in reversed(range(halvings)):
         is_beyond = (spent(sizes.take(beyond - 2**halving))
                      <= budget) != is_free
         beyond = beyond.add(is_beyond, alpha=-2**halving)
@@ -104,9 +105,9 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     return torch.where(is_free, free, sizes.take(beyond))
 
 
-def _sizes(least: Tensor, centre: Tensor, most: Tensor) -> Tensor:
+def _sizes(least: Tensor, centre: Tensor, most: Tensor, number: int) -> Tensor:
     """Sizes from least to most, dense around the centre in magnitude."""
     places = torch.linspace(
-        -1, 1, 2**_HALVINGS + 1, dtype=centre.dtype, device=centre.device)
+        -1, 1, number + 1, dtype=centre.dtype, device=centre.device)
     way = torch.where(places < 0, centre / least, most / centre).log()
     return centre * (places**3 * way).exp()
