@@ -107,18 +107,21 @@ class GateMethod(nn.Module, abc.ABC):
                  **options: Any) -> Analysis:
         """Freeze the groups of channels that the method has no gates for.
 
+        Gates that come back leave the norms, too: behind a norm that gives
+        zeros, a ReLU passes no gradient, and they would stay closed.
+
         Args:
             analysis (Analysis): Analysis of the model.
             model (nn.Module): The model, which stays unchanged.
             **options: Values of some of ``OPTIONS``.
 
         Returns:
-            Analysis: By default the analysis itself.
+            Analysis: By default that of all groups.
 
         Raises:
             ValueError: If no gate is left.
         """
-        return analysis
+        return analysis if cls.ABSORBING else analysis.at_layers()
 
     @classmethod
     def of(cls, analysis: Analysis, **options: Any) -> GateMethod:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gdp_mmseg.analysis.analyse import analyse
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.cost.counts import FlopCost
+from gdp_mmseg.gated import gate
 from gdp_mmseg.gates.blocks import Blocks
 from gdp_mmseg.gates.trainable import SHAPES, TrainableGates, step
 from gdp_mmseg.pruner.schedule import Schedule
@@ -428,3 +429,19 @@ def test_settings_of_gdp_are_refused() -> None:
 def test_a_fixed_penalty_is_noted() -> None:
     assert not TrainableGates(2).notes()
     assert 'gate.penalty=3 ' in TrainableGates(2, penalty=3.).notes()[0]
+
+
+def test_closed_gates_behind_a_norm_and_a_relu_get_a_gradient() -> None:
+    """They could not come back without one."""
+    torch.manual_seed(0)
+    gated = gate(
+        nn.Sequential(block(3, 8), last(8)), (3, 8, 8),
+        0.5,
+        num_steps=100,
+        gate='trainable').train()
+    gates = gated.pruner.gates
+    with torch.no_grad():
+        gates.theta[::2] = -0.1
+    assert gates.openness().sum() == len(gates.theta) / 2
+    gated(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    assert (gates.gradient() != 0).all()
