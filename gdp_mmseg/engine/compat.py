@@ -41,7 +41,7 @@ def check_config(cfg: Config) -> None:
         if name in SPLITTING:
             raise ValueError(_whole_model(name, key))
     settings = ModelConfig.of(cfg).settings
-    if settings.takeover and cfg.get('compile') not in (None, False):
+    if settings.takeover and compiles(cfg):
         raise ValueError('gdp.takeover: expected layers that are not '
                          'compiled, because what they read is observed, but '
                          f'got compile={cfg.compile}; remove compile')
@@ -51,6 +51,11 @@ def check_config(cfg: Config) -> None:
         wrapper = cfg.get('optim_wrapper') or {}
         check_length(settings, iterations, wrapper.get('accumulative_counts',
                                                        1))
+
+
+def compiles(cfg: Config) -> bool:
+    """Tell whether mmengine compiles the model."""
+    return cfg.get('compile') not in (None, False)
 
 
 def check_length(settings: Settings, iterations: int,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..analysis.liveness import kept_channels
 from ..pruner.pruner import Pruner
 from ..surgery.shrink import Shrinkage, foreign_state, obstacle
+from .compat import compiles
 from .model import find_pruner
 from .resume import network_of
 
@@ -121,7 +122,7 @@ class ShrinkHook(Hook):
         """Tell whether enough FLOPs can go; the first process decides."""
         period = max(runner.max_iters // _CHECKS, 1)
         pruner = find_pruner(runner.model)
-        if (_compiles(runner) or runner.iter % period
+        if (compiles(runner.cfg) or runner.iter % period
                 or not pruner.gates.ABSORBING):
             return False
         limit = _FALL * self._left
@@ -243,18 +244,13 @@ def _renew_(runner: Runner, keep: Tensor) -> None:
         runner.cfg.sync_bn = sync_bn
 
 
-def _compiles(runner: Runner) -> bool:
-    """Tell whether mmengine compiles the model, anew for each shape."""
-    return runner.cfg.get('compile') not in (None, False)
-
-
 def _obstacle_of(runner: Runner) -> str | None:
     """Tell why no channel can leave the model of a runner, if so."""
     if is_model_wrapper(runner.model):
         if not isinstance(runner, Runner):
             return ('FlexibleRunner does not wrap a model for several '
                     'processes twice')
-        if _compiles(runner):
+        if compiles(runner.cfg):
             return ('compile wraps the model of several processes, which is '
                     'wrapped anew when channels leave')
     if runner.cfg.get('efficient_conv_bn_eval'):

@@ -21,6 +21,11 @@ from .blocks import Blocks
 from .lookup import Lookup
 
 
+def has_processes() -> bool:
+    """Tell whether several processes train together."""
+    return dist.is_available() and dist.is_initialized()
+
+
 class CostFunction(Protocol):
     """Interface of a cost, as far as a gate method uses it."""
 
@@ -357,7 +362,7 @@ class GateMethod(nn.Module, abc.ABC):
         Sums on GPUs differ in the last bit between processes. A gate at the
         limit would close in one process and stay open in another.
         """
-        if dist.is_available() and dist.is_initialized():
+        if has_processes():
             for tensor in (self.theta.detach(), self.closed, self.multiplier):
                 dist.broadcast(tensor, 0)
 

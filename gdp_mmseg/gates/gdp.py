@@ -23,6 +23,9 @@ from .multiplier import first_guess, held_cost, solve_multiplier
 # weights have settled, the mean of dL/dg is about zero, and only its square
 # tells what closing costs. 0.3 was chosen once and is not tuned per network.
 _RMS_SHARE = 0.3
+# Openness at which a gate closes for good. Where others take over, little is
+# lost, and the sooner the better they learn to do without.
+_CLOSED_AT, _CLOSED_AT_TAKEOVER = 1e-2, 0.5
 # Gates that move by less in a step need no multiplier that is exact where it
 # changes by magnitudes: the next step makes up for it.
 _SHORT_WAY = 0.02
@@ -125,8 +128,11 @@ class GDPGates(GainMethod):
         num_gates (int): ``G``.
         epsilon (tuple[float, float]): Values at the start and at the end of
             the pruning phase.
-        close_below (float): Openness at which a gate closes for good.
+        close_below (float, optional): Openness at which a gate closes for
+            good. Defaults to 0.01, with a takeover to 0.5.
         betas (tuple[float, float]): Decay rates of the means ``m`` and ``v``.
+        takeover (bool): Whether other channels take over what a closing one
+            told (see :mod:`gdp_mmseg.gates.takeover`).
 
     Raises:
         ValueError: If ``epsilon`` is not ``(start, end)`` with
@@ -149,19 +155,20 @@ class GDPGates(GainMethod):
         [True, False]
     """
 
-    SETTINGS = ('epsilon', 'close_below')
+    SETTINGS = ('epsilon', 'close_below', 'takeover')
     epsilon: Tensor
 
-    def __init__(
-        self,
-        num_gates: int,
-        epsilon: tuple[float, float] = (0.1, 1e-4),
-        close_below: float = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.99)
-    ) -> None:
+    def __init__(self,
+                 num_gates: int,
+                 epsilon: tuple[float, float] = (0.1, 1e-4),
+                 close_below: float | None = None,
+                 betas: tuple[float, float] = (0.9, 0.99),
+                 takeover: bool = False) -> None:
         super().__init__(num_gates, betas)
         check_epsilon(epsilon)
         self.epsilon_range = epsilon
+        if close_below is None:
+            close_below = _CLOSED_AT_TAKEOVER if takeover else _CLOSED_AT
         self.close_below = close_below
         self.register_buffer('epsilon', torch.tensor(epsilon[0]))
         # Lower bound of epsilon, which is not read from its device.
@@ -180,7 +187,8 @@ class GDPGates(GainMethod):
 
     def are_open(self) -> Tensor:
         """Return whether the openness of all gates is 1, a scalar bool."""
-        return (self.theta.detach() == 1).all()
+        # It is 1 at theta = 1, whatever epsilon is.
+        return ((self.theta.detach() == 1) & ~self.is_closed()).all()
 
     def worth(self) -> Tensor:
         """Mean square gain ``(G,)``, an estimate of the cost of closing."""

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..analysis.structure import Analysis
-from .base import CostFunction, GateMethod
+from .base import CostFunction, GateMethod, has_processes
 from .blocks import Blocks
 from .deactivation import Evidence
 from .masks import drop_probability, soft_mask, uniform_numbers
@@ -363,7 +363,7 @@ class SCPGates(GateMethod):
     def agree_(self) -> None:
         """Copy the first process's gates to all processes, in place."""
         super().agree_()
-        if dist.is_available() and dist.is_initialized():
+        if has_processes():
             for tensor in (self.kept, self.limit, self.strength, self.push,
                            self.seed):
                 dist.broadcast(tensor, 0)

@@ -35,7 +35,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis, Layer
-from .base import GateMethod
+from .base import GateMethod, has_processes
 from .lookup import slot_values
 from .scaling import along
 
@@ -57,8 +57,8 @@ class Takeover(nn.Module):
     """The layers of a model that take over, and what they read.
 
     Layers that read each channel by weights of their own take part: not
-    depthwise, grouped or transposed ones, and none whose kernel is frozen or
-    belongs to several layers.
+    depthwise, grouped or transposed ones, and none whose kernel is frozen.
+    Channels of a kernel that belongs to several layers have no gates.
 
     Args:
         analysis (Analysis): Analysis of the model.
@@ -140,7 +140,7 @@ class Takeover(nn.Module):
     def take_over_(self, before: Tensor, after: Tensor) -> None:
         """Add to kernels and biases what closing gates let through, in place.
 
-        The host reads the gates once.
+        The host reads the gates once, and each layer with closing channels.
 
         Args:
             before (Tensor): ``(G,)`` openness before the step of the gates.
@@ -163,10 +163,6 @@ class Takeover(nn.Module):
 
 def _taking_over(analysis: Analysis, model: nn.Module) -> Iterator[Layer]:
     """Yield the layers of a model that take over."""
-    tensors = [
-        id(tensor)
-        for _, tensor in model.named_parameters(remove_duplicate=False)
-    ]
     for layer in analysis.gated_layers():
         module: Any = model.get_submodule(layer.name)
         is_plain = isinstance(
@@ -175,8 +171,7 @@ def _taking_over(analysis: Analysis, model: nn.Module) -> Iterator[Layer]:
                            and not isinstance(module, _ConvTransposeNd))
         # A kernel may also be computed from other parameters.
         kernel = module._parameters.get('weight')
-        if (is_plain and kernel is not None and kernel.requires_grad
-                and tensors.count(id(kernel)) == 1):
+        if is_plain and kernel is not None and kernel.requires_grad:
             yield layer
 
 
@@ -238,8 +233,7 @@ class _Reader(nn.Module):
         """
         if not self._seen:
             return
-        is_shared = dist.is_available() and dist.is_initialized()
-        if is_shared:
+        if has_processes():
             for tensor in self._seen:
                 dist.all_reduce(tensor)
         number, sums, products = self._seen
@@ -262,7 +256,7 @@ class _Reader(nn.Module):
         self.precision[rows[:, None],
                        rows] = torch.linalg.inv(covariance).to(self.precision)
         self.mean[rows] = mean
-        if is_shared:
+        if has_processes():
             # Inverses on GPUs may differ in the last bit.
             dist.broadcast(self.precision, 0)
             dist.broadcast(self.mean, 0)
@@ -280,9 +274,10 @@ class _Reader(nn.Module):
         old, new = (
             slot_values(openness, self.slots) for openness in (before, after))
         closing = (old > 0) & (new == 0) & self.left
+        if not bool(closing.any()):
+            return
         # Nothing may have been observed yet.
-        is_known = self.precision.diagonal().cpu() > 0
-        if not bool(closing.any()) or not bool(is_known[closing].all()):
+        if not bool((self.precision.diagonal().cpu() > 0)[closing].all()):
             return
         stays = (new > 0) & self.left
         coefficients, constant = self._estimate_(closing, stays)

@@ -19,9 +19,6 @@ COSTS = dict(flops='FLOPs', params='parameters', latency='latency')
 # A pruning phase in which a gate can close in fewer steps is short: its gain
 # is a mean over some tens of steps.
 _STEPS_TO_CLOSE = 10
-# Openness at which a gate closes for good. Where others take over, little is
-# lost, and the sooner the better they learn to do without.
-_CLOSED_AT, _CLOSED_AT_TAKEOVER = 1e-2, 0.5
 # Smallest target: far below any network of use.
 _LEAST_TARGET = 0.001
 
@@ -223,12 +220,14 @@ class Settings:
         # Their constructors check the values.
         Schedule(self.phases)
         check_epsilon(self.epsilon)
-        for name, value in (('gate_travel', self.gate_travel),
-                            ('close_below', self.closed_at)):
+        for name in ('gate_travel', 'close_below'):
+            value = getattr(self, name)
+            if name == 'close_below' and value is None:
+                continue
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
-        if self.closed_at >= 1:
+        if self.close_below is not None and self.close_below >= 1:
             raise ValueError('gdp.close_below: expected less than 1, the '
                              'openness at the start, but got '
                              f'{self.close_below}')
@@ -254,13 +253,6 @@ class Settings:
                 raise ValueError(f'gdp.{name}: expected True or False, but '
                                  f'got {getattr(self, name)!r}')
 
-    @property
-    def closed_at(self) -> float:
-        """Openness at which a gate closes for good."""
-        if self.close_below is None:
-            return _CLOSED_AT_TAKEOVER if self.takeover else _CLOSED_AT
-        return self.close_below
-
     def _check_owners(self) -> None:
         """Check that no setting of another gate method was set.
 
@@ -278,10 +270,6 @@ class Settings:
                     raise ValueError(
                         f'gdp.{key}: expected it with gate={name!r} only, but '
                         f'got gate={self.gate.type!r}; remove gdp.{key}')
-        if self.takeover and self.gate.type != 'gdp':
-            raise ValueError(
-                "gdp.takeover: expected it with gate='gdp' only, but got "
-                f'gate={self.gate.type!r}; remove gdp.takeover')
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any] | None) -> Settings:
@@ -346,8 +334,6 @@ class Settings:
         """Make the gates of a model by the method that ``gate`` names."""
         method = METHODS[self.gate.type]
         own = {name: getattr(self, name) for name in method.SETTINGS}
-        if 'close_below' in own:
-            own['close_below'] = self.closed_at
         return method.of(analysis, **own, **self.gate.options)
 
 

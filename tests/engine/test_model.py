@@ -18,6 +18,7 @@ from gdp_mmseg.engine import hooked
 from gdp_mmseg.engine.config import ModelConfig, default_base
 from gdp_mmseg.engine.model import (analyse_config, build_base_model,
                                     build_gated_model, find_pruner)
+from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings, Target
 
@@ -387,7 +388,9 @@ def test_settings_have_the_documented_defaults() -> None:
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
-    assert 0 < settings.closed_at < 1 and settings.min_keep_ratio == 0
+    assert settings.close_below is None and settings.min_keep_ratio == 0
+    assert 0 < GDPGates(1).close_below < GDPGates(1, takeover=True).close_below
+    assert GDPGates(1, takeover=True).close_below < 1
 
 
 def test_settings_made_in_python_are_checked_too() -> None:

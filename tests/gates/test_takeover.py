@@ -22,7 +22,7 @@ SHAPE = (3, 9, 9)
 @pytest.fixture(autouse=True)
 def small_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(takeover, '_RIDGE', 1e-4)
+    monkeypatch.setattr(takeover, '_RIDGE', 1e-6)
 
 
 class Gated:
@@ -56,6 +56,9 @@ class Gated:
         self.pruner = Pruner(
             analyse(self.net, SHAPE, lambda net, x: net(x)), settings)
         self.pruner.gate_(self.net)
+        # The channels are linear in fewer, and the ridge is small.
+        self.net.double()
+        self.pruner.double()
         # Statistics of batches would change with each batch.
         for name in {*more}:
             self.net.get_submodule(name).eval()
@@ -89,7 +92,7 @@ class Gated:
 
 
 def _inputs() -> Tensor:
-    return torch.randn(4, *SHAPE)
+    return torch.randn(4, *SHAPE, dtype=torch.double)
 
 
 def _assert_taken_over(gated: Gated) -> None:
@@ -99,7 +102,7 @@ def _assert_taken_over(gated: Gated) -> None:
     before = gated.close_(3)
     lost = (gated.net(inputs) - wanted).abs().max()
     gated.takeover.take_over_(before, gated.openness())
-    assert (gated.net(inputs) - wanted).abs().max() < 1e-2 * lost
+    assert (gated.net(inputs) - wanted).abs().max() < 1e-3 * lost
 
 
 READERS: list[tuple[nn.Module, dict[str, nn.Module]]] = [
@@ -135,7 +138,7 @@ def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
 def test_one_inverse_serves_many_closing_channels() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1))
     reader = gated.takeover.readers[0]
-    samples = torch.randn(50, 6) @ torch.randn(6, 6)
+    samples = torch.randn(50, 6).double() @ torch.randn(6, 6).double()
     covariance = samples.T @ samples / 50
     reader.precision.copy_(torch.linalg.inv(covariance))
     for channels in ((3, ), (1, 5)):
@@ -165,7 +168,7 @@ def test_what_was_taken_over_is_handed_on_after_a_cut() -> None:
         before = gated.close_(channel)
         lost = (gated.net(inputs) - wanted).abs().max()
         gated.takeover.take_over_(before, gated.openness())
-        assert (gated.net(inputs) - wanted).abs().max() < 2e-2 * lost
+        assert (gated.net(inputs) - wanted).abs().max() < 1e-3 * lost
         gated.observe()
 
 
@@ -191,6 +194,11 @@ def test_inputs_that_are_not_finite_teach_nothing() -> None:
 
 
 def test_frozen_and_shared_kernels_stay_as_they_are() -> None:
-    frozen = nn.Conv2d(6, 4, 1)
+    frozen, shared = (nn.Conv2d(6, 4, 1) for _ in range(2))
     frozen.weight.requires_grad_(False)
+    twin = nn.Conv2d(6, 4, 1)
+    twin.weight = shared.weight
     assert [one.name for one in Gated(frozen).takeover.readers] == ['last']
+    # Channels of a shared kernel have no gates.
+    with pytest.raises(ValueError, match='reader.weight has other names'):
+        Gated(shared, twin=twin)
