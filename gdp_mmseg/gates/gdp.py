@@ -8,6 +8,7 @@ Letters: ``G`` gates, one for each class of channels (see ``analysis``).
 """
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,9 +27,11 @@ _RMS_SHARE = 0.3
 # Openness at which a gate closes for good. Where others take over, little is
 # lost, and the sooner the better they learn to do without.
 _CLOSED_AT, _CLOSED_AT_TAKEOVER = 1e-2, 0.5
-# Gates that move by less in a step need no multiplier that is exact where it
-# changes by magnitudes: the next step makes up for it.
-_SHORT_WAY = 0.02
+# Gates that move by less than these ways in a step, and the halvings of the
+# search for the multiplier. The shorter the way, the less a multiplier counts
+# that changes by magnitudes and is not found exactly: the next step, which
+# searches around it, makes up for that.
+_HALVINGS = ((0.002, 7), (0.02, 10), (math.inf, 15))
 # Lower bound of a mean square that divides: it only prevents 0 / 0.
 _LEAST_NOISE = 1e-38
 
@@ -304,7 +307,7 @@ class GDPGates(GainMethod):
             budget,
             first_guess(noise.masked_fill(closed, 0), price),
             self.multiplier,
-            halvings=10 if lr < _SHORT_WAY else 15)
+            halvings=next(found for way, found in _HALVINGS if lr < way))
         self.multiplier.copy_(multiplier)
         theta, value = moved(multiplier)
         theta = theta * value.sign()

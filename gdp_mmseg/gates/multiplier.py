@@ -64,7 +64,8 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     waits for a GPU. It is the more precise the better the guess. With 15
     halvings, a multiplier is found to within 0.3 %, wherever it is; with 10,
     so is one that differs from the guess by a tenth, and one that differs by
-    magnitudes to within a tenth.
+    magnitudes to within a tenth; with 7, these two are found to within 3 %
+    and to within a half.
 
     Args:
         spent (Callable[[Tensor], Tensor]): Cost, a scalar, after a step at a
@@ -89,19 +90,24 @@ def solve_multiplier(spent: Callable[[Tensor], Tensor],
     least, most = scale * _LEAST_FACTOR, scale * _MOST_FACTOR
     guess = torch.as_tensor(guess).to(scale).abs()
     centre = torch.where(guess > 0, guess, scale).clamp(least, most)
-    is_free = spent(torch.zeros_like(scale)) <= budget
-    sizes = _sizes(least, centre, most, 2**halvings) * (1 - 2. * is_free)
+    sizes = _sizes(least, centre, most, 2**halvings)
+    if signed:
+        is_free = spent(torch.zeros_like(scale)) <= budget
+        sizes = sizes * (1 - 2. * is_free)
+    else:
+        is_free = torch.zeros_like(scale, dtype=torch.bool)
+        # The least that is tried is no price at all.
+        sizes[1] = 0
     # Index of the least size that is known to be beyond the limit.
     beyond = torch.full_like(is_free, 2**halvings, dtype=torch.long)
     for halving in reversed(range(halvings)):
         is_beyond = (spent(sizes.take(beyond - 2**halving))
                      <= budget) != is_free
         beyond = beyond.add(is_beyond, alpha=-2**halving)
-    if signed:
-        # The last that was free: none of them if all are beyond.
-        free = sizes.index_fill(0, beyond.new_zeros(1), 0).take(beyond - 1)
-    else:
-        free = torch.zeros_like(scale)
+    if not signed:
+        return sizes.take(beyond)
+    # The last that was free: none of them if all are beyond.
+    free = sizes.index_fill(0, beyond.new_zeros(1), 0).take(beyond - 1)
     return torch.where(is_free, free, sizes.take(beyond))
 
 

@@ -273,10 +273,8 @@ class Pruner(WithConstants):
         # The last step of the pruning phase has the target for its budget.
         if is_last:
             progress = self.schedule.end_of_pruning
-        saved = {
-            name: tensor.clone()
-            for name, tensor in self.gates.state_dict().items()
-        }
+        tensors = [*self.gates.state_dict().values()]
+        saved = [tensor.clone() for tensor in tensors]
         # First observe: the gradient belongs to the state of the forward pass.
         finite = self.gates.observe_()
         self.gates.anneal_(self.schedule.pruned_share(progress))
@@ -285,8 +283,8 @@ class Pruner(WithConstants):
         if phase != 'warmup':
             self._move_(openness, progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
-        for name, tensor in self.gates.state_dict().items():
-            tensor.copy_(torch.where(finite, tensor, saved[name]))
+        for tensor, old in zip(tensors, saved):
+            tensor.copy_(torch.where(finite, tensor, old))
         self.gates.agree_()
         if is_last:
             self._settle_(progress)

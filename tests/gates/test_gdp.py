@@ -87,8 +87,10 @@ def test_multiplier_solves_an_analytic_cost(budget: float, scale: float,
 
     wanted = scale * (1 / budget - 1)
     for guess, halvings, precision in ((0., 15, 2**-9), (0., 10, 0.1),
-                                       (wanted * 1.1, 10,
-                                        0.003), (wanted / 1.1, 10, 0.003)):
+                                       (0., 7, 0.5), (wanted * 1.1, 10, 0.003),
+                                       (wanted / 1.1, 10, 0.003),
+                                       (wanted * 1.1, 7, 0.03), (wanted / 1.1,
+                                                                 7, 0.03)):
         found = solve_multiplier(spent, budget, torch.tensor(scale), guess,
                                  signed, halvings)
         assert found.item() == pytest.approx(wanted, rel=precision)
