@@ -221,7 +221,7 @@ def _starts(report: Report) -> str:
     scores = _groups(rows, lambda row: row['start_score'])
     return ''.join(
         f', {report["metric"]} {score:.2f}' if not index else
-        f'; {names} started from a second training of it: {score:.2f}'
+        f'; {names} started from another training of it: {score:.2f}'
         for index, (score, names) in enumerate(scores))
 
 
