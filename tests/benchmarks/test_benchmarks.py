@@ -145,7 +145,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
         # It started from another network than the dense one.
         ['L1 norm', '0.25', '55.00 (1)', '-'],
     ]
-    assert ('(none), mIoU 50.00; `l1-0.25-0` started from a second training '
+    assert ('(none), mIoU 50.00; `l1-0.25-0` started from another training '
             'of it: 51.00.') in facts
     assert '--methods dense gdp l1 scp --targets 0.25 0.4`' in facts
     assert ('all 3 trainings with gates: FLOPs 0.0 points from the target '
