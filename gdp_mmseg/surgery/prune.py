@@ -108,8 +108,10 @@ def take(tensors: Mapping[str, Tensor],
         if present is not None:
             kept = kept[kept_slots(gates, present)]
         if name in taken and not kept.all():
-            slots = kept.nonzero().flatten().to(taken[name].device)
-            taken[name] = taken[name].index_select(axis, slots)
+            whole = taken[name]
+            slots = kept.nonzero().flatten().to(whole.device)
+            taken[name] = whole.index_select(
+                axis, slots).contiguous(memory_format=_format_of(whole))
     return taken
 
 
@@ -135,8 +137,18 @@ def put_back(tensors: Mapping[str, Tensor], analysis: Analysis,
             shape = list(narrow.shape)
             shape[axis] = len(gates)
             dense[name] = narrow.new_zeros(shape).index_copy_(
-                axis, slots, narrow)
+                axis, slots,
+                narrow).contiguous(memory_format=_format_of(narrow))
     return dense
+
+
+def _format_of(tensor: Tensor) -> torch.memory_format:
+    """Order of the axes in memory; layers that read another one are slower."""
+    for axes, last in ((4, torch.channels_last), (5, torch.channels_last_3d)):
+        if (tensor.dim() == axes and not tensor.is_contiguous()
+                and tensor.is_contiguous(memory_format=last)):
+            return last
+    return torch.contiguous_format
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from gdp_mmseg.analysis.liveness import kept_channels
 from gdp_mmseg.analysis.structure import Analysis
 from gdp_mmseg.gates.layers import gate_
+from gdp_mmseg.surgery.prune import take
 from gdp_mmseg.surgery.shrink import Shrinkage, obstacle
 
 from helpers.toys import TOYS, open_gates
@@ -124,6 +125,49 @@ def test_losses_are_those_of_the_uncut_model(name: str, pattern: str,
     cut.shrinkage.widen_(cut.optimizer)
     assert shapes(cut) == dense
     assert cut.losses() == pytest.approx(whole.losses(), rel=1e-9)
+
+
+def test_order_of_the_axes_in_memory_stays() -> None:
+    last = torch.channels_last
+    training = Training('chain', SGD)
+    training.net.to(memory_format=last)
+    training.losses()
+
+    def stored() -> list[str]:
+        """Kernels whose axes, or whose momenta's, lie with channels last."""
+        return [
+            f'{kernel} {index}'
+            for kernel, weight in training.net.named_parameters()
+            for index, tensor in enumerate((
+                weight, *training.optimizer.state.get(weight, {}).values()))
+            if isinstance(tensor, Tensor) and not tensor.is_contiguous()
+            and tensor.is_contiguous(memory_format=last)
+        ]
+
+    before = stored()
+    assert len(before) >= 4
+    training.close_(open_of(training.analysis, 'some'))
+    training.narrow_()
+    assert stored() == before
+    training.shrinkage.widen_(training.optimizer)
+    assert stored() == before
+
+
+@pytest.mark.parametrize('last, axes', [(torch.channels_last, 2),
+                                        (torch.channels_last_3d, 3)])
+def test_order_of_the_axes_of_a_tensor_stays(last: torch.memory_format,
+                                             axes: int) -> None:
+    net, analysis = TOYS['chain'].analyse()
+    name, kernel = next(
+        (name, weight) for name, weight in net.named_parameters()
+        if weight.dim() == 4 and (name, 1) in analysis.gate_of_slot)
+    whole = torch.randn(*kernel.shape[:2], *[3] * axes)
+    keep = open_of(analysis, 'some')
+    narrow = take({name: whole}, analysis, keep)[name]
+    found = take({name: whole.to(memory_format=last)}, analysis, keep)[name]
+    assert narrow.is_contiguous() and not found.is_contiguous()
+    assert found.is_contiguous(memory_format=last)
+    assert found.shape != whole.shape and torch.equal(found, narrow)
 
 
 def test_graph_that_is_still_held_does_not_stop_the_next_step() -> None:
