@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 import whole_run
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+import widths
+from step_models import CONFIGS, ROOT, build, load, optimizer_of
 from torch import nn
 
 from gdp_mmseg.engine.config import ModelConfig
@@ -36,16 +36,9 @@ from gdp_mmseg.files import write_json
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.report.tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
-
-# Networks whose training steps are measured: the config, and the pairs of
-# steps for each of the first network, as many as take about as long.
-NETWORKS = {
-    'DeepLabV3Plus-ResNet50': (CONFIG, 1),
-    'DeepLabV3Plus-MobileNetV2':
-    (ROOT / 'benchmarks' / 'configs' / 'voc.py', 25),
-}
+# Pairs of steps of each network for one of the first network: as many as take
+# about as long.
+PAIRS = {'DeepLabV3Plus-ResNet50': 1, 'DeepLabV3Plus-MobileNetV2': 25}
 # Settings of glibc for training steps: freed memory stays with the process.
 # How much goes back to the system and is fetched again differs from step to
 # step, by more than the gates cost.
@@ -62,29 +55,6 @@ ROWS = (
 )
 # Goal for the time of a training step over that of a dense one, by gate.
 GOALS = dict(gdp=1.02, trainable=1.05, scp=1.05)
-
-
-def build(gated: bool, gate: str = 'gdp', config: Path = CONFIG) -> nn.Module:
-    """Build the network of a VOC config with norms for one process."""
-    cfg = load(config)
-    cfg.model.update(type='gdp_mmseg.GDPModel', gdp=dict(target=0.4))
-    cfg.model.gdp.update(gate=gate, input_shape=cfg.crop_size)
-    model = cfg.model if gated else ModelConfig.of(cfg).ungated
-    built = MODELS.build(model).train()
-    if gated and gate == 'trainable':
-        # With open gates alone, the kernels would stay as they are.
-        built.gdp.gates.theta.data[::2] *= -1
-    return built
-
-
-def load(config: Path = CONFIG) -> Config:
-    """Return a VOC config without pretrained weights and SyncBN."""
-    cfg = Config.fromfile(config)
-    init_default_scope(cfg.default_scope)
-    cfg.model.pretrained = None
-    for part in ('backbone', 'decode_head', 'auxiliary_head'):
-        cfg.model[part].norm_cfg = dict(type='BN', requires_grad=True)
-    return cfg
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
@@ -106,11 +76,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
         pruner.step_(begin + 1e-4 * iteration, 20000)
     optimizer.step()
     return time.process_time() - start
-
-
-def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer that mmseg uses for this config."""
-    return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
 
 
 def step_seconds(config: Path, batch: int, size: int, rounds: int,
@@ -135,14 +100,14 @@ def measure_steps(gate: str, batch: int, size: int,
     Each is measured in a process of its own, because the memory that another
     network has left in pieces would make its steps slower.
     """
-    measured = len(NETWORKS) if gate == 'gdp' else 1
+    measured = len(PAIRS) if gate == 'gdp' else 1
     return {
         network:
         json.loads(
             in_fresh_process('--steps', network, '--gate', gate, '--batch',
                              batch, '--size', size, '--rounds', rounds * share,
                              **KEPT_MEMORY))
-        for network, (_, share) in [*NETWORKS.items()][:measured]
+        for network, share in [*PAIRS.items()][:measured]
     }
 
 
@@ -214,6 +179,7 @@ def markdown(report: dict[str, Any]) -> str:
         table(rows), '',
         table(_step_rows(report['steps'])), '',
         whole_run.markdown(report['whole']), '',
+        widths.markdown(report['widths']), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
         'pairs of a dense and a gated step in one process for each row, with '
@@ -273,6 +239,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         memory_ratio=gated / dense,
         memory_kb=[dense, gated],
         export_s=export_seconds(),
+        widths=widths.measure(args.width_rounds),
         batch=args.batch,
         size=args.size,
         torch=torch.__version__,
@@ -303,6 +270,16 @@ def main() -> None:
         choices=METHODS,
         help='measure only the training step with this gate method, and put '
         'it into the report')
+    parser.add_argument(
+        '--width-rounds',
+        type=int,
+        default=7,
+        help='training steps of each network of other widths')
+    parser.add_argument(
+        '--widths',
+        action='store_true',
+        help='measure only the training steps at other widths, and put them '
+        'into the report')
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--steps', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -311,12 +288,17 @@ def main() -> None:
         print(peak_memory(bool(args.peak), args.batch, args.size))
         return
     if args.steps is not None:
-        pairs = step_seconds(NETWORKS[args.steps][0], args.batch, args.size,
+        pairs = step_seconds(CONFIGS[args.steps], args.batch, args.size,
                              args.rounds, args.gate)
         print(json.dumps(pairs))
         return
     if args.report is None:
         parser.error('the following arguments are required: --report')
+    if args.widths:
+        report = json.loads(args.report.read_text())
+        write_(args.report,
+               dict(report, widths=widths.measure(args.width_rounds)))
+        return
     if args.gate:
         report = json.loads(args.report.read_text())
         steps = measure_steps(args.gate, report['batch'], report['size'],

@@ -91,6 +91,44 @@ def live_channels(analysis: Analysis, openness: Tensor) -> Tensor:
         keep = left
 
 
+def filled_up(analysis: Analysis, keep: Tensor, present: Tensor,
+              sizes: Tensor) -> Tensor:
+    """Add channels to those that are kept, so that groups have whole blocks.
+
+    A group of which nothing is kept gets none.
+
+    Args:
+        analysis (Analysis): The analysis of the model.
+        keep (Tensor): ``(G,)`` bool, gates whose channels are kept.
+        present (Tensor): ``(G,)`` bool, gates whose channels can be added.
+        sizes (Tensor): ``(S,)`` number of gates of a block of each group.
+
+    Returns:
+        Tensor: ``(G,)`` bool. Where too few can be added, all are.
+
+    Examples:
+        >>> from gdp_mmseg.analysis.analyse import analyse
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 1))
+        >>> analysis = analyse(net, (3, 5, 5), lambda net, x: net(x))
+        >>> keep = torch.tensor([True, False, False, True, True, False])
+        >>> present = torch.tensor([True, False, True, True, True, True])
+        >>> sizes = torch.tensor([4])
+        >>> filled_up(analysis, keep, present, sizes).long().tolist()
+        [1, 0, 1, 1, 1, 0]
+        >>> filled_up(analysis, keep, present, 2 * sizes).long().tolist()
+        [1, 0, 1, 1, 1, 1]
+        >>> filled_up(analysis, keep & False, present, sizes).any()
+        tensor(False)
+    """
+    filled = keep.clone()
+    for group, size in zip(analysis.groups, sizes.tolist()):
+        kept = keep[group.gates]
+        others = group.gates[present[group.gates] & ~kept]
+        filled[others[:-int(kept.sum()) % size]] = True
+    return filled
+
+
 def kept_slots(gates: Tensor, keep: Tensor) -> Tensor:
     """Mask of the slots that are kept: those of no gate or a kept gate."""
     return keep[gates.clamp(min=0)] | (gates < 0)

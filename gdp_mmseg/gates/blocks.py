@@ -51,7 +51,7 @@ class Blocks(WithConstants):
     def __init__(self, analysis: Analysis, multiple: int) -> None:
         super().__init__()
         group_of, gates = analysis.group_of(), analysis.group_sizes()
-        sizes = _block_sizes(analysis, multiple, group_of, gates)
+        sizes = block_sizes(analysis, multiple)
         if not bool((sizes <= gates).any()):
             raise ValueError(
                 f'gdp.multiple: expected at most {int(gates.max())}, the '
@@ -120,13 +120,17 @@ class Blocks(WithConstants):
         return share[self.group_of] * stays
 
 
-def _block_sizes(analysis: Analysis, multiple: int, group_of: Tensor,
-                 gates: Tensor) -> Tensor:
+def block_sizes(analysis: Analysis, multiple: int) -> Tensor:
     """Least number ``(S,)`` of gates whose channels are a multiple.
 
     A gate stands for several channels of an axis in some groups, for example
     where a layer shuffles channels into pixels.
+
+    Args:
+        analysis (Analysis): The analysis of the model.
+        multiple (int): See :class:`Blocks`.
     """
+    group_of, gates = analysis.group_of(), analysis.group_sizes()
     sizes = [1] * len(gates)
     for layer in analysis.layers:
         for slots in _channel_axes(layer):
