@@ -1,6 +1,6 @@
 """Time of a training step after closed channels have left, by their widths.
 
-The runtimes of PyTorch are much slower where the number of channels is no
+Steps in half precision are much slower where the number of channels is no
 multiple of 8 or so. ``benchmarks/speed.py`` has the results in its report.
 """
 from __future__ import annotations
