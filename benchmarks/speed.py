@@ -246,8 +246,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
 
 
-def main() -> None:
-    """Measure, write the report and, from it, the page."""
+def parse_args() -> argparse.Namespace:
+    """Parse the flags of the command."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--report', type=Path)
@@ -283,6 +283,14 @@ def main() -> None:
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--steps', help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.report is None and args.peak is None and args.steps is None:
+        parser.error('the following arguments are required: --report')
+    return args
+
+
+def main() -> None:
+    """Measure, write the report and, from it, the page."""
+    args = parse_args()
     torch.set_num_threads(1)
     if args.peak is not None:
         print(peak_memory(bool(args.peak), args.batch, args.size))
@@ -292,8 +300,6 @@ def main() -> None:
                              args.rounds, args.gate)
         print(json.dumps(pairs))
         return
-    if args.report is None:
-        parser.error('the following arguments are required: --report')
     if args.widths:
         report = json.loads(args.report.read_text())
         write_(args.report,
