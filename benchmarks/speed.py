@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import whole_run
 import widths
-from step_models import CONFIGS, ROOT, build, load, optimizer_of
+from step_models import CONFIGS, ROOT, build, load, optimizer_of, outputs_of
 from torch import nn
 
 from gdp_mmseg.engine.config import ModelConfig
@@ -63,12 +63,8 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     inputs = torch.randn(batch, 3, size, size)
     start = time.process_time()
     optimizer.zero_grad()
-    features: Any = model.extract_feat(inputs)  # type: ignore[operator]
-    outputs = [
-        head(features)  # type: ignore[operator]
-        for head in (model.decode_head, model.auxiliary_head)
-    ]
-    sum(output.square().mean() for output in outputs).backward()
+    sum(output.square().mean()
+        for output in outputs_of(model, inputs)).backward()
     pruner: Any = getattr(model, 'gdp', None)
     if pruner is not None:
         # The step does most work in the pruning phase.
@@ -300,21 +296,19 @@ def main() -> None:
                              args.rounds, args.gate)
         print(json.dumps(pairs))
         return
-    if args.widths:
-        report = json.loads(args.report.read_text())
-        write_(args.report,
-               dict(report, widths=widths.measure(args.width_rounds)))
+    if not args.widths and not args.gate:
+        args.report.parent.mkdir(parents=True, exist_ok=True)
+        write_(args.report, measure(args))
         return
+    report = json.loads(args.report.read_text())
+    if args.widths:
+        report['widths'] = widths.measure(args.width_rounds)
     if args.gate:
-        report = json.loads(args.report.read_text())
         steps = measure_steps(args.gate, report['batch'], report['size'],
                               args.rounds)
         for network, pairs in steps.items():
             report['steps'][network][args.gate] = pairs
-        write_(args.report, report)
-        return
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    write_(args.report, measure(args))
+    write_(args.report, report)
 
 
 def write_(path: Path, report: dict[str, Any]) -> None:

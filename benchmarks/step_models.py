@@ -2,11 +2,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from torch import nn
+from torch import Tensor, nn
 
 from gdp_mmseg.engine.config import ModelConfig
 
@@ -44,3 +45,11 @@ def load(config: Path = CONFIG) -> Config:
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer that mmseg uses for this config."""
     return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+
+
+def outputs_of(model: Any, inputs: Tensor) -> list[Tensor]:
+    """Return the outputs of both heads of a network in training."""
+    features = model.extract_feat(inputs)
+    return [
+        head(features) for head in (model.decode_head, model.auxiliary_head)
+    ]

@@ -16,23 +16,21 @@ import resource
 import tempfile
 import time
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, init_default_scope
+from mmengine.registry import DATASETS
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
+from step_models import load
 from torch.utils.data import Dataset
 
 from gdp_mmseg.engine.config import ModelConfig
 from gdp_mmseg.report.tables import table
 
-ROOT = Path(__file__).resolve().parents[1]
-CONFIG = ROOT / 'configs' / 'gdp_deeplabv3plus_voc.py'
 TARGET = 0.4
 SHORT = (0.1, 0.2, 0.7)
 # Settings of the gates in each training; None for a dense one.
@@ -127,12 +125,8 @@ def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
         iterations (int): Length of the training.
         work_dir (str): Folder for its log.
     """
-    cfg = Config.fromfile(CONFIG)
-    init_default_scope(cfg.default_scope)
-    cfg.model.pretrained = None
+    cfg = load()
     cfg.model.data_preprocessor.size = (size, size)
-    for part in ('backbone', 'decode_head', 'auxiliary_head'):
-        cfg.model[part].norm_cfg = dict(type='BN', requires_grad=True)
     if gdp is None:
         cfg.model = ModelConfig.of(cfg).ungated
         cfg.default_hooks.pop('gdp')

@@ -10,7 +10,7 @@ import time
 from typing import Any
 
 import torch
-from step_models import CONFIGS, build, optimizer_of
+from step_models import CONFIGS, build, optimizer_of, outputs_of
 from torch import nn
 
 from gdp_mmseg.analysis.liveness import filled_up, kept_channels
@@ -69,11 +69,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer,
     start = time.process_time()
     optimizer.zero_grad()
     with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
-        features: Any = model.extract_feat(inputs)  # type: ignore[operator]
-        outputs = [
-            head(features)  # type: ignore[operator]
-            for head in (model.decode_head, model.auxiliary_head)
-        ]
+        outputs = outputs_of(model, inputs)
     sum(output.float().square().mean() for output in outputs).backward()
     optimizer.step()
     return time.process_time() - start
