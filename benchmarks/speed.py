@@ -174,8 +174,6 @@ def markdown(report: dict[str, Any]) -> str:
         'with `--gate scp`.', '',
         table(rows), '',
         table(_step_rows(report['steps'])), '',
-        whole_run.markdown(report['whole']), '',
-        widths.markdown(report['widths']), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
         'pairs of a dense and a gated step in one process for each row, with '
@@ -183,7 +181,9 @@ def markdown(report: dict[str, Any]) -> str:
         'whose return to the system takes a random part of a step. The '
         'difference is what gates cost in each '
         'step; it hardly depends on the size of the images. Times are process '
-        'times of one thread. '
+        'times of one thread.', '',
+        whole_run.markdown(report['whole']), '',
+        widths.markdown(report['widths']), '',
         f'{report["machine"]}, torch {report["torch"]}.', ''
     ])
 
