@@ -39,6 +39,9 @@ from gdp_mmseg.report.tables import table
 # Pairs of steps of each network for one of the first network: as many as take
 # about as long.
 PAIRS = {'DeepLabV3Plus-ResNet50': 1, 'DeepLabV3Plus-MobileNetV2': 25}
+# Length of the training that the steps are a part of, in iterations; that of
+# the VOC config.
+TRAINING = 20000
 # Settings of glibc for training steps: freed memory stays with the process.
 # How much goes back to the system and is fetched again differs from step to
 # step, by more than the gates cost.
@@ -69,24 +72,33 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     if pruner is not None:
         # The step does most work in the pruning phase.
         begin = pruner.schedule.phases[0] + 0.1
-        pruner.step_(begin + 1e-4 * iteration, 20000)
+        pruner.step_(begin + iteration / TRAINING, TRAINING)
     optimizer.step()
     return time.process_time() - start
 
 
 def step_seconds(config: Path, batch: int, size: int, rounds: int,
                  gate: str) -> list[list[float]]:
-    """Return the seconds of a dense and of a gated step, by round."""
-    models = [build(gated, gate, config) for gated in (False, True)]
+    """Return the seconds of a dense and of a gated step, by round.
+
+    Where gates rest in some steps, a round has as many that a share of them
+    does, and the mean of their seconds.
+    """
+    models: list[Any] = [build(gated, gate, config) for gated in (False, True)]
     optimizers = [optimizer_of(model) for model in models]
+    period = models[1].gdp.schedule.period(TRAINING)
     found = []
-    for index in range(rounds + 2):
+    for index in range(rounds * period + 2):
         seconds = [0., 0.]
         for which in (0, 1) if index % 2 else (1, 0):
             seconds[which] = step(models[which], optimizers[which], batch,
                                   size, index)
         found.append(seconds)
-    return found[2:]
+    found = found[2:]
+    return [[
+        statistics.mean(seconds)
+        for seconds in zip(*found[begin:begin + period])
+    ] for begin in range(0, len(found), period)]
 
 
 def measure_steps(gate: str, batch: int, size: int,
@@ -177,8 +189,11 @@ def markdown(report: dict[str, Any]) -> str:
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
         'pairs of a dense and a gated step in one process for each row, with '
-        'the quartiles in brackets; glibc was told to keep freed memory, '
-        'whose return to the system takes a random part of a step. The '
+        'the quartiles in brackets. The steps are those of a training of '
+        f'{TRAINING:,} iterations, in which the gates of GDP move in every '
+        'second one and rest in between: a pair has two of each network '
+        'there. glibc was told to keep freed memory, whose return to the '
+        'system takes a random part of a step. The '
         'difference is what gates cost in each '
         'step; it hardly depends on the size of the images. Times are process '
         'times of one thread.', '',

@@ -59,6 +59,8 @@ class GateMethod(nn.Module, abc.ABC):
             them for closed before.
         WHOLE_CHANNELS (bool): Whether gates that are not closed are held to
             the budget as full channels, whatever their openness is.
+        RESTS (bool): Whether gates move in some of the steps only where there
+            are many. A method that acts in each step does not rest.
         MULTIPLIER (str): Meaning of the multiplier, in a few words.
         theta (nn.Parameter): ``(G,)``, one number per gate, 1 at the start.
             Its gradient is read by :meth:`observe_`; no optimizer moves it.
@@ -79,6 +81,7 @@ class GateMethod(nn.Module, abc.ABC):
     OPTIONS: ClassVar[tuple[str, ...]] = ()
     ABSORBING: ClassVar[bool] = True
     WHOLE_CHANNELS: ClassVar[bool] = False
+    RESTS: ClassVar[bool] = False
     MULTIPLIER: ClassVar[str] = (
         'price of the cost: a gate closes if its gain in loss is worth less')
     theta: nn.Parameter

@@ -159,6 +159,7 @@ class GDPGates(GainMethod):
     """
 
     SETTINGS = ('epsilon', 'close_below', 'takeover')
+    RESTS = True
     epsilon: Tensor
 
     def __init__(self,

@@ -22,9 +22,6 @@ from .settings import Settings
 # Largest amount by which rounding may raise the budget: less than one point of
 # the dense cost, so that the target is met within one point.
 _LARGEST_ROUNDING = 0.009
-# Steps of the warm-up, at its end, in which the gains are observed: those of
-# before would count less than a thousandth, as 0.99^700 < 0.001.
-_OBSERVED_WARMUP = 700
 
 
 class Pruner(WithConstants):
@@ -58,8 +55,8 @@ class Pruner(WithConstants):
         super().__init__()
         self.analysis = analysis
         self.settings = settings
-        self.schedule = Schedule(settings.phases)
         self.gates = gates or settings.build_gates(analysis)
+        self.schedule = Schedule(settings.phases, rests=self.gates.RESTS)
         self.takeover: Takeover | None = None
         self.flops = FlopCost(analysis)
         self.cost: Cost = self.flops
@@ -194,8 +191,8 @@ class Pruner(WithConstants):
         """
         self.gates.begin_(self.schedule.pruned_share(progress))
         is_over = self.schedule.phase_at(progress) == 'settling'
-        self._heed_(is_over and self.gates.is_settled(), progress, steps)
-        self._watch_(progress * steps, steps)
+        self._prepare_(progress, steps, progress * steps, is_over
+                       and self.gates.is_settled())
 
     @torch.no_grad()
     def step_(self, progress: float, steps: float) -> Figures | None:
@@ -212,8 +209,9 @@ class Pruner(WithConstants):
 
         Returns:
             Figures, optional: State of the gates after the step; None in the
-            settling phase, and early in the warm-up of gates that are fully
-            open, where the gradient tells nothing that counts later.
+            settling phase, where gates rest in between in a long training,
+            and early in the warm-up of gates that are fully open, where the
+            gradient tells nothing that counts later.
 
         Raises:
             RuntimeError: If the cost is not measured, or theta has no
@@ -234,34 +232,34 @@ class Pruner(WithConstants):
             # iterations apart.
             is_over = is_over or self.schedule.is_last_pruning_step(
                 progress, 1 / max(steps, 1))
-            if self.gates.heeded and not self._is_early(progress, steps):
+            if (self.gates.heeded and not self._is_early(progress, steps)
+                    and not self.schedule.is_rest(progress * steps, steps)):
                 figures = self._step_(progress, steps, is_over)
         self.gates.theta.grad = None
-        self._heed_(is_over, progress, steps)
-        self._watch_(progress * steps + 1, steps)
+        self._prepare_(progress, steps, progress * steps + 1, is_over)
         return figures
 
-    def _watch_(self, step: float, steps: float) -> None:
-        """Let the takeover observe the passes of a step, or not, in place."""
-        if self.takeover is not None:
-            self.takeover.watch_in_(step, steps, self.schedule.phases)
-
-    def _heed_(self, is_over: bool, progress: float, steps: float) -> None:
-        """Note whether a step observes the gradient from here on, in place.
+    def _prepare_(self, progress: float, steps: float, step: float,
+                  is_over: bool) -> None:
+        """Note what the passes of the next step are observed for, in place.
 
         Args:
-            is_over (bool): Whether the pruning phase is over.
             progress (float): Share of the training that is over.
             steps (float): Number of steps in the whole training.
+            step (float): Number of them before the next one; it is rounded
+                down.
+            is_over (bool): Whether the gates no longer move.
         """
         # A step ahead, because a resume may begin between two steps.
         ahead = progress + 2 / max(steps, 1)
-        self.gates.heeded = not is_over and not self._is_early(ahead, steps)
+        self.gates.heeded = not (is_over or self._is_early(ahead, steps)
+                                 or self.schedule.is_rest(step, steps))
+        if self.takeover is not None:
+            self.takeover.watch_in_(step, steps, self.schedule.phases)
 
     def _is_early(self, progress: float, steps: float) -> bool:
         """Tell whether open gates need not observe their gains yet."""
-        observed = self.schedule.phases[0] - _OBSERVED_WARMUP / max(steps, 1)
-        if progress >= observed:
+        if progress >= self.schedule.observed_from(steps):
             return False
         if self.gates.known_open is None:
             self.gates.note_open_(bool(self.gates.are_open()))
@@ -321,7 +319,7 @@ class Pruner(WithConstants):
         self.gates.step_(
             self.cost,
             self.budget(progress) + self._rounding(openness),
-            self.settings.gate_travel /
+            self.schedule.period(steps) * self.settings.gate_travel /
             max(steps * self.schedule.phases[1], 1),
             self.schedule.channel_weight_at(progress),
             self._protected(progress), self._scarcity(openness), self.blocks)

@@ -14,6 +14,12 @@ from typing import Any
 _GROUPS_MAY_CLOSE_UNTIL = 2 / 3
 # Share of the pruning phase that rounding may lack at its end.
 _ROUNDING = 1e-9
+# Observations of the gains in the warm-up, at its end: those of before would
+# count less than a thousandth, as 0.99^700 < 0.001.
+_OBSERVED_WARMUP = 700
+# Moves of the gates that are enough for a pruning phase. In one that is twice
+# as long they rest in every other step, which saves time.
+_ENOUGH_MOVES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Schedule:
             to 1.
         ramp (float): Share of the pruning phase over which the budget falls
             linearly to the target. It is constant from then on.
+        rests (bool): Whether gates rest between their moves in a long pruning
+            phase.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -42,6 +50,7 @@ class Schedule:
     """
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     ramp: float = 0.9
+    rests: bool = False
 
     def __post_init__(self) -> None:
         if (not _are_numbers(self.phases, 3) or min(self.phases) < 0
@@ -76,6 +85,42 @@ class Schedule:
         """
         return (self.phase_at(progress) == 'pruning'
                 and self.phase_at(progress + step) == 'settling')
+
+    def period(self, steps: float) -> int:
+        """Number of steps from one move of the gates to the next.
+
+        Args:
+            steps (float): Number of steps of the optimizer in the training.
+
+        Examples:
+            >>> [Schedule(rests=True).period(n) for n in (5000, 20000, 80000)]
+            [1, 2, 8]
+        """
+        pruning = round(steps * self.phases[1])
+        return max(pruning // _ENOUGH_MOVES, 1) if self.rests else 1
+
+    def is_rest(self, step: float, steps: float) -> bool:
+        """Tell whether gates neither move nor observe their gains in a step.
+
+        They do not rest shortly before the settling phase.
+
+        Args:
+            step (float): Number of steps before it; it is rounded down.
+            steps (float): Number of steps in the training.
+        """
+        # A product of shares may be a little less than a whole number.
+        index, period = math.floor(step + 1e-6), self.period(steps)
+        return (index % period > 0 and self.phase_at(
+            (index + period) / steps) != 'settling')
+
+    def observed_from(self, steps: float) -> float:
+        """Progress from which on the gains of open gates are observed.
+
+        Args:
+            steps (float): Number of steps in the training.
+        """
+        observed = _OBSERVED_WARMUP * self.period(steps)
+        return self.phases[0] - observed / max(steps, 1)
 
     @property
     def end_of_pruning(self) -> float:

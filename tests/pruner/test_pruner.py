@@ -14,6 +14,7 @@ from gdp_mmseg.analysis.structure import Layer
 from gdp_mmseg.gates import METHODS
 from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.pruner import pruner as pruner_module
+from gdp_mmseg.pruner import schedule as schedule_module
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings
 from gdp_mmseg.surgery.prune import prune
@@ -125,7 +126,7 @@ def test_gates_are_fixed_where_mixed_precision_skips_the_last_step(
 def test_gains_are_computed_only_where_they_are_observed(
         monkeypatch: pytest.MonkeyPatch) -> None:
     """Not early in the warm-up, nor in the settling phase."""
-    monkeypatch.setattr(pruner_module, '_OBSERVED_WARMUP', 4.5)
+    monkeypatch.setattr(schedule_module, '_OBSERVED_WARMUP', 4.5)
     heeded, gains, plain = [], [], []
 
     def watch(pruner: Pruner) -> None:
@@ -145,6 +146,57 @@ def test_gains_are_computed_only_where_they_are_observed(
     assert int(pruner.gates.observed) == over - warm + 4
     # The first step of the pruning phase has a budget of 1 still.
     assert plain == [0 < step <= warm + 1 for step in range(STEPS)]
+
+
+@pytest.mark.parametrize('gate', METHODS)
+def test_gates_rest_between_the_moves_of_a_long_training(
+        monkeypatch: pytest.MonkeyPatch, gate: str) -> None:
+    """GDP's gates do, and reach the target; other methods act in each step."""
+    # A quarter of the steps of the pruning phase.
+    monkeypatch.setattr(schedule_module, '_ENOUGH_MOVES', STEPS // 5)
+    states, heeded, gains = [], [], []
+
+    def watch(pruner: Pruner) -> None:
+        states.append(pruner.gates.theta.detach().clone())
+        heeded.append(pruner.gates.heeded)
+        gains.append(bool(pruner.gates.gradient().any()))
+
+    _, pruner = train_toy('flops', watch, gate=gate)
+    first, over = round(STEPS * 0.1), round(STEPS * 0.9)
+    can_move = [
+        step for step in range(first, over)
+        if gate != 'gdp' or step % 4 == 0 or step >= over - 4
+    ]
+    assert [step for step in range(first, over) if heeded[step]] == can_move
+    assert not any(gain for gain, heeds in zip(gains, heeded) if not heeds)
+    moved = [
+        step for step in range(first, over)
+        if not torch.equal(states[step], states[step + 1])
+    ]
+    # SCP's gates are those of their norms, and theta stays.
+    assert gate == 'scp' or len(moved) > len(can_move) / 4
+    assert {*moved} <= {*can_move}
+    assert float(pruner.cost(pruner.channels())) == pytest.approx(
+        RATIO, abs=0.01)
+
+
+def test_a_training_that_goes_on_rests_in_the_same_steps(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may go on within a step that accumulates gradients."""
+    monkeypatch.setattr(schedule_module, '_ENOUGH_MOVES', STEPS // 5)
+    _, pruner = trained_toy('flops')
+    pruner.gates.theta.data.fill_(0.5)
+    rests = []
+    for step in range(1, STEPS - 1):
+        pruner.gates.theta.grad = torch.zeros_like(pruner.gates.theta)
+        # A step of the optimizer comes at the end of its four iterations.
+        pruner.step_((step - 0.25) / STEPS, STEPS)
+        heeds = pruner.gates.heeded
+        for done in (0., 0.25, 0.5, 0.75):
+            pruner.begin_((step + done) / STEPS, STEPS)
+            assert pruner.gates.heeded == heeds, (step, done)
+        rests.append(not heeds)
+    assert STEPS / 2 < sum(rests) < STEPS
 
 
 def test_figures_are_the_state_of_the_gates() -> None:
