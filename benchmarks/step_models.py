@@ -43,8 +43,16 @@ def load(config: Path = CONFIG) -> Config:
 
 
 def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer that mmseg uses for this config."""
-    return torch.optim.SGD(model.parameters(), 0.01, 0.9, weight_decay=5e-4)
+    """Return the optimizer that mmseg uses for this config.
+
+    Gates are no part of it: it never moves them in a training, where their
+    step takes the gradient away.
+    """
+    parameters = [
+        parameter for name, parameter in model.named_parameters()
+        if not name.startswith('gdp.')
+    ]
+    return torch.optim.SGD(parameters, 0.01, 0.9, weight_decay=5e-4)
 
 
 def outputs_of(model: Any, inputs: Tensor) -> list[Tensor]:
