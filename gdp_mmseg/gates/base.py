@@ -74,7 +74,7 @@ class GateMethod(nn.Module, abc.ABC):
         loss_scale (Tensor | None): Factor that the gradients of the model's
             parameters still have in this step, and that of theta has not.
         heeded (bool): False if no step observes the gradient of theta that
-            the next passes compute. It may then be zero.
+            the next passes compute. It may then be zero or missing.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()

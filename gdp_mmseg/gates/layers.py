@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis
-from .base import GateMethod
+from .base import GateMethod, has_processes
 from .scaling import scaled
 
 
@@ -180,19 +180,33 @@ class _GatedForward:
         self.gates = gates
         self.index = gates.lookup.add(slots)
 
-    def factors(self) -> Tensor:
-        """Factors ``(C,)`` of the channels."""
-        return self.gates.slot_factors(self.index)
+    def factors(self, parameter: Tensor) -> Tensor:
+        """Factors ``(C,)`` of the channels.
+
+        Args:
+            parameter (Tensor): What they change. If it is trained, the loss
+                has a gradient without them.
+        """
+        factors = self.gates.slot_factors(self.index)
+        # Wrappers of several processes wait for a gradient of theta.
+        if self.heeded or has_processes() or not parameter.requires_grad:
+            return factors
+        return factors.detach()
+
+    @property
+    def heeded(self) -> bool:
+        """Whether a gradient of the factors would be used."""
+        return self.gates.heeded or not self.gates.training
 
 
 class _GatedNorm(_GatedForward):
     """Batch norm times gates: its scale and shift are multiplied."""
 
     def __call__(self, inputs: Tensor) -> Tensor:
-        plain: Any = type(self.module)
+        norm: Any = self.module
         # A forward only reads these attributes of its module.
-        found: Tensor = plain.forward(
-            _Scaled(self.module, self.factors()), inputs)
+        found: Tensor = type(norm).forward(
+            _Scaled(norm, self.factors(norm.weight)), inputs)
         return found
 
 
@@ -258,8 +272,8 @@ class _GatedLayer(_GatedForward):
         Returns:
             tuple[Tensor, Tensor]: Inputs and kernel, one of them multiplied.
         """
-        factors = self.factors()
-        modes = self.gates.neutral, self.gates.heeded
+        factors = self.factors(weight)
+        modes = self.gates.neutral, self.heeded
         # The slots of a grouped kernel stand for one channel of each group.
         # A layer with a frozen kernel does not keep its inputs, which other
         # code may then change.

@@ -37,13 +37,17 @@ def scaled(tensor: Tensor,
         axis (int): Axis of the tensor that has the ``C`` channels.
         neutral (bool): Whether all factors are 1, so that the product is the
             tensor itself.
-        heeded (bool): Whether the gradient of the factors is used. If not, it
-            is zero.
+        heeded (bool): Whether a gradient of the factors would be used. If
+            not, it is zero.
     """
     axis %= tensor.dim()
-    is_small = tensor.numel() < _SMALL and heeded and not neutral
-    if (is_small or torch.compiler.is_compiling()
-            or tensor.requires_grad != factors.requires_grad):
+    is_linked = factors.requires_grad
+    if neutral and not is_linked:
+        return tensor
+    is_small = tensor.numel() < _SMALL and not neutral
+    if (torch.compiler.is_compiling() or not tensor.requires_grad
+            or (heeded and not is_linked)
+            or (is_small and heeded == is_linked)):
         return (tensor * along(factors, tensor, axis)).to(tensor.dtype)
     product: Tensor = _Product.apply(tensor, factors, axis, neutral, heeded)
     return product

@@ -227,7 +227,8 @@ class Pruner(WithConstants):
         is_due = not is_over or (self.gates.heeded
                                  and not self.gates.is_settled())
         if is_due:
-            self.gates.gradient()
+            if self.gates.heeded:
+                self.gates.gradient()
             # Also where gradients are accumulated and steps are many
             # iterations apart.
             is_over = is_over or self.schedule.is_last_pruning_step(

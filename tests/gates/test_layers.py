@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gdp_mmseg.analysis.structure import Analysis
+from gdp_mmseg.gates import scaling
 from gdp_mmseg.gates.gdp import GDPGates
 from gdp_mmseg.gates.layers import gate_, gate_layer_, ungate_
 from gdp_mmseg.gates.lookup import slot_values
@@ -158,11 +159,15 @@ def test_only_convolutions_and_linear_layers_are_gated(
         gate_layer_(layer, GDPGates(3), SLOTS)
 
 
-def outputs_and_gradients(net: nn.Module, analysis: Analysis,
-                          inputs: Tensor) -> list[Any]:
-    """Outputs, gradients and statistics of a training step."""
+def outputs_and_gradients(net: nn.Module,
+                          analysis: Analysis,
+                          inputs: Tensor,
+                          heeded: bool = True) -> list[Any]:
+    """Gradient of theta, outputs, gradients and statistics of a step."""
+    torch.manual_seed(0)
     net = copy.deepcopy(net)
     gates = open_gates(torch.arange(analysis.num_gates) % 3 != 0).to(inputs)
+    gates.heeded = heeded
     gate_(net, analysis, gates)
     outputs = run(net, inputs)
     flat = [outputs] if isinstance(outputs, Tensor) else [*outputs]
@@ -171,7 +176,7 @@ def outputs_and_gradients(net: nn.Module, analysis: Analysis,
          torch.randn(output.shape, generator=weights, dtype=output.dtype)
          ).sum() for output in flat).backward()
     return [
-        *flat, gates.theta.grad, *[p.grad for p in net.parameters()],
+        gates.theta.grad, *flat, *[p.grad for p in net.parameters()],
         *[b for b in net.buffers() if b.is_floating_point()]
     ]
 
@@ -189,6 +194,31 @@ def test_gates_at_norms_compute_what_gates_at_layers_do(name: str) -> None:
             outputs_and_gradients(net, analysis, inputs),
             outputs_and_gradients(net, analysis.at_layers(), inputs)):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('small', [0, 2**18])
+@pytest.mark.parametrize('name', TOYS)
+def test_gains_that_nobody_heeds_are_not_computed(
+        name: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, '_SMALL', small)
+    torch.manual_seed(0)
+    net, analysis = TOYS[name].analyse()
+    net = randomise_(net).double().train()
+    inputs = torch.randn(3, *SHAPE).double()
+    unheeded, heeded = (
+        outputs_and_gradients(net, analysis, inputs, heeded)
+        for heeded in (False, True))
+    assert unheeded[0] is None and heeded[0] is not None
+    for found, wanted in zip(unheeded[1:], heeded[1:]):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_a_loss_has_a_gradient_where_only_gates_are_trained() -> None:
+    net, analysis = TOYS['residual'].analyse()
+    net.requires_grad_(False)
+    gains, *_ = outputs_and_gradients(net, analysis, torch.randn(3, *SHAPE),
+                                      False)
+    assert gains is not None and not gains.any()
 
 
 def test_layers_behind_gated_norms_stay_plain() -> None:
