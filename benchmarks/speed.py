@@ -4,8 +4,8 @@
 
 Writes the report and, from it, ``docs/speed.md``. Times are process times of
 one thread. A ratio is measured in a process of its own in which dense and
-gated steps alternate, and take turns in being the first. Peak memory is that
-of a fresh process for each network.
+gated steps alternate, and take turns in being the first. Peak memory is the
+median of three fresh processes for each network.
 """
 from __future__ import annotations
 
@@ -42,6 +42,8 @@ PAIRS = {'DeepLabV3Plus-ResNet50': 1, 'DeepLabV3Plus-MobileNetV2': 25}
 # Length of the training that the steps are a part of, in iterations; that of
 # the VOC config.
 TRAINING = 20000
+# Processes of which the median of the peak memory is taken.
+PEAKS = 3
 # Settings of glibc for training steps: freed memory stays with the process.
 # How much goes back to the system and is fetched again differs from step to
 # step, by more than the gates cost.
@@ -140,6 +142,21 @@ def peak_memory(gated: bool, batch: int, size: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def memory(batch: int, size: int) -> dict[str, Any]:
+    """Return the peak memory of dense and gated steps, and their ratio.
+
+    Each is a median: how much freed memory a process keeps differs by a tenth
+    from one to the next.
+    """
+    dense, gated = (
+        statistics.median_low(
+            int(
+                in_fresh_process('--peak', int(one), '--batch', batch,
+                                 '--size', size)) for _ in range(PEAKS))
+        for one in (False, True))
+    return dict(memory_kb=[dense, gated], memory_ratio=gated / dense)
+
+
 def export_seconds() -> float:
     """Return the seconds of an export of an untrained gated network."""
     cfg = load()
@@ -235,10 +252,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all but other gate methods; return the report."""
     # Measured first: on Linux, a process starts with the peak of its parent.
     whole = whole_run.measure(args.whole_size, args.iterations)
-    dense, gated = (
-        int(
-            in_fresh_process('--peak', int(one), '--batch', args.batch,
-                             '--size', args.size)) for one in (False, True))
+    peaks = memory(args.batch, args.size)
     steps = measure_steps('gdp', args.batch, args.size, args.rounds)
     return dict(
         whole=whole,
@@ -247,8 +261,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             network: dict(gdp=pairs)
             for network, pairs in steps.items()
         },
-        memory_ratio=gated / dense,
-        memory_kb=[dense, gated],
+        **peaks,
         export_s=export_seconds(),
         widths=widths.measure(args.width_rounds),
         batch=args.batch,
@@ -287,10 +300,10 @@ def parse_args() -> argparse.Namespace:
         default=7,
         help='training steps of each network of other widths')
     parser.add_argument(
-        '--widths',
-        action='store_true',
-        help='measure only the training steps at other widths, and put them '
-        'into the report')
+        '--only',
+        choices=('memory', 'widths'),
+        help='measure only the peak memory of training steps, or their time '
+        'at other widths, and put it into the report')
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--steps', help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -311,12 +324,14 @@ def main() -> None:
                              args.rounds, args.gate)
         print(json.dumps(pairs))
         return
-    if not args.widths and not args.gate:
+    if not args.only and not args.gate:
         args.report.parent.mkdir(parents=True, exist_ok=True)
         write_(args.report, measure(args))
         return
     report = json.loads(args.report.read_text())
-    if args.widths:
+    if args.only == 'memory':
+        report.update(memory(report['batch'], report['size']))
+    if args.only == 'widths':
         report['widths'] = widths.measure(args.width_rounds)
     if args.gate:
         steps = measure_steps(args.gate, report['batch'], report['size'],
