@@ -3,7 +3,7 @@
     python benchmarks/speed.py --report docs/reports/speed.json
 
 Writes the report and, from it, ``docs/speed.md``. Times are process times of
-one thread. A ratio is measured in a process of its own in which dense and
+one thread. A ratio is measured in four processes of its own in which dense and
 gated steps alternate, and take turns in being the first. Peak memory is the
 median of three fresh processes for each network.
 """
@@ -44,6 +44,8 @@ PAIRS = {'DeepLabV3Plus-ResNet50': 1, 'DeepLabV3Plus-MobileNetV2': 25}
 TRAINING = 20000
 # Processes of which the median of the peak memory is taken.
 PEAKS = 3
+# Processes for the training steps of each network.
+PROCESSES = 4
 # Settings of glibc for training steps: freed memory stays with the process.
 # How much goes back to the system and is fetched again differs from step to
 # step, by more than the gates cost.
@@ -79,22 +81,25 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: int,
     return time.process_time() - start
 
 
-def step_seconds(config: Path, batch: int, size: int, rounds: int,
-                 gate: str) -> list[list[float]]:
+def step_seconds(config: Path, batch: int, size: int, rounds: int, gate: str,
+                 gated_first: bool) -> list[list[float]]:
     """Return the seconds of a dense and of a gated step, by round.
 
     Where gates rest in some steps, a round has as many that a share of them
     does, and the mean of their seconds.
     """
-    models: list[Any] = [build(gated, gate, config) for gated in (False, True)]
-    optimizers = [optimizer_of(model) for model in models]
-    period = models[1].gdp.schedule.period(TRAINING)
+    models: dict[bool, Any] = {
+        gated: build(gated, gate, config)
+        for gated in (gated_first, not gated_first)
+    }
+    optimizers = [optimizer_of(models[gated]) for gated in (False, True)]
+    period = models[True].gdp.schedule.period(TRAINING)
     found = []
     for index in range(rounds * period + 2):
         seconds = [0., 0.]
         for which in (0, 1) if index % 2 else (1, 0):
-            seconds[which] = step(models[which], optimizers[which], batch,
-                                  size, index)
+            seconds[which] = step(models[bool(which)], optimizers[which],
+                                  batch, size, index)
         found.append(seconds)
     found = found[2:]
     return [[
@@ -107,17 +112,21 @@ def measure_steps(gate: str, batch: int, size: int,
                   rounds: int) -> dict[str, list[list[float]]]:
     """Return :func:`step_seconds` of all networks, of the first if not GDP.
 
-    Each is measured in a process of its own, because the memory that another
-    network has left in pieces would make its steps slower.
+    Each is measured in processes of its own, because the memory that another
+    network has left in pieces would make its steps slower. They are several,
+    because where a network lies in memory makes its steps slower or faster by
+    some percent, in all of a process.
     """
-    measured = len(PAIRS) if gate == 'gdp' else 1
+    measured = [*PAIRS.items()][:len(PAIRS) if gate == 'gdp' else 1]
     return {
-        network:
-        json.loads(
-            in_fresh_process('--steps', network, '--gate', gate, '--batch',
-                             batch, '--size', size, '--rounds', rounds * share,
-                             **KEPT_MEMORY))
-        for network, share in [*PAIRS.items()][:measured]
+        network: [
+            pair for process in range(PROCESSES) for pair in json.loads(
+                in_fresh_process('--steps', network, '--gate', gate, '--batch',
+                                 batch, '--size', size, '--rounds', rounds *
+                                 share // PROCESSES, '--gated-first', process %
+                                 2, **KEPT_MEMORY))
+        ]
+        for network, share in measured
     }
 
 
@@ -205,8 +214,8 @@ def markdown(report: dict[str, Any]) -> str:
         table(_step_rows(report['steps'])), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
-        'pairs of a dense and a gated step in one process for each row, with '
-        'the quartiles in brackets. The steps are those of a training of '
+        'pairs of a dense and a gated step in four processes for each row, '
+        'with the quartiles in brackets. The steps are those of a training of '
         f'{TRAINING:,} iterations, in which the gates of GDP move in every '
         'second one and rest in between: a pair has two of each network '
         'there. glibc was told to keep freed memory, whose return to the '
@@ -306,6 +315,7 @@ def parse_args() -> argparse.Namespace:
         'at other widths, and put it into the report')
     parser.add_argument('--peak', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--steps', help=argparse.SUPPRESS)
+    parser.add_argument('--gated-first', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.report is None and args.peak is None and args.steps is None:
         parser.error('the following arguments are required: --report')
@@ -321,7 +331,7 @@ def main() -> None:
         return
     if args.steps is not None:
         pairs = step_seconds(CONFIGS[args.steps], args.batch, args.size,
-                             args.rounds, args.gate)
+                             args.rounds, args.gate, bool(args.gated_first))
         print(json.dumps(pairs))
         return
     if not args.only and not args.gate:
