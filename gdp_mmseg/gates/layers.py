@@ -195,7 +195,7 @@ class _GatedForward:
 
     @property
     def heeded(self) -> bool:
-        """Whether a gradient of the factors would be used."""
+        """Tell whether a gradient of the factors would be used."""
         return self.gates.heeded or not self.gates.training
 
 
