@@ -92,14 +92,17 @@ def step_seconds(config: Path, batch: int, size: int, rounds: int, gate: str,
         gated: build(gated, gate, config)
         for gated in (gated_first, not gated_first)
     }
-    optimizers = [optimizer_of(models[gated]) for gated in (False, True)]
+    optimizers = {
+        gated: optimizer_of(model)
+        for gated, model in models.items()
+    }
     period = models[True].gdp.schedule.period(TRAINING)
     found = []
     for index in range(rounds * period + 2):
         seconds = [0., 0.]
-        for which in (0, 1) if index % 2 else (1, 0):
-            seconds[which] = step(models[bool(which)], optimizers[which],
-                                  batch, size, index)
+        for gated in (False, True) if index % 2 else (True, False):
+            seconds[gated] = step(models[gated], optimizers[gated], batch,
+                                  size, index)
         found.append(seconds)
     found = found[2:]
     return [[
@@ -122,8 +125,9 @@ def measure_steps(gate: str, batch: int, size: int,
         network: [
             pair for process in range(PROCESSES) for pair in json.loads(
                 in_fresh_process('--steps', network, '--gate', gate, '--batch',
-                                 batch, '--size', size, '--rounds', rounds *
-                                 share // PROCESSES, '--gated-first', process %
+                                 batch, '--size', size, '--rounds',
+                                 max(rounds * share //
+                                     PROCESSES, 1), '--gated-first', process %
                                  2, **KEPT_MEMORY))
         ]
         for network, share in measured

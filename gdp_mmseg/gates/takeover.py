@@ -85,22 +85,20 @@ class Takeover(nn.Module):
             _reader_of(layer, analysis, model)
             for layer in _taking_over(analysis, model))
 
-    def watch_in_(self, step: float, steps: float,
+    def watch_in_(self, index: int, steps: float,
                   phases: tuple[float, float, float]) -> None:
         """Observe what the layers read in a step if it is one of a few.
 
         Args:
-            step (float): Number of steps before it; it is rounded down.
+            index (int): Number of steps before it.
             steps (float): Number of steps in the training.
             phases (tuple[float, float, float]): Shares of it that are
                 warm-up, pruning and settling.
         """
         begin, length = (share * steps for share in phases[:2])
         interval = max(round(length / _RENEWALS), 1)
-        # A product of shares may be a little less than a whole number.
-        step = math.floor(step + 1e-6)
-        self.watch_(step % interval == 0
-                    and begin - interval <= step < begin + length)
+        self.watch_(index % interval == 0
+                    and begin - interval <= index < begin + length)
 
     def watch_(self, watches: bool) -> None:
         """Observe what the layers read in the next passes, or no longer."""

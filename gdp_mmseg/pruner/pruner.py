@@ -16,7 +16,7 @@ from ..gates.takeover import Takeover
 from .figures import Figures, read, state_of
 from .multiples import min_kept, too_large
 from .notes import on_miss, on_target, refusal
-from .schedule import Schedule
+from .schedule import Schedule, steps_before
 from .settings import Settings
 
 # Largest amount by which rounding may raise the budget: less than one point of
@@ -191,7 +191,7 @@ class Pruner(WithConstants):
         """
         self.gates.begin_(self.schedule.pruned_share(progress))
         is_over = self.schedule.phase_at(progress) == 'settling'
-        self._prepare_(progress, steps, progress * steps, is_over
+        self._prepare_(progress, steps, steps_before(progress, steps), is_over
                        and self.gates.is_settled())
 
     @torch.no_grad()
@@ -222,41 +222,38 @@ class Pruner(WithConstants):
                                'step of the gates, but got none; train with '
                                'GDPHook, or call measure_()')
         figures = None
+        index = steps_before(progress, steps)
         is_over = self.schedule.phase_at(progress) == 'settling'
+        # Also where gradients are accumulated and steps are many iterations
+        # apart.
+        is_last = self.schedule.is_last_pruning_step(progress,
+                                                     1 / max(steps, 1))
         # Mixed precision may have skipped the last step of the pruning phase.
-        is_due = not is_over or (self.gates.heeded
-                                 and not self.gates.is_settled())
-        if is_due:
-            if self.gates.heeded:
-                self.gates.gradient()
-            # Also where gradients are accumulated and steps are many
-            # iterations apart.
-            is_over = is_over or self.schedule.is_last_pruning_step(
-                progress, 1 / max(steps, 1))
-            if (self.gates.heeded and not self._is_early(progress, steps)
-                    and not self.schedule.is_rest(progress * steps, steps)):
-                figures = self._step_(progress, steps, is_over)
+        if self.gates.heeded and not (is_over and self.gates.is_settled()):
+            self.gates.gradient()
+            if not (self._is_early(progress, steps)
+                    or self.schedule.is_rest(index, steps)):
+                figures = self._step_(progress, steps, is_over or is_last)
         self.gates.theta.grad = None
-        self._prepare_(progress, steps, progress * steps + 1, is_over)
+        self._prepare_(progress, steps, index + 1, is_over or is_last)
         return figures
 
-    def _prepare_(self, progress: float, steps: float, step: float,
+    def _prepare_(self, progress: float, steps: float, index: int,
                   is_over: bool) -> None:
         """Note what the passes of the next step are observed for, in place.
 
         Args:
             progress (float): Share of the training that is over.
             steps (float): Number of steps in the whole training.
-            step (float): Number of them before the next one; it is rounded
-                down.
+            index (int): Number of them before the next one.
             is_over (bool): Whether the gates no longer move.
         """
         # A step ahead, because a resume may begin between two steps.
         ahead = progress + 2 / max(steps, 1)
         self.gates.heeded = not (is_over or self._is_early(ahead, steps)
-                                 or self.schedule.is_rest(step, steps))
+                                 or self.schedule.is_rest(index, steps))
         if self.takeover is not None:
-            self.takeover.watch_in_(step, steps, self.schedule.phases)
+            self.takeover.watch_in_(index, steps, self.schedule.phases)
 
     def _is_early(self, progress: float, steps: float) -> bool:
         """Tell whether open gates need not observe their gains yet."""

@@ -99,17 +99,16 @@ class Schedule:
         pruning = round(steps * self.phases[1])
         return max(pruning // _ENOUGH_MOVES, 1) if self.rests else 1
 
-    def is_rest(self, step: float, steps: float) -> bool:
+    def is_rest(self, index: int, steps: float) -> bool:
         """Tell whether gates neither move nor observe their gains in a step.
 
         They do not rest shortly before the settling phase.
 
         Args:
-            step (float): Number of steps before it; it is rounded down.
+            index (int): Number of steps before it.
             steps (float): Number of steps in the training.
         """
-        # A product of shares may be a little less than a whole number.
-        index, period = math.floor(step + 1e-6), self.period(steps)
+        period = self.period(steps)
         return (index % period > 0 and self.phase_at(
             (index + period) / steps) != 'settling')
 
@@ -150,6 +149,17 @@ class Schedule:
         True in the last third of the pruning phase.
         """
         return self.pruned_share(progress) > _GROUPS_MAY_CLOSE_UNTIL
+
+
+def steps_before(progress: float, steps: float) -> int:
+    """Number of whole steps before a progress.
+
+    Args:
+        progress (float): Share of the training that is over, in [0, 1].
+        steps (float): Number of steps in the training.
+    """
+    # A product of shares may be a little less than a whole number.
+    return math.floor(progress * steps + 1e-6)
 
 
 def _are_numbers(values: Any, length: int) -> bool:
