@@ -3,9 +3,9 @@
     python benchmarks/speed.py --report docs/reports/speed.json
 
 Writes the report and, from it, ``docs/speed.md``. Times are process times of
-one thread. A ratio is measured in four processes of its own in which dense and
-gated steps alternate, and take turns in being the first. Peak memory is the
-median of three fresh processes for each network.
+one thread. A ratio is measured in several processes of its own, in which dense
+and gated steps alternate, and take turns in being the first. Peak memory is
+the median of several fresh processes for each network.
 """
 from __future__ import annotations
 
@@ -121,17 +121,17 @@ def measure_steps(gate: str, batch: int, size: int,
     some percent, in all of a process.
     """
     measured = [*PAIRS.items()][:len(PAIRS) if gate == 'gdp' else 1]
-    return {
-        network: [
-            pair for process in range(PROCESSES) for pair in json.loads(
-                in_fresh_process('--steps', network, '--gate', gate, '--batch',
-                                 batch, '--size', size, '--rounds',
-                                 max(rounds * share //
-                                     PROCESSES, 1), '--gated-first', process %
-                                 2, **KEPT_MEMORY))
-        ]
-        for network, share in measured
-    }
+    found: dict[str, list[list[float]]] = {}
+    for network, share in measured:
+        flags = ('--steps', network, '--gate', gate, '--batch', batch,
+                 '--size', size, '--rounds', max(rounds * share // PROCESSES,
+                                                 1))
+        found[network] = []
+        for process in range(PROCESSES):
+            found[network] += json.loads(
+                in_fresh_process(*flags, '--gated-first', process % 2,
+                                 **KEPT_MEMORY))
+    return found
 
 
 def in_fresh_process(*flags: object, **environment: str) -> str:
@@ -219,14 +219,15 @@ def markdown(report: dict[str, Any]) -> str:
         table(_step_rows(report['steps'])), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
-        'pairs of a dense and a gated step in four processes for each row, '
-        'with the quartiles in brackets. The steps are those of a training of '
-        f'{TRAINING:,} iterations, in which the gates of GDP move in one of '
-        f'{period} steps and rest in between: a pair of GDP is the mean of '
-        f'{period} steps of each network. glibc was told to keep freed '
-        'memory, whose return to the system takes a random part of a step. '
-        'The difference is what gates cost in each step; it hardly depends on '
-        'the size of the images. Times are process times of one thread.', '',
+        f'pairs of a dense and a gated step in {PROCESSES} processes for each '
+        'row, with the quartiles in brackets. The steps are those of a '
+        f'training of {TRAINING:,} iterations, in which the gates of GDP move '
+        f'in one of {period} steps and rest in between: a pair of GDP is the '
+        f'mean of {period} steps of each network. glibc was told to keep '
+        'freed memory, whose return to the system takes a random part of a '
+        'step. The difference is what gates cost in each step; it hardly '
+        'depends on the size of the images. Times are process times of one '
+        'thread.', '',
         whole_run.markdown(report['whole']), '',
         widths.markdown(report['widths']), '',
         f'{report["machine"]}, torch {report["torch"]}.', ''
