@@ -45,7 +45,7 @@ TRAINING = 20000
 # Processes of which the median of the peak memory is taken.
 PEAKS = 3
 # Processes for the training steps of each network.
-PROCESSES = 4
+PROCESSES = 8
 # Settings of glibc for training steps: freed memory stays with the process.
 # How much goes back to the system and is fetched again differs from step to
 # step, by more than the gates cost.
@@ -219,8 +219,9 @@ def markdown(report: dict[str, Any]) -> str:
         table(_step_rows(report['steps'])), '',
         f'Training steps: batch {report["batch"]} of {size}, float32, '
         'without loading of data, gates in the pruning phase; medians over '
-        f'pairs of a dense and a gated step in {PROCESSES} processes for each '
-        'row, with the quartiles in brackets. The steps are those of a '
+        'pairs of a dense and a gated step in several processes for each '
+        f'row ({PROCESSES} for GDP), with the quartiles in brackets. The '
+        'steps are those of a '
         f'training of {TRAINING:,} iterations, in which the gates of GDP move '
         f'in one of {period} steps and rest in between: a pair of GDP is the '
         f'mean of {period} steps of each network. glibc was told to keep '
