@@ -21,7 +21,7 @@ from torch.nn import functional as F
 # Share of the training after which weights are averaged: GDP's gates are
 # fixed by then.
 AVERAGED_FROM = 0.5
-# Openness under which a gate closes for good where its readers take over.
+# Openness under which a gate closes for good in all steps.
 CLOSE_BELOW = 0.5
 # Factor of the learning rate after the pruning phase.
 RESTART = 2.
@@ -81,6 +81,29 @@ class DistillHook(Hook):
             return losses
 
         student.decode_head.loss_by_feat = loss_by_feat
+
+
+@HOOKS.register_module()
+class FreshHook(Hook):
+    """Give the optimizer a new state at an iteration.
+
+    Its means of squares are large when gates have just closed, which makes
+    its steps small for long.
+
+    Args:
+        begin (int): Number of iterations before it.
+    """
+
+    def __init__(self, begin: int) -> None:
+        self.begin = begin
+
+    def before_train_iter(self,
+                          runner: Runner,
+                          batch_idx: int,
+                          data_batch: Any = None) -> None:
+        """Remove the state, if it is time."""
+        if runner.iter == self.begin:
+            runner.optim_wrapper.optimizer.state.clear()
 
 
 def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
@@ -167,7 +190,7 @@ def _close_early(cfg: Config, teacher: Path) -> None:
 
 
 def _take_over(cfg: Config, teacher: Path) -> None:
-    """Let the readers of a closing channel take over what it told."""
+    """Let other channels take over what a closing one told."""
     cfg.model.gdp.takeover = True
 
 
@@ -181,6 +204,12 @@ def _keep_streams(cfg: Config, teacher: Path) -> None:
     # So small that it keeps one channel of every other group.
     cfg.model.gdp.min_keep_ratio = 1e-3
     _add_hook_(cfg, type=StreamHook.__name__, ratio=0.75)
+
+
+def _fresh(cfg: Config, teacher: Path) -> None:
+    """Give the optimizer a new state after the pruning phase."""
+    begin = round(sum(cfg.model.gdp.phases[:2]) * cfg.train_cfg.max_iters)
+    _add_hook_(cfg, type=FreshHook.__name__, begin=begin)
 
 
 def _restart(cfg: Config, teacher: Path) -> None:
@@ -231,6 +260,7 @@ CHANGES: dict[str, Change] = dict(
         teacher=True),
     close=Change('gates close at an openness of 0.5', _close_early),
     takeover=Change('takeover', _take_over),
+    fresh=Change('new state of the optimizer after the pruning phase', _fresh),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(

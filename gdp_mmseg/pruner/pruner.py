@@ -79,7 +79,7 @@ class Pruner(WithConstants):
     def gate_(self, model: nn.Module) -> None:
         """Put the gates on the model that was analysed, in place."""
         gate_(model, self.analysis, self.gates)
-        if self.settings.takeover:
+        if self.gates.takes_over:
             self.takeover = Takeover(self.analysis, model, self.gates)
 
     def move_to_layers_(self, model: nn.Module) -> None:
@@ -253,7 +253,7 @@ class Pruner(WithConstants):
         self.gates.heeded = not (is_over or self._is_early(ahead, steps)
                                  or self.schedule.is_rest(index, steps))
         if self.takeover is not None:
-            self.takeover.watch_in_(index, steps, self.schedule.phases)
+            self.takeover.watch_(self.schedule.is_takeover(index, steps))
 
     def _is_early(self, progress: float, steps: float) -> bool:
         """Tell whether open gates need not observe their gains yet."""
@@ -277,6 +277,8 @@ class Pruner(WithConstants):
         openness = self.gates.openness()
         alive = self._alive_groups(openness)
         if phase != 'warmup':
+            self.gates.helped = (
+                self.takeover is not None and self.takeover.observed)
             self._move_(openness, progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
         for tensor, old in zip(tensors, saved):
@@ -285,10 +287,11 @@ class Pruner(WithConstants):
         if is_last:
             self._settle_(progress)
             self.gates.agree_()
-        before, openness = openness, self.gates.openness()
+        openness = self.gates.openness()
         if self.takeover is not None:
-            self.takeover.renew_(before)
-            self.takeover.take_over_(before, openness)
+            self.takeover.take_over_(openness)
+            if is_last:
+                self.takeover.forget_()
         died = (alive & ~self._alive_groups(openness)).any()
         state = read(
             dict(

@@ -21,6 +21,9 @@ _OBSERVED_WARMUP = 700
 # of the trainings in our results. In a phase that is twice as long, gates rest
 # in every other step, which saves time.
 _ENOUGH_MOVES = 2500
+# Steps of the pruning phase in which other channels take over what gates let
+# through less. Each takes longer than another step.
+_TAKEOVERS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,25 @@ class Schedule:
         period = self.period(steps)
         return (index % period > 0 and self.phase_at(
             (index + period) / steps) != 'settling')
+
+    def is_takeover(self, index: int, steps: float) -> bool:
+        """Tell whether other channels take over in a step.
+
+        They take over what gates let through less since the last such step.
+        These steps are evenly spaced, with one at the end of the pruning
+        phase.
+
+        Args:
+            index (int): Number of steps before it.
+            steps (float): Number of steps in the training.
+        """
+        progress, step = index / max(steps, 1), 1 / max(steps, 1)
+        # Gates move in it.
+        period = self.period(steps)
+        interval = period * max(
+            round(steps * self.phases[1] / (_TAKEOVERS * period)), 1)
+        return (self.phase_at(progress) == 'pruning' and index % interval == 0
+                or self.is_last_pruning_step(progress, step))
 
     def observed_from(self, steps: float) -> float:
         """Progress from which on the gains of open gates are observed.

@@ -174,7 +174,8 @@ class Settings:
         gate_travel (float): Distance that a theta, 1 at the start, can move
             in the pruning phase.
         close_below (float, optional): Openness at which a gate closes for
-            good. Defaults to 0.01, with ``takeover`` to 0.5.
+            good. Defaults to 0.01, and to 0.5 in the steps of a
+            ``takeover``.
         min_keep_ratio (float): Least share of the channels of each group
             that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
@@ -186,9 +187,9 @@ class Settings:
         shrink (bool): Whether closed channels leave the model while an
             mmengine runner trains it, which saves time and memory. Defaults
             to True.
-        takeover (bool): Whether the kernels that read a channel take over
-            what it told when its gate closes (see
-            :mod:`gdp_mmseg.gates.takeover`). Defaults to False.
+        takeover (bool): Whether other channels take over what a closing gate
+            lets through less (see :mod:`gdp_mmseg.gates.takeover`). Defaults
+            to False.
 
     Raises:
         ValueError: If a value is out of its range.

@@ -1,6 +1,7 @@
 """Layers that read a closing channel take over what it told."""
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gdp_mmseg.analysis.analyse import analyse
-from gdp_mmseg.gates import takeover
+from gdp_mmseg.gates import moments, takeover
 from gdp_mmseg.gates.gdp import theta_of
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.pruner.settings import Settings
@@ -22,7 +23,7 @@ SHAPE = (3, 9, 9)
 @pytest.fixture(autouse=True)
 def small_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(takeover, '_RIDGE', 1e-6)
+    monkeypatch.setattr(moments, '_RIDGE', 1e-6)
 
 
 class Gated:
@@ -68,12 +69,15 @@ class Gated:
         assert self.pruner.takeover is not None
         return self.pruner.takeover
 
-    def observe(self) -> None:
+    def observe_(self) -> None:
+        """Run the network in a step in which others take over."""
         self.takeover.watch_(True)
         for _ in range(3):
             self.net(_inputs())
         self.takeover.watch_(False)
-        self.takeover.renew_(self.openness())
+
+    def take_over_(self) -> None:
+        self.takeover.take_over_(self.openness())
 
     def openness(self) -> Tensor:
         return self.pruner.gates.openness().detach()
@@ -82,26 +86,32 @@ class Gated:
         return int(self.pruner.analysis.gate_of_slot['writer.weight',
                                                      0][channel])
 
-    def close_(self, *channels: int) -> Tensor:
-        """Close channels; return the openness before."""
-        before = self.openness()
-        gates = [self.gate_of(channel) for channel in channels]
-        self.pruner.gates.close_(
-            torch.isin(torch.arange(len(before)), torch.tensor(gates)))
-        return before
+    def set_(self, openness: float, *channels: int) -> None:
+        """Set the openness of the gates of some channels."""
+        gates = self.pruner.gates
+        chosen = [self.gate_of(channel) for channel in channels]
+        if openness == 0:
+            gates.close_(
+                torch.isin(
+                    torch.arange(len(gates.theta)), torch.tensor(chosen)))
+            return
+        with torch.no_grad():
+            gates.theta[chosen] = theta_of(
+                torch.tensor(openness).double(), gates.epsilon)
 
 
 def _inputs() -> Tensor:
     return torch.randn(4, *SHAPE, dtype=torch.double)
 
 
-def _assert_taken_over(gated: Gated) -> None:
-    """Assert that hardly anything is lost by closing channel 3."""
+def _assert_taken_over(gated: Gated, openness: float = 0.) -> None:
+    """Assert that hardly anything is lost by channel 3's lower openness."""
     inputs = _inputs()
     wanted = gated.net(inputs)
-    before = gated.close_(3)
+    gated.observe_()
+    gated.set_(openness, 3)
     lost = (gated.net(inputs) - wanted).abs().max()
-    gated.takeover.take_over_(before, gated.openness())
+    gated.take_over_()
     assert (gated.net(inputs) - wanted).abs().max() < 1e-3 * lost
 
 
@@ -114,83 +124,134 @@ READERS: list[tuple[nn.Module, dict[str, nn.Module]]] = [
 ]
 
 
+@pytest.mark.parametrize('openness', [0., 0.3])
 @pytest.mark.parametrize('reader, more', READERS)
-def test_outputs_stay_where_others_tell_the_closing_channel(
-        reader: nn.Module, more: dict[str, nn.Module]) -> None:
-    gated = Gated(reader, **more)
-    gated.observe()
-    _assert_taken_over(gated)
+def test_outputs_stay_where_others_tell_a_channel_that_is_let_through_less(
+        reader: nn.Module, more: dict[str, nn.Module],
+        openness: float) -> None:
+    reader, more = copy.deepcopy((reader, more))
+    _assert_taken_over(Gated(reader, **more), openness)
 
 
 def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1), before=nn.BatchNorm2d(6))
     assert any(group.norms for group in gated.pruner.analysis.groups)
-    gates = gated.pruner.gates
-    half = theta_of(torch.tensor(0.5), gates.epsilon)
-    with torch.no_grad():
-        gates.theta[gated.gate_of(1)] = half
-    gated.observe()
-    with torch.no_grad():
-        gates.theta[gated.gate_of(1)] = 1
+    gated.set_(0.5, 1)
+    gated.observe_()
+    gated.take_over_()
     _assert_taken_over(gated)
 
 
-def test_one_inverse_serves_many_closing_channels() -> None:
+def test_openness_at_which_others_take_over_counts() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1))
-    reader = gated.takeover.readers[0]
-    samples = torch.randn(50, 6).double() @ torch.randn(6, 6).double()
-    covariance = samples.T @ samples / 50
-    reader.precision.copy_(torch.linalg.inv(covariance))
-    for channels in ((3, ), (1, 5)):
-        before = gated.close_(*channels)
-        gated.takeover.take_over_(before, gated.openness())
-    left = torch.tensor([0, 2, 4])
-    torch.testing.assert_close(
-        reader.precision[left[:, None], left],
-        torch.linalg.inv(covariance[left[:, None], left]),
-        rtol=1e-3,
-        atol=1e-3)
+    gated.set_(0.5, 1)
+    gated.observe_()
+    gated.take_over_()
+    _assert_taken_over(gated)
 
 
-def test_what_was_taken_over_is_handed_on_after_a_cut() -> None:
+def test_gates_that_move_over_many_steps_are_taken_over_in_one() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1))
-    gated.observe()
     inputs = _inputs()
     wanted = gated.net(inputs)
-    before = gated.close_(3)
-    gated.takeover.take_over_(before, gated.openness())
-    keep = ~gated.pruner.gates.is_closed()
-    Shrinkage(gated.net, gated.pruner.analysis).narrow_(keep)
-    gated.takeover.narrow_(keep)
-    assert gated.net.reader.weight.shape[1] == 5
-    for channel in (0, 1):
-        # Three inputs of the network: four channels tell the fifth.
-        before = gated.close_(channel)
-        lost = (gated.net(inputs) - wanted).abs().max()
-        gated.takeover.take_over_(before, gated.openness())
-        assert (gated.net(inputs) - wanted).abs().max() < 1e-3 * lost
-        gated.observe()
+    kernel = gated.net.reader.weight.clone()
+    for openness in (0.8, 0.4):
+        gated.set_(openness, 3)
+        gated.take_over_()  # Nothing has been observed.
+        assert torch.equal(gated.net.reader.weight, kernel)
+    gated.observe_()
+    gated.set_(0.1, 3)
+    gated.take_over_()
+    torch.testing.assert_close(gated.net(inputs), wanted, rtol=0, atol=1e-3)
+    assert not gated.takeover.observed
 
 
-def test_gates_in_use_leave_the_kernels_as_they_are() -> None:
+@pytest.mark.parametrize('other, told', [(1, True), (0, False)])
+def test_channels_tell_each_other_within_blocks(
+        other: int, told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of odd indices are one block, those of even ones another."""
+    monkeypatch.setattr(takeover, '_WIDTH', 3)
     gated = Gated(nn.Conv2d(6, 4, 1))
-    gated.observe()
-    kernel, before = gated.net.reader.weight.clone(), gated.openness()
     with torch.no_grad():
-        gated.pruner.gates.theta[0] = 0.9
-    gated.takeover.take_over_(before, gated.openness())
+        for tensor in (gated.net.writer.weight, gated.net.writer.bias):
+            tensor[3] = 2 * tensor[other]
+    if told:
+        _assert_taken_over(gated)
+    else:
+        with pytest.raises(AssertionError):
+            _assert_taken_over(gated)
+
+
+def test_cut_channels_change_nothing_in_what_is_taken_over() -> None:
+    kernels = []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        gated = Gated(nn.Conv2d(6, 4, 1))
+        gated.observe_()
+        gated.set_(0, 2)
+        gated.take_over_()
+        keep = ~gated.pruner.gates.is_closed()
+        if cut:
+            Shrinkage(gated.net, gated.pruner.analysis).narrow_(keep)
+            gated.takeover.narrow_(keep)
+            assert gated.net.reader.weight.shape[1] == 5
+        _assert_taken_over(gated)
+        kernel = gated.net.reader.weight.detach()
+        kernels.append(kernel if cut else kernel[:, [0, 1, 3, 4, 5]])
+    torch.testing.assert_close(*kernels)
+
+
+def test_gates_that_stay_leave_the_kernels_as_they_are() -> None:
+    gated = Gated(nn.Conv2d(6, 4, 1))
+    kernel = gated.net.reader.weight.clone()
+    gated.observe_()
+    gated.set_(0.9999, 0)
+    gated.take_over_()
     assert torch.equal(gated.net.reader.weight, kernel)
+
+
+def test_gates_of_a_checkpoint_without_takeover_are_taken_as_they_are(
+) -> None:
+    gated = Gated(nn.Conv2d(6, 4, 1))
+    gated.set_(0.3, 1)
+    state = {
+        name: value
+        for name, value in gated.pruner.state_dict().items()
+        if not name.startswith('takeover')
+    }
+    other = Gated(nn.Conv2d(6, 4, 1))
+    other.pruner.load_state_dict(state)
+    kernel = other.net.reader.weight.clone()
+    other.observe_()
+    other.take_over_()
+    assert torch.equal(other.net.reader.weight, kernel)
 
 
 def test_inputs_that_are_not_finite_teach_nothing() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1))
-    gated.observe()
-    known = [one.clone() for one in gated.takeover.readers.buffers()]
+    gated.observe_()
+    gated.take_over_()
+    known = copy.deepcopy(gated.pruner.state_dict())
     gated.takeover.watch_(True)
     gated.net(_inputs() * torch.nan)
-    gated.takeover.renew_(gated.openness())
-    for one, other in zip(gated.takeover.readers.buffers(), known):
-        assert torch.equal(one, other)
+    gated.takeover.watch_(False)
+    for name, value in gated.pruner.state_dict().items():
+        assert torch.equal(value, known[name]), name
+
+
+def test_what_is_known_is_in_the_state_until_gates_move_no_more() -> None:
+    gated = Gated(nn.Conv2d(6, 4, 1))
+    names = [*gated.pruner.state_dict()]
+    gated.observe_()
+    state = copy.deepcopy(gated.pruner.state_dict())
+    assert len(state) > len(names)
+    other = Gated(nn.Conv2d(6, 4, 1))
+    other.pruner.load_state_dict(state)
+    assert [*other.pruner.state_dict()] == [*state]
+    for name, value in other.pruner.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    gated.takeover.forget_()
+    assert [*gated.pruner.state_dict()] == names
 
 
 def test_frozen_and_shared_kernels_stay_as_they_are() -> None:

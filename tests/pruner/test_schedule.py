@@ -102,6 +102,24 @@ def test_gates_rest_in_long_pruning_phases_only() -> None:
     assert always.period(20_000) == 1 and not always.is_rest(1, 20_000)
 
 
+@pytest.mark.parametrize('steps', [40, 48, 100, 997, 10_000, 50_000])
+def test_takeovers_are_spread_over_the_moves_of_the_pruning_phase(
+        steps: int) -> None:
+    schedule = Schedule((0.1, 0.5, 0.4), rests=True)
+    found = [
+        index for index in range(steps + 1)
+        if schedule.is_takeover(index, steps)
+    ]
+    moves = [
+        index for index in range(steps)
+        if schedule.phase_at(index / steps) == 'pruning'
+        and not schedule.is_rest(index, steps)
+    ]
+    assert {*found} <= {*moves} and found[-1] == moves[-1]
+    assert min(len(moves), 20) <= len(found) <= 33
+    assert found[0] - moves[0] <= (moves[-1] - moves[0]) / 16
+
+
 @pytest.mark.parametrize('options, key', [
     (dict(phases=(0.5, 0.5)), 'phases'),
     (dict(phases=(0.5, 0.6, 0.4)), 'phases'),

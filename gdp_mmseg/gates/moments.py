@@ -1,0 +1,133 @@
+"""Moments of correlated channels, by which some are estimated from others.
+
+Letters: ``c`` channels, ``n`` positions.
+"""
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .base import has_processes
+
+# Share of the mean variance of the channels that is added to each of them,
+# because the covariance is an estimate.
+_RIDGE = 0.01
+# Lower bound of that: it only prevents a division by zero.
+_LEAST_RIDGE = 1e-12
+# About as many positions of a batch are taken into account.
+_POSITIONS = 4096
+# Share of what was known that stays when a batch is observed: a single one
+# tells too little of channels that are only seen at few positions.
+_KEPT = 0.7
+
+
+class Moments:
+    """Channels that tell each other, and what is known of them.
+
+    Args:
+        channels (Tensor): ``(c,)`` their places among those that a layer
+            reads.
+
+    Attributes:
+        values (Tensor | None): ``(c, 1 + c)`` running means of the channels,
+            in the first column, and of their products; None before any was
+            observed.
+    """
+
+    def __init__(self, channels: Tensor) -> None:
+        self.channels = channels
+        self.values: Tensor | None = None
+
+    def observe_(self, inputs: Tensor, rows: Tensor) -> None:
+        """Average with the moments of inputs ``(n, k)``, in place.
+
+        Args:
+            inputs (Tensor): ``(n, k)`` ``k`` of the channels at positions.
+            rows (Tensor): ``(k,)`` places of these channels in the block.
+        """
+        found = inputs.T @ functional.pad(
+            inputs, (1, 0), value=1) / len(inputs)
+        weight = 1 - _KEPT
+        if self.values is None:
+            size, weight = len(self.channels), 1.
+            self.values = found.new_zeros(size, 1 + size)
+        self.values = self.values.to(found)
+        at = rows[:, None], functional.pad(rows + 1, (1, 0))
+        # Inputs that are not finite teach nothing.
+        finite = found.isfinite().all()
+        self.values[at] = self.values[at].lerp(
+            found.nan_to_num(0, 0, 0), weight * finite.to(found))
+
+    def agree_(self, like: Tensor) -> None:
+        """Take the mean of what all processes know, in place.
+
+        Args:
+            like (Tensor): Any tensor with the device and the data type.
+        """
+        if not has_processes():
+            return
+        number = like.new_ones(1)
+        # A layer may not have run in this process.
+        if self.values is None:
+            size, number = len(self.channels), like.new_zeros(1)
+            self.values = like.new_zeros(size, 1 + size)
+        dist.all_reduce(self.values)
+        dist.all_reduce(number)
+        self.values /= number.clamp(min=1)
+
+    def estimate(self, ours: Tensor, others: Tensor,
+                 is_centred: bool) -> tuple[Tensor, Tensor]:
+        """Estimate ``k`` channels by ``s`` others.
+
+        Args:
+            ours (Tensor): ``(k,)`` places of the channels in the block.
+            others (Tensor): ``(s,)`` places of the others.
+            is_centred (bool): Whether the estimate has a constant.
+
+        Returns:
+            tuple[Tensor, Tensor]: Coefficients ``(k, s)`` and constants
+            ``(k,)``.
+        """
+        assert self.values is not None
+        moments = self.values.double()
+        mean = moments[:, 0] * is_centred
+        covariance = moments[:, 1:] - torch.outer(mean, mean)
+        ours, others = ours.to(mean.device), others.to(mean.device)
+        inner = covariance[others[:, None], others]
+        inner.diagonal().add_(_RIDGE * inner.diagonal().mean() + _LEAST_RIDGE)
+        factor, failed = torch.linalg.cholesky_ex(inner)
+        coefficients = torch.cholesky_solve(covariance[others[:, None], ours],
+                                            factor).T
+        # Rounding may have made it no covariance: nothing is taken over.
+        coefficients = coefficients.masked_fill(failed > 0, 0)
+        constant = mean[ours] - coefficients @ mean[others]
+        if has_processes():
+            # Solutions on GPUs may differ in the last bit.
+            dist.broadcast(coefficients, 0)
+            dist.broadcast(constant, 0)
+        return coefficients, constant
+
+
+def spread(inputs: Tensor, layer: Any) -> Tensor:
+    """Select positions ``(n, C)`` of a layer's inputs, evenly spaced.
+
+    Args:
+        inputs (Tensor): ``(N, C, H, W)`` of a convolution of two dimensions,
+            ``(..., C)`` of a linear layer.
+        layer (nn.Module): The layer.
+    """
+    if isinstance(layer, nn.Linear):
+        inputs = inputs.flatten(0, -2)
+        return inputs[::math.ceil(len(inputs) / _POSITIONS)]
+    axes = len(layer.kernel_size)
+    inputs = inputs.movedim(-1 - axes, -1)
+    number = math.prod(inputs.shape[:-1])
+    stride = math.ceil((number / _POSITIONS)**(1 / axes))
+    spaced = inputs[(..., ) + (slice(None, None, stride), ) * axes +
+                    (slice(None), )]
+    return spaced.flatten(0, -2)
