@@ -76,6 +76,7 @@ class Moments:
         if self.values is None:
             size, number = len(self.channels), like.new_zeros(1)
             self.values = like.new_zeros(size, 1 + size)
+        self.values = self.values.to(like)
         dist.all_reduce(self.values)
         dist.all_reduce(number)
         self.values /= number.clamp(min=1)
@@ -104,7 +105,7 @@ class Moments:
         coefficients = torch.cholesky_solve(covariance[others[:, None], ours],
                                             factor).T
         # Rounding may have made it no covariance: nothing is taken over.
-        coefficients = coefficients.masked_fill(failed > 0, 0)
+        coefficients = coefficients.masked_fill(failed > 0, 0).contiguous()
         constant = mean[ours] - coefficients @ mean[others]
         if has_processes():
             # Solutions on GPUs may differ in the last bit.

@@ -277,7 +277,8 @@ class _Reader(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str,
                               *args: Any, **kwargs: Any) -> None:
         for index, block in enumerate(self.blocks):
-            block.values = state_dict.pop(f'{prefix}{index}', None)
+            values = state_dict.pop(f'{prefix}{index}', None)
+            block.values = None if values is None else values.clone()
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
