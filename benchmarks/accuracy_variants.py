@@ -83,29 +83,6 @@ class DistillHook(Hook):
         student.decode_head.loss_by_feat = loss_by_feat
 
 
-@HOOKS.register_module()
-class FreshHook(Hook):
-    """Give the optimizer a new state at an iteration.
-
-    Its means of squares are large when gates have just closed, which makes
-    its steps small for long.
-
-    Args:
-        begin (int): Number of iterations before it.
-    """
-
-    def __init__(self, begin: int) -> None:
-        self.begin = begin
-
-    def before_train_iter(self,
-                          runner: Runner,
-                          batch_idx: int,
-                          data_batch: Any = None) -> None:
-        """Remove the state, if it is time."""
-        if runner.iter == self.begin:
-            runner.optim_wrapper.optimizer.state.clear()
-
-
 def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
     """Mean divergence over the pixels of logits ``(N, C, H, W)``."""
     pixels = F.kl_div(
@@ -206,12 +183,6 @@ def _keep_streams(cfg: Config, teacher: Path) -> None:
     _add_hook_(cfg, type=StreamHook.__name__, ratio=0.75)
 
 
-def _fresh(cfg: Config, teacher: Path) -> None:
-    """Give the optimizer a new state after the pruning phase."""
-    begin = round(sum(cfg.model.gdp.phases[:2]) * cfg.train_cfg.max_iters)
-    _add_hook_(cfg, type=FreshHook.__name__, begin=begin)
-
-
 def _restart(cfg: Config, teacher: Path) -> None:
     """Double the learning rate after the pruning phase, then let it fall."""
     end = cfg.train_cfg.max_iters
@@ -260,7 +231,6 @@ CHANGES: dict[str, Change] = dict(
         teacher=True),
     close=Change('gates close at an openness of 0.5', _close_early),
     takeover=Change('takeover', _take_over),
-    fresh=Change('new state of the optimizer after the pruning phase', _fresh),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(

@@ -124,12 +124,13 @@ class Takeover(nn.Module):
             return
         self.observed = False
         moves = (self.level - openness).abs() > _LEAST_MOVE
-        level, after, moved = torch.stack(
-            (self.level, openness, moves.to(openness))).cpu()
+        # The two differ where gates move, and nowhere else.
+        before, after = torch.stack((torch.where(moves, self.level,
+                                                 openness), openness)).cpu()
         for reader in self.readers:
             for block in reader.blocks:
                 block.agree_(openness)
-            reader.take_over_(self._parts[0], level, after, moved > 0)
+            reader.take_over_(self._parts[0], before, after)
         self.level.copy_(torch.where(moves, openness, self.level))
 
     def forget_(self) -> None:
@@ -224,24 +225,23 @@ class _Reader(nn.Module):
         places = (self.left.cumsum(0) - 1)[block.channels]
         return left.nonzero()[:, 0], places[left]
 
-    def take_over_(self, model: nn.Module, level: Tensor, after: Tensor,
-                   moves: Tensor) -> None:
+    def take_over_(self, model: nn.Module, before: Tensor,
+                   after: Tensor) -> None:
         """Add what this layer lost to its kernel, in place.
 
         Args:
             model (nn.Module): The model.
-            level (Tensor): ``(G,)`` openness for which the kernel is.
+            before (Tensor): ``(G,)`` openness for which the kernel is; that
+                of now where a gate has not moved.
             after (Tensor): ``(G,)`` openness that the gates have now.
-            moves (Tensor): ``(G,)`` bool, gates of which the two differ.
         """
         old, new = (
-            slot_values(openness, self.slots) for openness in (level, after))
-        moves = moves[self.slots.clamp(min=0)] & (self.slots >= 0)
+            slot_values(openness, self.slots) for openness in (before, after))
         kernel = model.get_submodule(self.name).get_parameter('weight')
         for block in self.blocks:
             rows, places = self._places(block)
             channels = block.channels[rows]
-            ours = moves[channels]
+            ours = (old != new)[channels]
             others = ~ours & (new[channels] > 0)
             if block.values is None or not ours.any() or not others.any():
                 continue
