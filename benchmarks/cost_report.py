@@ -61,8 +61,7 @@ def equal_time(demo: Report | None, speed: Report | None,
         'No comparison at equal time was trained: all comparisons have equal '
         'iterations.'
     ]
-    for training, iterations, dense, gated in [*_demo(demo), *_whole(speed)]:
-        share = gated / dense
+    for training, iterations, share in [*_demo(demo), *_whole(speed)]:
         facts.append(
             f'{training}: {iterations} gated iterations took {share:.2f} of '
             'the process time of as many dense ones; in the time of the dense '
@@ -89,20 +88,23 @@ def _minutes(report: Report, method: str) -> list[float]:
     ]
 
 
-def _demo(demo: Report | None) -> Iterable[tuple[str, int, float, float]]:
-    """Yield name, iterations, dense and gated time of the demo's training."""
+def _demo(demo: Report | None) -> Iterable[tuple[str, int, float]]:
+    """Yield name, iterations and share of the dense time of the demo."""
     if demo is not None:
         dense, gated, _ = tables.Report.parse(demo).networks
         if dense.training_minutes and gated.training_minutes:
-            yield (demo['title'], demo['iterations'], dense.training_minutes,
-                   gated.training_minutes)
+            yield (demo['title'], demo['iterations'],
+                   gated.training_minutes / dense.training_minutes)
 
 
-def _whole(speed: Report | None) -> Iterable[tuple[str, int, float, float]]:
+def _whole(speed: Report | None) -> Iterable[tuple[str, int, float]]:
     """Yield the same of the whole trainings in the report on speed."""
     whole = (speed or {}).get('whole')
     if whole is not None:
-        dense, *others = (found['seconds'] for found in whole['runs'].values())
-        for name, seconds in zip([*whole['runs']][1:], others):
-            yield (f'DeepLabV3Plus-ResNet50 on random images, {name}',
-                   whole['iterations'], dense, seconds)
+        dense = whole['runs']['dense']
+        for name, found in whole['runs'].items():
+            share = statistics.median(one['seconds'] / other['seconds']
+                                      for one, other in zip(found, dense))
+            if name != 'dense':
+                yield (f'DeepLabV3Plus-ResNet50 on random images, {name}',
+                       whole['iterations'], share)

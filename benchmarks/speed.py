@@ -265,7 +265,8 @@ def _spread(values: list[float], form: str) -> str:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Measure all but other gate methods; return the report."""
     # Measured first: on Linux, a process starts with the peak of its parent.
-    whole = whole_run.measure(args.whole_size, args.iterations)
+    whole = whole_run.measure(args.whole_size, args.iterations,
+                              args.whole_rounds)
     peaks = memory(args.batch, args.size)
     steps = measure_steps('gdp', args.batch, args.size, args.rounds)
     return dict(
@@ -303,6 +304,8 @@ def parse_args() -> argparse.Namespace:
         help='size of the images of whole trainings')
     parser.add_argument(
         '--iterations', type=int, default=40, help='length of whole trainings')
+    parser.add_argument(
+        '--whole-rounds', type=int, default=3, help='number of them')
     parser.add_argument(
         '--gate',
         choices=METHODS,

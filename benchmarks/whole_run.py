@@ -1,12 +1,12 @@
 """Whole trainings of DeepLabV3Plus-R50, dense and gated: time and memory.
 
-    python benchmarks/whole_run.py --size 192 --iterations 40
+    python benchmarks/whole_run.py --size 192 --iterations 40 --rounds 3
 
 Each training is a run of mmengine's runner in a process of its own, on random
 images. They take turns after each iteration, so that what else the machine
 does slows all of them alike. Prints the process time of the iterations and the
-peak memory of each process. ``benchmarks/speed.py`` has the results in its
-report.
+peak memory of each process, or of the tensors on the GPU where there is one.
+``benchmarks/speed.py`` has the results in its report.
 """
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ import resource
 import tempfile
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from statistics import median
+from typing import Any, Sequence
 
 import torch
 from mmengine.config import Config
@@ -40,7 +41,13 @@ RUNS: dict[str, dict[str, Any] | None] = {
     'phases 0.1, 0.2, 0.7, shrink=False': dict(phases=SHORT, shrink=False),
     'default phases': dict(),
     'default phases, shrink=False': dict(shrink=False),
+    'default phases, takeover=False': dict(takeover=False),
 }
+# What the peak memory is that of, by ``memory`` of the report.
+MEMORY = dict(
+    cuda='Peak memory of the tensors on the GPU.',
+    process='Peak memory of the process, which builds and analyses the model, '
+    'too.')
 # Our goals for the time, over that of the dense training.
 GOALS = {'phases 0.1, 0.2, 0.7': 0.7, 'default phases': 1.0}
 
@@ -160,12 +167,39 @@ def train(name: str, size: int, iterations: int, turns: Connection) -> None:
         runner.register_hook(clock)
         runner.register_hook(Stop(clock))
         runner.train()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    turns.send(dict(seconds=clock.seconds, peak_kb=peak))
+    turns.send(dict(seconds=clock.seconds, peak_kb=peak_kb()))
 
 
-def measure(size: int, iterations: int) -> dict[str, Any]:
-    """Train each of :data:`RUNS` in a process of its own.
+def peak_kb() -> float:
+    """Return the peak memory of the tensors on the GPU, in kB.
+
+    Without a GPU, it is that of this process, which varies by some percent
+    from one process to the next as the allocator leaves gaps.
+    """
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024
+
+
+def measure(size: int, iterations: int, rounds: int) -> dict[str, Any]:
+    """Train each of :data:`RUNS` in processes of their own, in rounds.
+
+    Returns:
+        dict[str, Any]: The conditions, and time and memory of each training
+        and round.
+    """
+    found = [_round(size, iterations) for _ in range(rounds)]
+    return dict(
+        size=size,
+        iterations=iterations,
+        target=TARGET,
+        memory='cuda' if torch.cuda.is_available() else 'process',
+        runs={name: [one[name] for one in found]
+              for name in RUNS})
+
+
+def _round(size: int, iterations: int) -> dict[str, dict[str, float]]:
+    """Train each of :data:`RUNS` once; return time and memory of each.
 
     They take turns after each iteration, so that what else the machine does
     slows all of them alike.
@@ -181,8 +215,7 @@ def measure(size: int, iterations: int) -> dict[str, Any]:
         for name, (turns, _) in ends.items():
             turns.send(None)
             turns.recv()
-    found = {name: turns.recv() for name, (turns, _) in ends.items()}
-    return dict(size=size, iterations=iterations, target=TARGET, runs=found)
+    return {name: turns.recv() for name, (turns, _) in ends.items()}
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -191,29 +224,37 @@ def markdown(report: dict[str, Any]) -> str:
     Args:
         report (dict[str, Any]): Result of :func:`measure`.
     """
-    runs = report['runs']
+    dense = report['runs']['dense']
     rows = [['whole training', 'time / dense', 'goal', 'peak memory / dense']]
-    for name, found in runs.items():
-        time_ratio, memory_ratio = (
-            found[key] / runs['dense'][key] for key in ('seconds', 'peak_kb'))
+    for name, found in report['runs'].items():
+        time_ratios, memory_ratios = (
+            sorted(one[key] / other[key] for one, other in zip(found, dense))
+            for key in ('seconds', 'peak_kb'))
         goal = GOALS.get(name)
-        missed = ', missed' if goal and time_ratio > goal else ''
+        missed = ', missed' if goal and median(time_ratios) > goal else ''
         rows.append([
-            name, f'{time_ratio:.2f}',
+            name,
+            _with_range(time_ratios),
             f'at most {goal:.2f}{missed}' if goal else '-',
-            f'{memory_ratio:.2f}'
+            _with_range(memory_ratios)
         ])
+    seconds, peak = (
+        median(one[key] for one in dense) for key in ('seconds', 'peak_kb'))
     return '\n'.join([
         table(rows), '',
         f'{report["iterations"]} iterations of batch 2 of {report["size"]} x '
         f'{report["size"]} by the runner of mmengine, target '
         f'{report["target"]}; process time of the iterations, one thread, all '
-        'trainings in turn; peak memory of the process, which builds and '
-        'analyses the model, too. The dense training took '
-        f'{runs["dense"]["seconds"]:.0f} s and '
-        f'{runs["dense"]["peak_kb"] / 1e6:.2f} GB. With `shrink=False`, '
-        'closed channels stay in the model.'
+        f'trainings in turn. {MEMORY[report["memory"]]} Median and range of '
+        f'{len(dense)} rounds. The dense training took {seconds:.0f} s and '
+        f'{peak / 1e6:.2f} GB. With `shrink=False`, closed channels stay in '
+        'the model; with `takeover=False`, other channels take over nothing.'
     ])
+
+
+def _with_range(ratios: Sequence[float]) -> str:
+    """Write the median of sorted ratios, and their range."""
+    return f'{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
 
 
 def main() -> None:
@@ -222,8 +263,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--size', type=int, default=192)
     parser.add_argument('--iterations', type=int, default=40)
+    parser.add_argument('--rounds', type=int, default=3)
     args = parser.parse_args()
-    print(markdown(measure(args.size, args.iterations)))
+    print(markdown(measure(args.size, args.iterations, args.rounds)))
 
 
 if __name__ == '__main__':

@@ -264,7 +264,10 @@ def test_facts_of_all_sections_are_said_once() -> None:
 
 def test_time_of_whole_trainings_becomes_iterations() -> None:
     from cost_report import equal_time
-    runs = dict(dense=dict(seconds=10.), short=dict(seconds=8.))
+    runs = {
+        name: [dict(seconds=share * dense) for dense in (10., 5., 20.)]
+        for name, share in dict(dense=1., short=0.8).items()
+    }
     report = _report(
         _row('dense', 60., 0, 1.), dict(_row('gdp', 58., 0), minutes=3.))
     facts = equal_time(None, dict(whole=dict(iterations=40, runs=runs)),
