@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from gdp_mmseg.report.tables import table
 
-from accuracy_report import (COLOURS, draw_dense, draw_method, network_of,
+from accuracy_report import (COLOURS, WITHOUT_TAKEOVER, draw_dense,
+                             draw_method, is_without_takeover, network_of,
                              short_name)
 from accuracy_scores import (GATES, LABELS, differences, gate_of,
                              mean_and_interval, mean_and_spread, targets_of,
@@ -51,10 +52,22 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'order and start, and its interval by the paired t test. **Three '
         'seeds are few**: the interval has 4.3 standard errors to each side '
         'with three pairs, 12.7 with two. Where it includes 0, the difference '
-        'may be chance.', '', 'The three gates, where they were compared:', '',
+        'may be chance.', *_without_takeover(reports), '',
+        'The three gates, where they were compared:', '',
         table(_gates(compared)), '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
     ]
+
+
+def _without_takeover(reports: Sequence[Report]) -> list[str]:
+    """Return a sentence that names the reports of GDP without takeover."""
+    names = [
+        f'{short_name(report)} ({report["iterations"]} iterations)'
+        for report in reports if is_without_takeover(report)
+    ]
+    if not names:
+        return []
+    return [f'- {WITHOUT_TAKEOVER.removesuffix(".")}: {", ".join(names)}.']
 
 
 def _place(report: Report, target: float) -> list[str]:
@@ -140,9 +153,14 @@ def readme_table(reports: Sequence[Report]) -> str:
               for name in gates),
             best_alternative(report, target)
         ])
+    names = [
+        network_of(report) for report, _ in compared
+        if is_without_takeover(report)
+    ]
+    before = (f'GDP without takeover on {", ".join(names)}. ' if names else '')
     return (f'{table(cells)}\n\nFLOPs: share of those of the dense network. '
-            'Mean and standard deviation (number of seeds); '
-            '[all results](docs/results.md).')
+            f'Mean and standard deviation (number of seeds). {before}'
+            '[All results](docs/results.md).')
 
 
 def plot_overview(reports: Sequence[Report], folder: Path) -> None:

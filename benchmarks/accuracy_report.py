@@ -29,6 +29,7 @@ COLOURS = {
 }
 # Base of a change: the same method without it.
 _NO_CHANGE = 'no change'
+WITHOUT_TAKEOVER = 'GDP with `takeover=False`, the default at that time.'
 # Facts that are true of all comparisons.
 COMPARED = (
     'All rows of a section start from one dense network and train on for '
@@ -81,6 +82,11 @@ def is_held_out(report: Report) -> bool:
     """Tell whether scores are those of images held out of the training."""
     return ('--tune' in report.get('flags', '')
             or report['file'].startswith('tuning'))
+
+
+def is_without_takeover(report: Report) -> bool:
+    """Tell whether GDP was trained before takeover was its default."""
+    return not report.get('takeover', True)
 
 
 def _scores(report: Report) -> str:
@@ -176,7 +182,8 @@ def _training(report: Report) -> list[str]:
         f'{report["optimizer"]}.', ' '.join([
             f'Training: {report["train"]}. Evaluation: {report["test"]}.',
             *report.get('notes', ())
-        ]), f'Warm-up, pruning, settling of the gates: {phases(report)}. '
+        ]), *[WITHOUT_TAKEOVER] * is_without_takeover(report),
+        f'Warm-up, pruning, settling of the gates: {phases(report)}. '
         f'{report["precision"].capitalize()}.'
     ]
 

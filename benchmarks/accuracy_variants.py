@@ -166,9 +166,9 @@ def _close_early(cfg: Config, teacher: Path) -> None:
     cfg.model.gdp.close_below = CLOSE_BELOW
 
 
-def _take_over(cfg: Config, teacher: Path) -> None:
-    """Let other channels take over what a closing one told."""
-    cfg.model.gdp.takeover = True
+def _take_over_nothing(cfg: Config, teacher: Path) -> None:
+    """Let no other channels take over what a closing one told."""
+    cfg.model.gdp.takeover = False
 
 
 def _long_means(cfg: Config, teacher: Path) -> None:
@@ -230,7 +230,7 @@ CHANGES: dict[str, Change] = dict(
         _distilled(begin=0.3),
         teacher=True),
     close=Change('gates close at an openness of 0.5', _close_early),
-    takeover=Change('takeover', _take_over),
+    alone=Change('no takeover', _take_over_nothing),
     gains=Change('longer means of the gains', _long_means),
     parts=Change('three quarters of each residual stream stay', _keep_streams),
     restart=Change(

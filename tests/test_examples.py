@@ -45,7 +45,7 @@ def run(example: str, folder: Path, *arguments: str) -> str:
 
 def test_plain_pytorch(tmp_path: Path) -> None:
     said = run('plain_pytorch.py', tmp_path, '--steps', '24')
-    assert re.search(r'FLOPs: .* G \(4\d\.\d%\) at 1 x 3 x 64 x 64', said)
+    assert re.search(r'FLOPs: .* G \((39|40)\.\d%\) at 1 x 3 x 64 x 64', said)
     gated, pruned, loaded = re.findall(r'\w+ (0\.\d{4})', said)
     assert gated == pruned == loaded
     assert (tmp_path / 'unet_pruned.pt').is_file()

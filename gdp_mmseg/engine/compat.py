@@ -28,7 +28,7 @@ def check_config(cfg: Config) -> None:
 
     Raises:
         ValueError: If it is gated and would split the gates, move none, or is
-            too short for them, or has a takeover and is compiled.
+            too short for them.
     """
     if kind_of(cfg.model) != 'gated':
         return
@@ -41,10 +41,6 @@ def check_config(cfg: Config) -> None:
         if name in SPLITTING:
             raise ValueError(_whole_model(name, key))
     settings = ModelConfig.of(cfg).settings
-    if settings.takeover and compiles(cfg):
-        raise ValueError('gdp.takeover: expected layers that are not '
-                         'compiled, because what they read is observed, but '
-                         f'got compile={cfg.compile}; remove compile')
     # The length of a training by epochs depends on its data.
     iterations = (cfg.get('train_cfg') or {}).get('max_iters')
     if iterations:

@@ -15,7 +15,7 @@ from ..pruner.pruner import Pruner
 from ..registry import HOOKS
 from ..report.record import RECORD, GateRow, append_row, begin_record
 from .checkpoint import unwrapped, versions
-from .compat import accumulated_gradients, check_length, check_runner
+from .compat import accumulated_gradients, check_length, check_runner, compiles
 from .matching import check_gates, fitting_of, gate_meta, keep_own_
 from .model import find_pruner
 from .monitor import (log_export, log_phase, log_start, log_summary, scalars,
@@ -102,7 +102,11 @@ class GDPHook(ResumeHook):
             one.begin_(runner.iter / runner.max_iters, steps)
         if pruner.unmeasured:
             _measure_(pruner, runner)
-        notes = [note, pruner.note_on_target(), *pruner.gates.notes()]
+        notes = [
+            note,
+            pruner.note_on_target(), *pruner.gates.notes(),
+            _leave_out_takeover_(pruner, runner)
+        ]
         for line in filter(None, notes):
             runner.logger.warning(f'GDP: {line}')
         if is_main_process():
@@ -224,6 +228,22 @@ class GDPHook(ResumeHook):
             'GDP: the checkpoint has no gates; all of them start open' if
             closed is None else f'GDP: {closed} gates of the checkpoint are '
             'closed, and stay closed')
+
+
+def _leave_out_takeover_(pruner: Pruner, runner: Runner) -> str | None:
+    """Train without a takeover where layers cannot be observed, in place.
+
+    Returns:
+        str, optional: The reason, if so.
+    """
+    if pruner.takeover is None or not compiles(runner.cfg):
+        return None
+    pruner.takeover.watch_(False)
+    pruner.takeover = None
+    return ('other channels take over nothing from closing ones, because what '
+            'compiled layers read cannot be observed, and the pruned network '
+            'may be less accurate; remove compile, or set '
+            'gdp=dict(takeover=False) to train like this without a warning')
 
 
 def _measure_(pruner: Pruner, runner: Runner) -> None:

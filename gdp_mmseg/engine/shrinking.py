@@ -99,9 +99,10 @@ class ShrinkHook(Hook):
                           data_batch: Any = None) -> None:
         """Remove closed channels where that is worth it.
 
-        That is where the FLOPs have fallen by a tenth since the last time,
-        and at the end of the pruning phase. What has been decided there
-        depends on the gates alone, so that a resumed training does the same.
+        That is where the FLOPs have fallen by a tenth since the last time, and
+        other channels have taken over; and at the end of the pruning phase.
+        What has been decided there depends on the gates alone, so that a
+        resumed training does the same.
         """
         if not self._shrinkages or self._done:
             return
@@ -132,10 +133,12 @@ class ShrinkHook(Hook):
         if (compiles(runner.cfg) or runner.iter % period
                 or not pruner.gates.ABSORBING):
             return False
-        limit = _FALL * self._left
+        limit, takeover = _FALL * self._left, pruner.takeover
         # Channels that must stay although they are closed have FLOPs, too.
-        is_due = self.flops <= limit and _share(pruner,
-                                                self._needed(runner)) <= limit
+        is_due = (
+            self.flops <= limit
+            and not (takeover is not None and takeover.is_behind())
+            and _share(pruner, self._needed(runner)) <= limit)
         # Sums on GPUs differ in the last bit between processes.
         decision = torch.tensor([int(is_due)])
         broadcast(decision)

@@ -77,7 +77,6 @@ class GateMethod(nn.Module, abc.ABC):
             the next passes compute. It may then be zero or missing.
         takes_over (bool): Whether other channels take over what gates let
             through less (see :mod:`gdp_mmseg.gates.takeover`).
-        helped (bool): Whether they do so in this step.
     """
 
     SETTINGS: ClassVar[tuple[str, ...]] = ()
@@ -96,7 +95,7 @@ class GateMethod(nn.Module, abc.ABC):
         self.lookup = Lookup()
         self._known_open = -1, False
         self.gradual = self.heeded = True
-        self.takes_over = self.helped = False
+        self.takes_over = False
         self.loss_scale: Tensor | None = None
         self.theta = nn.Parameter(torch.ones(num_gates))
         self.register_buffer('multiplier', torch.tensor(0.))

@@ -24,9 +24,6 @@ from .multiplier import first_guess, held_cost, solve_multiplier
 # weights have settled, the mean of dL/dg is about zero, and only its square
 # tells what closing costs. 0.3 was chosen once and is not tuned per network.
 _RMS_SHARE = 0.3
-# Openness at which a gate closes for good, and that in a step in which others
-# take over, so that little is lost.
-_CLOSED_AT, _CLOSED_AT_TAKEOVER = 1e-2, 0.5
 # Gates that move by less than these ways in a step, and the halvings of the
 # search for the multiplier. The shorter the way, the less a multiplier counts
 # that changes by magnitudes and is not found exactly: the next step, which
@@ -131,8 +128,7 @@ class GDPGates(GainMethod):
         num_gates (int): ``G``.
         epsilon (tuple[float, float]): Values at the start and at the end of
             the pruning phase.
-        close_below (float, optional): Openness at which a gate closes for
-            good. Defaults to 0.01, and to 0.5 in the steps of a takeover.
+        close_below (float): Openness at which a gate closes for good.
         betas (tuple[float, float]): Decay rates of the means ``m`` and ``v``.
         takeover (bool): Whether other channels take over what gates let
             through less (see :mod:`gdp_mmseg.gates.takeover`).
@@ -165,24 +161,17 @@ class GDPGates(GainMethod):
     def __init__(self,
                  num_gates: int,
                  epsilon: tuple[float, float] = (0.1, 1e-4),
-                 close_below: float | None = None,
+                 close_below: float = 1e-2,
                  betas: tuple[float, float] = (0.9, 0.99),
-                 takeover: bool = False) -> None:
+                 takeover: bool = True) -> None:
         super().__init__(num_gates, betas)
         check_epsilon(epsilon)
         self.epsilon_range = epsilon
         self.takes_over = takeover
-        self._close_below = close_below
+        self.close_below = close_below
         self.register_buffer('epsilon', torch.tensor(epsilon[0]))
         # Lower bound of epsilon, which is not read from its device.
         self._least_epsilon = 0.
-
-    @property
-    def close_below(self) -> float:
-        """Openness at which a gate closes for good in this step."""
-        if self._close_below is not None:
-            return self._close_below
-        return _CLOSED_AT_TAKEOVER if self.helped else _CLOSED_AT
 
     def levels(self) -> tuple[Tensor, Tensor]:
         """Openness of all gates and its slope, ``(G,)`` each."""

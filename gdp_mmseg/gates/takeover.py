@@ -133,6 +133,11 @@ class Takeover(nn.Module):
             reader.take_over_(self._parts[0], before, after)
         self.level.copy_(torch.where(moves, openness, self.level))
 
+    def is_behind(self) -> bool:
+        """Tell whether other channels have yet to take over closed ones."""
+        closed = self._parts[1].is_closed()
+        return bool((closed & (self.level > _LEAST_MOVE)).any())
+
     def forget_(self) -> None:
         """Forget what the layers read, in place: nothing moves any more."""
         for reader in self.readers:
@@ -243,7 +248,8 @@ class _Reader(nn.Module):
             channels = block.channels[rows]
             ours = (old != new)[channels]
             others = ~ours & (new[channels] > 0)
-            if block.values is None or not ours.any() or not others.any():
+            if (block.values is None or not ours.any() or not others.any()
+                    or not len(kernel)):
                 continue
             coefficients, constant = block.estimate(rows[ours], rows[others],
                                                     self.is_centred)

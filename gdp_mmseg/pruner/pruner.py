@@ -277,8 +277,6 @@ class Pruner(WithConstants):
         openness = self.gates.openness()
         alive = self._alive_groups(openness)
         if phase != 'warmup':
-            self.gates.helped = (
-                self.takeover is not None and self.takeover.observed)
             self._move_(openness, progress, steps)
         # Undo the step instead of asking first, for which the host would wait.
         for tensor, old in zip(tensors, saved):

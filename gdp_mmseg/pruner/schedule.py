@@ -22,8 +22,10 @@ _OBSERVED_WARMUP = 700
 # in every other step, which saves time.
 _ENOUGH_MOVES = 2500
 # Steps of the pruning phase in which other channels take over what gates let
-# through less. Each takes longer than another step.
+# through less. Each takes longer than another step; in a short phase only one
+# in so many steps is of that kind.
 _TAKEOVERS = 24
+_STEPS_PER_TAKEOVER = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +133,8 @@ class Schedule:
         # Gates move in it.
         period = self.period(steps)
         interval = period * max(
-            round(steps * self.phases[1] / (_TAKEOVERS * period)), 1)
+            round(steps * self.phases[1] /
+                  (_TAKEOVERS * period)), _STEPS_PER_TAKEOVER)
         return (self.phase_at(progress) == 'pruning' and index % interval == 0
                 or self.is_last_pruning_step(progress, step))
 

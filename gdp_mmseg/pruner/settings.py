@@ -173,9 +173,7 @@ class Settings:
             at the end of the pruning phase.
         gate_travel (float): Distance that a theta, 1 at the start, can move
             in the pruning phase.
-        close_below (float, optional): Openness at which a gate closes for
-            good. Defaults to 0.01, and to 0.5 in the steps of a
-            ``takeover``.
+        close_below (float): Openness at which a gate closes for good.
         min_keep_ratio (float): Least share of the channels of each group
             that stays.
         ignore (tuple[str, ...]): Names or patterns (``*``, ``?``) of modules
@@ -189,7 +187,7 @@ class Settings:
             to True.
         takeover (bool): Whether other channels take over what a closing gate
             lets through less (see :mod:`gdp_mmseg.gates.takeover`). Defaults
-            to False.
+            to True.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -200,13 +198,13 @@ class Settings:
     phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
     epsilon: tuple[float, float] = (0.1, 1e-4)
     gate_travel: float = 8.
-    close_below: float | None = None
+    close_below: float = 1e-2
     min_keep_ratio: float = 0.
     ignore: tuple[str, ...] = ()
     only: tuple[str, ...] | None = None
     multiple: int = 1
     shrink: bool = True
-    takeover: bool = False
+    takeover: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.target, Target):
@@ -223,12 +221,10 @@ class Settings:
         check_epsilon(self.epsilon)
         for name in ('gate_travel', 'close_below'):
             value = getattr(self, name)
-            if name == 'close_below' and value is None:
-                continue
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f'gdp.{name}: expected a number above 0, '
                                  f'but got {value!r}')
-        if self.close_below is not None and self.close_below >= 1:
+        if self.close_below >= 1:
             raise ValueError('gdp.close_below: expected less than 1, the '
                              'openness at the start, but got '
                              f'{self.close_below}')

@@ -126,10 +126,8 @@ FEATURES: dict[str, dict[str, Any]] = {
         'model.gdp.shrink': False
     },
     'optimizer-of-other-states': _optimizer('TorchAdafactor'),
-    'takeover-average-of-buffers': {
-        'model.gdp.takeover': True,
-        'custom_hooks':
-        [dict(type='EMAHook', momentum=0.2, update_buffers=True)]
+    'no-takeover': {
+        'model.gdp.takeover': False
     },
 }
 # Features with which closed channels do not leave while the model trains.
@@ -202,8 +200,8 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
                                        gate_of: Callable[[int], str]) -> None:
     # SCP has no gates on norms that are frozen.
     frozen = 'model.backbone.norm_eval' in FEATURES[name]
-    takes_over = 'model.gdp.takeover' in FEATURES[name]
-    gate = 'gdp' if takes_over else gate_of(
+    of_gdp = 'model.gdp.takeover' in FEATURES[name]
+    gate = 'gdp' if of_gdp else gate_of(
         0 if frozen else [*FEATURES].index(name))
     options = _short(**FEATURES[name], **{'model.gdp.gate': gate})
     if frozen and gate == 'scp':
@@ -283,7 +281,10 @@ def test_compiled_training_is_the_plain_one(
     torch._dynamo.reset()
     frames = torch._dynamo.utils.counters['frames']
     options: dict[str, Any] = {'train_cfg.max_iters': 4, **SHALLOW}
-    _, plain = train(project.load(tmp_path / 'plain', **options))
+    # What compiled layers read is not observed.
+    _, plain = train(
+        project.load(tmp_path / 'plain', **options,
+                     **{'model.gdp.takeover': False}))
     assert frames['ok'] == 0
     options['compile'] = dict(backend='eager')
     # A layer of another size is another compilation; the first few tell.
@@ -291,6 +292,8 @@ def test_compiled_training_is_the_plain_one(
         runner, compiled = train(project.load(tmp_path, **options))
     assert frames['ok'] > 0
     torch._dynamo.reset()
+    log, = tmp_path.glob('*/*.log')
+    assert 'other channels take over nothing' in log.read_text()
     assert traced == [False] * 8
     for one, other in zip(compiled.theta, plain.theta):
         assert torch.allclose(one, other, atol=1e-4)

@@ -71,9 +71,9 @@ OTHERS = {
     'scp-gates':
     "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
     "model = dict(backbone=dict(norm_eval=False), gdp=dict(gate='scp'))",
-    'takeover':
+    'no-takeover':
     "custom_hooks = [dict(type='RankRecorder', shake=True)]\n"
-    'model = dict(gdp=dict(takeover=True))',
+    'model = dict(gdp=dict(takeover=False))',
     'latency':
     "model = dict(gdp=dict(target=dict(_delete_=True, type='latency',"
     ' ratio=0.9)))',

@@ -73,13 +73,6 @@ def test_too_short_training_is_refused_before_anything_is_built(
     assert said in message
 
 
-def test_compiled_takeover_is_refused_before_anything_is_built(
-        project: Project, tmp_path: Path) -> None:
-    message = _refused(project, tmp_path, 'compile=True',
-                       'model.gdp.takeover=True')
-    assert 'gdp.takeover: expected layers that are not compiled' in message
-
-
 def test_too_short_training_by_epochs_is_refused_by_the_hook(
         project: Project, tmp_path: Path) -> None:
     cfg = project.load(tmp_path)

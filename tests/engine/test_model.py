@@ -49,13 +49,14 @@ def test_model_is_of_the_users_class_with_the_users_keys(
     keys = list(model.state_dict())
     assert [key for key in keys
             if not key.startswith('gdp.')] == list(plain.state_dict())
-    assert {key
-            for key in keys if key.startswith('gdp.')} == {
-                f'gdp.gates.{name}'
-                for name in dict(model.gdp.gates.named_parameters())
-                | dict(model.gdp.gates.named_buffers())
-                if not name.startswith('slots')
-            }
+    assert {
+        key
+        for key in keys if key.startswith('gdp.')
+    } == {
+        f'gdp.gates.{name}'
+        for name in dict(model.gdp.gates.named_parameters())
+        | dict(model.gdp.gates.named_buffers()) if not name.startswith('slots')
+    } | {'gdp.takeover.level', 'gdp.takeover.watches'}
     for key, value in plain.state_dict().items():
         assert model.state_dict()[key].shape == value.shape
 
@@ -388,11 +389,8 @@ def test_settings_have_the_documented_defaults() -> None:
     assert settings.input_shape is None
     assert sum(settings.phases) == pytest.approx(1)
     assert settings.epsilon[0] > settings.epsilon[1] > 0
-    assert settings.close_below is None and settings.min_keep_ratio == 0
-    gates = GDPGates(1)
-    usual = gates.close_below
-    gates.helped = True
-    assert 0 < usual < gates.close_below < 1
+    assert settings.close_below == GDPGates(1).close_below == 0.01
+    assert settings.takeover and settings.min_keep_ratio == 0
 
 
 def test_settings_made_in_python_are_checked_too() -> None:
@@ -459,7 +457,7 @@ def test_parts_are_kept_out_by_name(options: dict[str, Any], writers: set[str],
     (dict(only=[3]), r'gdp.only: expected a list of names.*\(3,\)'),
     (dict(shrink='no'), "gdp.shrink: expected True or False, but got 'no'"),
     (dict(takeover=1), 'gdp.takeover: expected True or False, but got 1'),
-    (dict(takeover=True,
+    (dict(takeover=False,
           gate='trainable'), "gdp.takeover: expected it with gate='gdp' only"),
 ])
 def test_values_of_another_kind_are_refused(options: dict[str, Any],

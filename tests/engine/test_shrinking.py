@@ -132,12 +132,13 @@ def trained_alone(model: Any, inputs: Tensor, optimizer: str,
         if index == steps // 2:
             for one in (model, average):
                 find_pruner(one).gates.close_(whole)
-        if cut and index % 2:
+        takeover = pruner.takeover
+        if cut and index % 2 and not (takeover and takeover.is_behind()):
             keep = kept_channels(pruner.analysis, pruner.gates.openness())
             narrowed[0].narrow_(keep, trains)
             narrowed[1].narrow_(keep)
-            if pruner.takeover is not None:
-                pruner.takeover.narrow_(keep)
+            if takeover is not None:
+                takeover.narrow_(keep)
     numbers = sum(one.numel() for one in model.parameters())
     with torch.no_grad():
         return losses, all_outputs(average.eval(), inputs), numbers

@@ -52,8 +52,7 @@ class Gated:
         nn.init.normal_(self.net.reader.weight)
         weight, bias = self.net.writer.weight.data, self.net.writer.bias.data
         weight[3], bias[3] = weight[:2].sum(0), bias[:2].sum() + 2
-        settings = Settings.from_config(
-            dict(target=0.5, input_shape=SHAPE, takeover=True))
+        settings = Settings.from_config(dict(target=0.5, input_shape=SHAPE))
         self.pruner = Pruner(
             analyse(self.net, SHAPE, lambda net, x: net(x)), settings)
         self.pruner.gate_(self.net)
