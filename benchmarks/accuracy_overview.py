@@ -33,6 +33,7 @@ def overview(reports: Sequence[Report]) -> list[str]:
     ]]
     compared = [(report, target) for report in reports
                 for target in reversed(targets_of(report, 'gdp'))]
+    before = filter(None, [_without_takeover(reports)])
     for report, target in compared:
         rows.append([
             *_place(report, target),
@@ -52,22 +53,21 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'order and start, and its interval by the paired t test. **Three '
         'seeds are few**: the interval has 4.3 standard errors to each side '
         'with three pairs, 12.7 with two. Where it includes 0, the difference '
-        'may be chance.', *_without_takeover(reports), '',
+        'may be chance.', *(f'- {fact}' for fact in before), '',
         'The three gates, where they were compared:', '',
         table(_gates(compared)), '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
     ]
 
 
-def _without_takeover(reports: Sequence[Report]) -> list[str]:
+def _without_takeover(reports: Sequence[Report]) -> str:
     """Return a sentence that names the reports of GDP without takeover."""
     names = [
         f'{short_name(report)} ({report["iterations"]} iterations)'
         for report in reports if is_without_takeover(report)
     ]
-    if not names:
-        return []
-    return [f'- {WITHOUT_TAKEOVER.removesuffix(".")}: {", ".join(names)}.']
+    on = '' if len(names) == len(reports) else f': {", ".join(names)}'
+    return f'{WITHOUT_TAKEOVER}{on}.' if names else ''
 
 
 def _place(report: Report, target: float) -> list[str]:
@@ -153,14 +153,13 @@ def readme_table(reports: Sequence[Report]) -> str:
               for name in gates),
             best_alternative(report, target)
         ])
-    names = [
-        network_of(report) for report, _ in compared
-        if is_without_takeover(report)
+    facts = [
+        'FLOPs: share of those of the dense network.',
+        'Mean and standard deviation (number of seeds).',
+        _without_takeover([report for report, _ in compared]),
+        '[All results](docs/results.md).'
     ]
-    before = (f'GDP without takeover on {", ".join(names)}. ' if names else '')
-    return (f'{table(cells)}\n\nFLOPs: share of those of the dense network. '
-            f'Mean and standard deviation (number of seeds). {before}'
-            '[All results](docs/results.md).')
+    return f'{table(cells)}\n\n{" ".join(filter(None, facts))}'
 
 
 def plot_overview(reports: Sequence[Report], folder: Path) -> None:

@@ -29,7 +29,7 @@ COLOURS = {
 }
 # Base of a change: the same method without it.
 _NO_CHANGE = 'no change'
-WITHOUT_TAKEOVER = 'GDP with `takeover=False`, the default at that time.'
+WITHOUT_TAKEOVER = 'GDP with `takeover=False`, the default at that time'
 # Facts that are true of all comparisons.
 COMPARED = (
     'All rows of a section start from one dense network and train on for '
@@ -182,7 +182,7 @@ def _training(report: Report) -> list[str]:
         f'{report["optimizer"]}.', ' '.join([
             f'Training: {report["train"]}. Evaluation: {report["test"]}.',
             *report.get('notes', ())
-        ]), *[WITHOUT_TAKEOVER] * is_without_takeover(report),
+        ]), *[f'{WITHOUT_TAKEOVER}.'] * is_without_takeover(report),
         f'Warm-up, pruning, settling of the gates: {phases(report)}. '
         f'{report["precision"].capitalize()}.'
     ]
