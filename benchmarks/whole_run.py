@@ -88,6 +88,7 @@ class Clock(Hook):
 
     Attributes:
         seconds (float): Process time of all iterations.
+        peak (int): Peak memory of the tensors on the GPU in bytes.
     """
 
     # Before all other hooks; the last of them is :class:`Stop`.
@@ -96,11 +97,17 @@ class Clock(Hook):
     def __init__(self, turns: Connection) -> None:
         self.turns = turns
         self.seconds = 0.
+        self.peak = 0
 
     def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Wait, and start the clock."""
         self.turns.recv()
         self.start = time.process_time()
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Look at the memory before a log forgets its peak."""
+        if torch.cuda.is_available():
+            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
 
 class Stop(Hook):
@@ -153,6 +160,8 @@ def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
             cfg.pop(f'{key}_{part}', None)
     cfg.default_hooks.checkpoint.interval = iterations + 1
     cfg.default_hooks.checkpoint.save_last = False
+    # Trials of algorithms take memory of their own.
+    cfg.env_cfg.cudnn_benchmark = False
     cfg.merge_from_dict(
         dict(work_dir=work_dir, log_level='WARNING', randomness=dict(seed=0)))
     return cfg
@@ -167,18 +176,11 @@ def train(name: str, size: int, iterations: int, turns: Connection) -> None:
         runner.register_hook(clock)
         runner.register_hook(Stop(clock))
         runner.train()
-    turns.send(dict(seconds=clock.seconds, peak_kb=peak_kb()))
-
-
-def peak_kb() -> float:
-    """Return the peak memory of the tensors on the GPU, in kB.
-
-    Without a GPU, it is that of this process, which varies by some percent
-    from one process to the next as the allocator leaves gaps.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e3
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024
+    peak = clock.peak
+    if not torch.cuda.is_available():
+        # It varies by some percent from one process to the next.
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    turns.send(dict(seconds=clock.seconds, peak_kb=peak / 1e3))
 
 
 def measure(size: int, iterations: int, rounds: int) -> dict[str, Any]:
