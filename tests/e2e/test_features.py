@@ -200,7 +200,8 @@ def test_training_goes_on_to_an_export(name: str, project: Project,
                                        gate_of: Callable[[int], str]) -> None:
     # SCP has no gates on norms that are frozen.
     frozen = 'model.backbone.norm_eval' in FEATURES[name]
-    of_gdp = 'model.gdp.takeover' in FEATURES[name]
+    # An average has what a takeover knows, too.
+    of_gdp = name in ('average-of-buffers', 'no-takeover')
     gate = 'gdp' if of_gdp else gate_of(
         0 if frozen else [*FEATURES].index(name))
     options = _short(**FEATURES[name], **{'model.gdp.gate': gate})
