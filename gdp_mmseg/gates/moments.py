@@ -36,7 +36,7 @@ class Moments:
     Attributes:
         values (Tensor | None): ``(c, 1 + c)`` running means of the channels,
             in the first column, and of their products; None before any was
-            observed.
+            observed. They are in main memory, because few steps use them.
     """
 
     def __init__(self, channels: Tensor) -> None:
@@ -48,11 +48,12 @@ class Moments:
 
         Args:
             inputs (Tensor): ``(n, k)`` ``k`` of the channels at positions.
-            rows (Tensor): ``(k,)`` places of these channels in the block.
+            rows (Tensor): ``(k,)`` places of these channels in the block, on
+                the CPU.
         """
         found = inputs.T @ functional.pad(
             inputs, (1, 0), value=1) / len(inputs)
-        weight = 1 - _KEPT
+        found, weight = found.cpu(), 1 - _KEPT
         if self.values is None:
             size, weight = len(self.channels), 1.
             self.values = found.new_zeros(size, 1 + size)
@@ -71,24 +72,26 @@ class Moments:
         """
         if not has_processes():
             return
-        number = like.new_ones(1)
+        number, size = like.new_ones(1), len(self.channels)
         # A layer may not have run in this process.
         if self.values is None:
-            size, number = len(self.channels), like.new_zeros(1)
-            self.values = like.new_zeros(size, 1 + size)
-        self.values = self.values.to(like)
-        dist.all_reduce(self.values)
+            number, values = like.new_zeros(1), like.new_zeros(size, 1 + size)
+        else:
+            values = self.values.to(like)
+        dist.all_reduce(values)
         dist.all_reduce(number)
-        self.values /= number.clamp(min=1)
+        self.values = (values / number.clamp(min=1)).cpu()
 
-    def estimate(self, ours: Tensor, others: Tensor,
-                 is_centred: bool) -> tuple[Tensor, Tensor]:
+    def estimate(self, ours: Tensor, others: Tensor, is_centred: bool,
+                 like: Tensor) -> tuple[Tensor, Tensor]:
         """Estimate ``k`` channels by ``s`` others.
 
         Args:
             ours (Tensor): ``(k,)`` places of the channels in the block.
             others (Tensor): ``(s,)`` places of the others.
             is_centred (bool): Whether the estimate has a constant.
+            like (Tensor): Any tensor with the device and the data type of the
+                results.
 
         Returns:
             tuple[Tensor, Tensor]: Coefficients ``(k, s)`` and constants
@@ -98,17 +101,17 @@ class Moments:
         moments = self.values.double()
         mean = moments[:, 0] * is_centred
         covariance = moments[:, 1:] - torch.outer(mean, mean)
-        ours, others = ours.to(mean.device), others.to(mean.device)
         inner = covariance[others[:, None], others]
         inner.diagonal().add_(_RIDGE * inner.diagonal().mean() + _LEAST_RIDGE)
         factor, failed = torch.linalg.cholesky_ex(inner)
         coefficients = torch.cholesky_solve(covariance[others[:, None], ours],
                                             factor).T
         # Rounding may have made it no covariance: nothing is taken over.
-        coefficients = coefficients.masked_fill(failed > 0, 0).contiguous()
-        constant = mean[ours] - coefficients @ mean[others]
+        coefficients = coefficients.masked_fill(failed > 0, 0)
+        constant = (mean[ours] - coefficients @ mean[others]).to(like)
+        coefficients = coefficients.to(like).contiguous()
         if has_processes():
-            # Solutions on GPUs may differ in the last bit.
+            # Solutions of other processors may differ in the last bit.
             dist.broadcast(coefficients, 0)
             dist.broadcast(constant, 0)
         return coefficients, constant

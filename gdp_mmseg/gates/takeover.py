@@ -216,8 +216,7 @@ class _Reader(nn.Module):
         for block in self.blocks:
             rows, places = self._places(block)
             if len(rows):
-                block.observe_(inputs[:, places.to(inputs.device)],
-                               rows.to(inputs.device))
+                block.observe_(inputs[:, places.to(inputs.device)], rows)
 
     def _places(self, block: Moments) -> tuple[Tensor, Tensor]:
         """Places of the channels of a block that are left in the model.
@@ -252,17 +251,15 @@ class _Reader(nn.Module):
                     or not len(kernel)):
                 continue
             coefficients, constant = block.estimate(rows[ours], rows[others],
-                                                    self.is_centred)
+                                                    self.is_centred, kernel)
             lost = kernel[:, places[ours]].transpose(0, 1)
             lost = lost * along((old - new)[channels[ours]].to(lost), lost, 0)
-            coefficients = (
-                coefficients / new[channels[others]].to(coefficients))
+            coefficients /= new[channels[others]].to(coefficients)
             kernel[:, places[others]] += (
-                coefficients.to(lost).T @ lost.flatten(1)).unflatten(
+                coefficients.T @ lost.flatten(1)).unflatten(
                     1, lost.shape[1:]).transpose(0, 1)
-            self._shift_(
-                model,
-                constant.to(lost) @ lost.reshape(*lost.shape[:2], -1).sum(2))
+            self._shift_(model,
+                         constant @ lost.reshape(*lost.shape[:2], -1).sum(2))
 
     def _shift_(self, model: nn.Module, shift: Tensor) -> None:
         """Add constants to the outputs of the layer, in place."""
