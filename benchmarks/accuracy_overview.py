@@ -33,7 +33,6 @@ def overview(reports: Sequence[Report]) -> list[str]:
     ]]
     compared = [(report, target) for report in reports
                 for target in reversed(targets_of(report, 'gdp'))]
-    before = filter(None, [_without_takeover(reports)])
     for report, target in compared:
         rows.append([
             *_place(report, target),
@@ -53,21 +52,22 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'order and start, and its interval by the paired t test. **Three '
         'seeds are few**: the interval has 4.3 standard errors to each side '
         'with three pairs, 12.7 with two. Where it includes 0, the difference '
-        'may be chance.', *(f'- {fact}' for fact in before), '',
+        'may be chance.', *(f'- {fact}'
+                            for fact in _without_takeover(reports)), '',
         'The three gates, where they were compared:', '',
         table(_gates(compared)), '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
     ]
 
 
-def _without_takeover(reports: Sequence[Report]) -> str:
-    """Return a sentence that names the reports of GDP without takeover."""
+def _without_takeover(reports: Sequence[Report]) -> list[str]:
+    """Name the reports of GDP without takeover in a sentence, if any are."""
     names = [
         f'{short_name(report)} ({report["iterations"]} iterations)'
         for report in reports if is_without_takeover(report)
     ]
     on = '' if len(names) == len(reports) else f': {", ".join(names)}'
-    return f'{WITHOUT_TAKEOVER}{on}.' if names else ''
+    return [f'{WITHOUT_TAKEOVER}{on}.'] if names else []
 
 
 def _place(report: Report, target: float) -> list[str]:
@@ -156,10 +156,10 @@ def readme_table(reports: Sequence[Report]) -> str:
     facts = [
         'FLOPs: share of those of the dense network.',
         'Mean and standard deviation (number of seeds).',
-        _without_takeover([report for report, _ in compared]),
+        *_without_takeover([report for report, _ in compared]),
         '[All results](docs/results.md).'
     ]
-    return f'{table(cells)}\n\n{" ".join(filter(None, facts))}'
+    return f'{table(cells)}\n\n{" ".join(facts)}'
 
 
 def plot_overview(reports: Sequence[Report], folder: Path) -> None:

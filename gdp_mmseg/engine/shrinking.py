@@ -137,7 +137,7 @@ class ShrinkHook(Hook):
         # Channels that must stay although they are closed have FLOPs, too.
         is_due = (
             self.flops <= limit
-            and not (takeover is not None and takeover.is_behind())
+            and (takeover is None or not takeover.is_behind())
             and _share(pruner, self._needed(runner)) <= limit)
         # Sums on GPUs differ in the last bit between processes.
         decision = torch.tensor([int(is_due)])

@@ -281,7 +281,8 @@ class _Reader(nn.Module):
                               *args: Any, **kwargs: Any) -> None:
         for index, block in enumerate(self.blocks):
             values = state_dict.pop(f'{prefix}{index}', None)
-            block.values = None if values is None else values.clone()
+            block.values = (None if values is None else values.to(
+                'cpu', copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
