@@ -141,8 +141,10 @@ def test_load_from_a_dense_checkpoint_of_the_stock_train_py(
         'load_from': dense,
         'train_cfg.max_iters': 12,
         'optim_wrapper.optimizer.lr': 0.,
-        # Channels that leave are zero in a checkpoint.
-        'model.gdp.shrink': False
+        # Channels that leave are zero in a checkpoint, and those that stay
+        # take over what they told.
+        'model.gdp.shrink': False,
+        'model.gdp.takeover': False
     }
     _train(tmp_path / 'gated', project.gated, tools=tools, **options)
     start, end = _state(dense), _state(tmp_path / 'gated/iter_12.pth')
