@@ -34,35 +34,54 @@ class Moments:
             reads.
 
     Attributes:
-        values (Tensor | None): ``(c, 1 + c)`` running means of the channels,
-            in the first column, and of their products; None before any was
-            observed. They are in main memory, because few steps use them.
+        values (Tensor | None): ``((c + 1) (c + 2) / 2,)`` running means of
+            the products of a constant 1 and the channels with each other, so
+            of the channels themselves, too: the lower triangle of a matrix
+            that is symmetric. None before anything was observed. They are in
+            main memory, because few steps use them.
     """
 
     def __init__(self, channels: Tensor) -> None:
         self.channels = channels
         self.values: Tensor | None = None
 
-    def observe_(self, inputs: Tensor, rows: Tensor) -> None:
-        """Average with the moments of inputs ``(n, k)``, in place.
+    def observe_(self, inputs: Tensor, factors: Tensor, rows: Tensor) -> None:
+        """Average with the moments of channels at positions, in place.
 
         Args:
-            inputs (Tensor): ``(n, k)`` ``k`` of the channels at positions.
+            inputs (Tensor): ``(n, k)`` ``k`` of the channels at positions,
+                times their factors.
+            factors (Tensor): ``(k,)``, none of them zero.
             rows (Tensor): ``(k,)`` places of these channels in the block, on
                 the CPU.
         """
-        found = inputs.T @ functional.pad(
-            inputs, (1, 0), value=1) / len(inputs)
-        found, weight = found.cpu(), 1 - _KEPT
-        if self.values is None:
-            size, weight = len(self.channels), 1.
-            self.values = found.new_zeros(size, 1 + size)
-        self.values = self.values.to(found)
-        at = rows[:, None], functional.pad(rows + 1, (1, 0))
+        inputs = functional.pad(inputs.to(factors), (1, 0), value=1)
+        scale = functional.pad(factors, (1, 0), value=1)
+        found = (inputs.T @ inputs / len(inputs)).div_(
+            torch.outer(scale, scale)).cpu()
+        matrix, weight = found.new_zeros(2 * [len(self.channels) + 1]), 1.
+        if self.values is not None:
+            matrix, weight = self._matrix().to(found), 1 - _KEPT
+        places = functional.pad(rows + 1, (1, 0))
+        at = places[:, None], places
         # Inputs that are not finite teach nothing.
         finite = found.isfinite().all()
-        self.values[at] = self.values[at].lerp(
+        matrix[at] = matrix[at].lerp(
             found.nan_to_num(0, 0, 0), weight * finite.to(found))
+        self.values = matrix[tuple(self._triangle())]
+
+    def _triangle(self) -> Tensor:
+        """Rows and columns of the lower triangle of the matrix."""
+        size = len(self.channels) + 1
+        return torch.tril_indices(size, size)
+
+    def _matrix(self) -> Tensor:
+        """Return the whole matrix ``(c + 1, c + 1)`` of what is known."""
+        assert self.values is not None
+        rows, columns = self._triangle()
+        matrix = self.values.new_empty(2 * [len(self.channels) + 1])
+        matrix[rows, columns] = matrix[columns, rows] = self.values
+        return matrix
 
     def agree_(self, like: Tensor) -> None:
         """Take the mean of what all processes know, in place.
@@ -72,10 +91,11 @@ class Moments:
         """
         if not has_processes():
             return
-        number, size = like.new_ones(1), len(self.channels)
+        number = like.new_ones(1)
         # A layer may not have run in this process.
         if self.values is None:
-            number, values = like.new_zeros(1), like.new_zeros(size, 1 + size)
+            number = like.new_zeros(1)
+            values = like.new_zeros(self._triangle().shape[1])
         else:
             values = self.values.to(like)
         dist.all_reduce(values)
@@ -97,10 +117,9 @@ class Moments:
             tuple[Tensor, Tensor]: Coefficients ``(k, s)`` and constants
             ``(k,)``.
         """
-        assert self.values is not None
-        moments = self.values.double()
-        mean = moments[:, 0] * is_centred
-        covariance = moments[:, 1:] - torch.outer(mean, mean)
+        moments = self._matrix().double()
+        mean = moments[1:, 0] * is_centred
+        covariance = moments[1:, 1:] - torch.outer(mean, mean)
         inner = covariance[others[:, None], others]
         inner.diagonal().add_(_RIDGE * inner.diagonal().mean() + _LEAST_RIDGE)
         factor, failed = torch.linalg.cholesky_ex(inner)
@@ -118,12 +137,15 @@ class Moments:
 
 
 def spread(inputs: Tensor, layer: Any) -> Tensor:
-    """Select positions ``(n, C)`` of a layer's inputs, evenly spaced.
+    """Select positions ``(..., C)`` of a layer's inputs, evenly spaced.
 
     Args:
         inputs (Tensor): ``(N, C, H, W)`` of a convolution of two dimensions,
             ``(..., C)`` of a linear layer.
         layer (nn.Module): The layer.
+
+    Returns:
+        Tensor: A view of the inputs.
     """
     if isinstance(layer, nn.Linear):
         inputs = inputs.flatten(0, -2)
@@ -132,6 +154,5 @@ def spread(inputs: Tensor, layer: Any) -> Tensor:
     inputs = inputs.movedim(-1 - axes, -1)
     number = math.prod(inputs.shape[:-1])
     stride = math.ceil((number / _POSITIONS)**(1 / axes))
-    spaced = inputs[(..., ) + (slice(None, None, stride), ) * axes +
-                    (slice(None), )]
-    return spaced.flatten(0, -2)
+    return inputs[(..., ) + (slice(None, None, stride), ) * axes +
+                  (slice(None), )]

@@ -211,12 +211,19 @@ class _Reader(nn.Module):
             Moments(channels[first::number]) for first in range(number)
         ]
 
-    def observe_(self, inputs: Tensor) -> None:
-        """Take inputs ``(n, K)`` of the layer into account, in place."""
+    def observe_(self, inputs: Tensor, factors: Tensor) -> None:
+        """Take what the layer reads into account, in place.
+
+        Args:
+            inputs (Tensor): ``(..., K)`` channels times their factors.
+            factors (Tensor): ``(K,)``, none of them zero.
+        """
         for block in self.blocks:
             rows, places = self._places(block)
             if len(rows):
-                block.observe_(inputs[:, places.to(inputs.device)], rows)
+                places = places.to(inputs.device)
+                block.observe_(inputs[..., places].flatten(0, -2),
+                               factors[places], rows)
 
     def _places(self, block: Moments) -> tuple[Tensor, Tensor]:
         """Places of the channels of a block that are left in the model.
@@ -317,5 +324,5 @@ class _Observer:
             elsewhere.to(factors.device) | (factors == 0), 1)
         inputs = spread(args[0].detach(), layer)
         with torch.autocast(inputs.device.type, enabled=False):
-            self.reader.observe_(inputs.to(factors) / factors)
+            self.reader.observe_(inputs, factors)
         self.takeover.observed = True
