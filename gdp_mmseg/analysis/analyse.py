@@ -15,6 +15,7 @@ axes, e.g. "the channels between conv1 and conv2").
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from fnmatch import fnmatchcase
 from typing import Iterable, Sequence
@@ -197,13 +198,15 @@ def _collect(labels: Labels, read_points: ReadPointTracker,
         touched = {keys[key]: count for key, count in place}
         read = [key for key in touched if key in labels.read_axes]
         kernels = [kernel for kernel, _ in read]
+        behind = read_points.norms_to_gate(kernels, touched)
         groups.append(
             Group(
                 torch.from_numpy(gates),
                 _modules(key for key in touched if key in labels.written_axes),
                 _modules(read), stopped.isdisjoint(indices),
                 read_points.points(kernels, touched),
-                read_points.norms_to_gate(kernels, touched)))
+                tuple(dict.fromkeys(itertools.chain(*behind.values()))),
+                _modules(key for key in read if key[0] in behind)))
 
     gate_axes = {
         key: torch.from_numpy(gate_of[index])

@@ -213,9 +213,11 @@ class ReadPointTracker:
     def __init__(self, labels: Labels) -> None:
         self._labels = labels
         self._reads: dict[str, list[Expression | None]] = {}
-        # What norms read, and norms that their own modules compute.
+        # What norms read, norms that their own modules compute, and norms
+        # that are used more than once.
         self._normed: list[Expression] = []
         self._modules: set[str] = set()
+        self._repeated: set[str] = set()
         # Those of the forward pass that runs now, by the tensors' ids.
         self._known: dict[int, Expression] = {}
         self._calls: dict[str, int] = {}
@@ -255,7 +257,7 @@ class ReadPointTracker:
         return tuple(found)
 
     def norms_to_gate(self, kernels: Iterable[str],
-                      counts: Mapping[Axis, int]) -> tuple[str, ...]:
+                      counts: Mapping[Axis, int]) -> dict[str, list[str]]:
         """List the norms that can have the gates of a group of channels.
 
         Args:
@@ -264,28 +266,44 @@ class ReadPointTracker:
                 often each of its channels does.
 
         Returns:
-            tuple[str, ...]: None if a factor of their outputs changes more
-            than the inputs of these kernels, or does not reach them as it is.
+            dict[str, list[str]]: Kernels that need no gates then, and the
+            norms in front of each. A factor of the norms' outputs reaches
+            these kernels as it is and changes nothing else.
         """
-        gated = set(kernels)
-        points = self.points(gated, counts)
+        found = {
+            kernel: norms
+            for kernel in kernels if (norms := self._norms(kernel, counts))
+        }
+        while True:
+            others = self._normed + [
+                part
+                for kernel, parts in self._reads.items() if kernel not in found
+                for part in parts if part is not None
+            ]
+            read_by_others = {
+                norm
+                for part in others
+                for norm in part.norms(counts.__contains__)
+            }
+            free = {
+                kernel: norms
+                for kernel, norms in found.items()
+                if read_by_others.isdisjoint(norms)
+            }
+            if len(free) == len(found):
+                return free
+            found = free
+
+    def _norms(self, kernel: str, counts: Mapping[Axis, int]) -> list[str]:
+        """List norms whose factor reaches a kernel as it is, if all do."""
+        points = self.points([kernel], counts)
         norms = {norm: None for point in points for norm in point.norms}
-        read = [
-            part for kernel in gated for part in self._reads.get(kernel, [])
-        ]
-        others = self._normed + [
-            part
-            for kernel, parts in self._reads.items() if kernel not in gated
-            for part in parts if part is not None
-        ]
-        if (any(point.reason
-                for point in points) or not self._modules.issuperset(norms)
-                or any(part is None or not part.scales() for part in read)
-                or any(
-                    norm in norms for part in others
-                    for norm in part.norms(counts.__contains__))):
-            return ()
-        return tuple(norms)
+        if (any(point.reason for point in points)
+                or not (self._modules - self._repeated).issuperset(norms)
+                or any(part is None or not part.scales()
+                       for part in self._reads.get(kernel, []))):
+            return []
+        return list(norms)
 
     def _result(self, operation: Operation) -> Expression | None:
         """Expression of the outputs of an operator; None if there is none."""
@@ -347,6 +365,7 @@ class ReadPointTracker:
         if self._labels.in_inference:
             self._calls[norm] = self._calls.get(norm, 0) + 1
         if self._calls.get(norm, 0) > 1:
+            self._repeated.add(norm)
             return _OtherNorm(inner,
                               f'batch norm used more than once ({norm})')
         return _Leaf((name, 0),

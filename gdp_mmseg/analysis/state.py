@@ -122,18 +122,21 @@ def _layer(calls: Iterable[Mapping[str, Any]], inputs: list[int],
         **rest)
 
 
-def _group(
-    gates: list[int],
-    writers: list[str],
-    readers: list[str],
-    can_be_empty: bool,
-    read_points: Iterable[Mapping[str, Any]] = (),
-    norms: Iterable[str] = ()
-) -> Group:
-    """Restore a group; earlier versions have not saved the last two."""
+def _group(gates: list[int],
+           writers: list[str],
+           readers: list[str],
+           can_be_empty: bool,
+           read_points: Iterable[Mapping[str, Any]] = (),
+           norms: Iterable[str] = (),
+           behind: Iterable[str] | None = None) -> Group:
+    """Restore a group; earlier versions have not saved the last three."""
+    norms = tuple(norms)
+    if behind is None:
+        # Norms had the gates of all readers, or of none.
+        behind = readers if norms else ()
     return Group(
         torch.tensor(gates), tuple(writers), tuple(readers), can_be_empty,
-        _read_points(read_points), tuple(norms))
+        _read_points(read_points), norms, tuple(behind))
 
 
 def _read_points(rows: Iterable[Mapping[str, Any]]) -> tuple[ReadPoint, ...]:

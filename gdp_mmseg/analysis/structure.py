@@ -82,8 +82,9 @@ class Group:
             channels see of them; empty in an analysis that an earlier version
             saved.
         norms (tuple[str, ...]): Batch norms that can have the gates instead
-            of all readers: a factor of their outputs is one of the readers'
+            of readers: a factor of their outputs is one of these readers'
             inputs, and changes nothing else. Empty if there are none.
+        behind (tuple[str, ...]): These readers.
     """
     gates: Tensor
     writers: tuple[str, ...]
@@ -91,6 +92,7 @@ class Group:
     can_be_empty: bool
     read_points: tuple[ReadPoint, ...] = ()
     norms: tuple[str, ...] = ()
+    behind: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,18 +155,26 @@ class Analysis:
             if not layer.blockwise and bool((layer.inputs >= 0).any()):
                 yield layer
 
-    def at_norms(self) -> Tensor:
-        """Mask ``(num_gates,)`` of the gates that stand at norms."""
-        stand = torch.tensor([bool(group.norms) for group in self.groups],
-                             dtype=torch.bool)
-        return stand[self.group_of()]
+    def stands_at(self, name: str) -> Tensor:
+        """Mask ``(num_gates,)`` of the gates that stand at a module.
+
+        Args:
+            name (str): A batch norm, or a layer that reads through gates.
+        """
+        stand = [
+            name in group.norms
+            or (name in group.readers and name not in group.behind)
+            for group in self.groups
+        ]
+        return torch.tensor(stand, dtype=torch.bool)[self.group_of()]
 
     def at_layers(self) -> Analysis:
         """Return this analysis with all gates at layers, none at norms."""
         return dataclasses.replace(
             self,
             groups=tuple(
-                dataclasses.replace(group, norms=()) for group in self.groups))
+                dataclasses.replace(group, norms=(), behind=())
+                for group in self.groups))
 
     def without(self, reasons: Mapping[int, str]) -> Analysis:
         """Return this analysis with some groups frozen.

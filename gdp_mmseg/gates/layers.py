@@ -106,7 +106,6 @@ class _Place(NamedTuple):
 
 def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
     """Yield the modules of a model that have gates."""
-    at_norms = analysis.at_norms()
     norms = dict.fromkeys(norm for group in analysis.groups
                           for norm in group.norms)
     axes = [(name, True, analysis.gate_of_slot[f'{name}.weight', 0])
@@ -114,8 +113,8 @@ def _places(model: nn.Module, analysis: Analysis) -> Iterator[_Place]:
     axes += [(layer.name, False, layer.inputs)
              for layer in analysis.gated_layers()]
     for name, is_norm, slots in axes:
-        elsewhere = at_norms[slots.clamp(min=0)] != is_norm
-        gated = slots.masked_fill(elsewhere, -1)
+        here = analysis.stands_at(name)[slots.clamp(min=0)]
+        gated = slots.masked_fill(~here, -1)
         if bool((gated >= 0).any()):
             yield _Place(name, model.get_submodule(name), is_norm, slots,
                          gated)

@@ -94,11 +94,10 @@ class Takeover(nn.Module):
         self.watches.fill_(watches)
         if not watches:
             return
-        at_norms = self.analysis.at_norms()
         for reader in self.readers:
             layer = self._parts[0].get_submodule(reader.name)
             hook = layer.register_forward_pre_hook(
-                _Observer(self, reader, self._parts[1], at_norms))
+                _Observer(self, reader, self._parts[1]))
             self._release.append(hook.remove)
 
     def narrow_(self, keep: Tensor) -> None:
@@ -300,14 +299,14 @@ class _Observer:
         takeover (Takeover): It notes that passes have been observed.
         reader (_Reader): What is known of the layer.
         gates (GateMethod): Gates of the model.
-        at_norms (Tensor): ``(G,)`` bool, gates at batch norms, which have
-            multiplied the inputs already.
     """
 
-    def __init__(self, takeover: Takeover, reader: _Reader, gates: GateMethod,
-                 at_norms: Tensor) -> None:
+    def __init__(self, takeover: Takeover, reader: _Reader,
+                 gates: GateMethod) -> None:
         self.takeover, self.reader = takeover, reader
-        self.gates, self.at_norms = gates, at_norms
+        self.gates = gates
+        # The others stand at norms and have multiplied the inputs already.
+        self.at_layer = takeover.analysis.stands_at(reader.name)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -318,10 +317,10 @@ class _Observer:
             return
         openness = self.gates.openness()
         factors = slot_values(openness, slots.to(openness.device))
-        elsewhere = (slots < 0) | ~self.at_norms[slots.clamp(min=0)]
+        here = (slots < 0) | self.at_layer[slots.clamp(min=0)]
         # What a closed gate let through counts no longer.
         factors = factors.masked_fill(
-            elsewhere.to(factors.device) | (factors == 0), 1)
+            here.to(factors.device) | (factors == 0), 1)
         inputs = spread(args[0].detach(), layer)
         with torch.autocast(inputs.device.type, enabled=False):
             self.reader.observe_(inputs, factors)

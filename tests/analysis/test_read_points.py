@@ -161,12 +161,6 @@ class FunctionalNorm(nn.Module):
                 norm.bias, self.training))
 
 
-def depthwise(channels: int) -> nn.Sequential:
-    return nn.Sequential(
-        conv(channels, channels, groups=channels), nn.BatchNorm2d(channels),
-        nn.ReLU(), conv(channels, channels))
-
-
 @pytest.mark.parametrize('name, norms', [
     ('chain', [('1', ), ('4', )]),
     ('residual', [('stem.1', 'branch.4'), ('branch.1', )]),
@@ -196,40 +190,55 @@ def test_norms_that_can_have_gates(name: str, norms: list[tuple[str,
             (2, 3), keepdim=True).sigmoid()),
             stem=block(3, 4),
             head=last(4)),
-        Net(lambda net, x: net.head(y := net.stem(x)) + net.side(net.depth(y)),
-            stem=block(3, 4),
-            depth=depthwise(4),
-            head=last(4),
-            side=last(4)),
-        Net(lambda net, x: net.head(y := net.stem(x)) + net.side(
-            net.depth(F.softplus(y))),
-            stem=block(3, 4),
-            depth=depthwise(4),
-            head=last(4),
-            side=last(4)),
-        Net(lambda net, x: net.head((y := net.stem(x)) + net.body(y)),
-            stem=block(3, 4),
-            body=nn.Sequential(
-                nn.BatchNorm2d(4), nn.ReLU(), *block(4, 5), conv(5, 4),
-                nn.BatchNorm2d(4)),
-            head=last(4)),
         Net(lambda net, x: net.head(net.stem(x)),
             stem=FunctionalNorm(),
             head=last(4)),
     ],
-    ids=[
-        'clipped', 'attention of itself', 'read by a depthwise convolution',
-        'read by one behind an activation', 'read by a norm',
-        'module not called'
-    ])
+    ids=['clipped', 'attention of itself', 'module not called'])
 def test_norms_whose_factor_would_change_more_have_no_gates(
         net: nn.Module) -> None:
     assert analyse(net, SHAPE, run).groups[0].norms == ()
 
 
+@pytest.mark.parametrize(
+    'net, norm, behind', [
+        (TOYS['depthwise beside another reader'].build(), 'depth.1', 'side'),
+        (Net(
+            lambda net, x: net.head(y := net.stem(x)) + net.side(
+                net.depth(F.softplus(y))),
+            stem=block(3, 4),
+            depth=block(4, 4, groups=4),
+            head=last(4),
+            side=last(4)), 'depth.1', 'side'),
+        (Net(
+            lambda net, x: net.head((y := net.stem(x)) + net.body(y)),
+            stem=block(3, 4),
+            body=nn.Sequential(
+                nn.BatchNorm2d(4), nn.ReLU(), *block(4, 5), conv(5, 4),
+                nn.BatchNorm2d(4)),
+            head=last(4)), 'body.0', 'body.2'),
+    ],
+    ids=[
+        'read by a depthwise convolution', 'read by one behind an activation',
+        'read by a norm'
+    ])
+def test_norms_have_the_gates_of_the_readers_that_alone_read_them(
+        net: nn.Module, norm: str, behind: str) -> None:
+    """The factor of another norm would change what that norm reads."""
+    group = analyse(net, SHAPE, run).groups[0]
+    assert (group.norms, group.behind) == ((norm, ), (behind, ))
+    assert set(group.readers) - {behind}
+
+
 def test_norms_with_gates_are_saved() -> None:
     _, analysis = TOYS['residual'].analyse()
     state = to_state(analysis)
-    assert from_state(state).groups[0].norms == ('stem.1', 'branch.4')
-    del state['groups'][0]['norms']  # as in an earlier version
-    assert from_state(state).groups[0].norms == ()
+    saved = from_state(state).groups[0]
+    assert saved.norms == ('stem.1', 'branch.4')
+    assert saved.behind == saved.readers == ('branch.0', 'head')
+    # Earlier versions.
+    del state['groups'][0]['behind']
+    assert from_state(state).groups[0].behind == saved.readers
+    del state['groups'][0]['norms']
+    earlier = from_state(state).groups[0]
+    assert earlier.norms == earlier.behind == ()

@@ -428,6 +428,14 @@ TOYS: dict[str, Toy] = {
             point=block(9, 6, kernel=1),
             head=last(6)), ((4, 'a.0 depth.0 point.0'),
                             (5, 'b.0 depth.0 point.0'), (6, 'point.0 head'))),
+    'depthwise beside another reader':
+    Toy(
+        lambda: Net(
+            lambda net, x: net.head(y := net.stem(x)) + net.side(net.depth(y)),
+            stem=block(3, 4),
+            depth=block(4, 4, groups=4),
+            head=last(4),
+            side=last(4)), ((4, 'stem.0 depth.0 head side'), )),
     'depthwise of two per channel':
     Toy(
         lambda: nn.Sequential(*block(3, 4), *block(4, 8, groups=4), *block(
