@@ -46,6 +46,16 @@ def test_model_gets_smaller_only_while_it_trains(trained: Trained) -> None:
     assert log.count('channels have left the training') == len(set(sizes)) - 1
 
 
+def test_channels_leave_when_others_have_taken_over(trained: Trained) -> None:
+    sizes, behind = trained.recorder.sizes, trained.recorder.behind
+    cuts = [
+        index for index, (before, after) in enumerate(zip(sizes, sizes[1:]))
+        if after < before
+    ]
+    assert cuts and any(behind)
+    assert not any(behind[index] for index in cuts)
+
+
 def test_checkpoint_is_dense_and_says_what_had_left(trained: Trained) -> None:
     content = torch.load(
         trained.checkpoint, map_location='cpu', weights_only=True)

@@ -284,9 +284,11 @@ class Recorder(Hook):
         self.observed: list[int] = []
         self.grads: list[Tensor | None] = []
         self.sizes: list[int] = []
+        self.behind: list[bool] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        gates = find_pruner(runner.model).gates
+        pruner = find_pruner(runner.model)
+        gates, takeover = pruner.gates, pruner.takeover
         # The theta of SCP is not used.
         moving = gates.openness() if hasattr(gates, 'score') else gates.theta
         self.theta.append(moving.detach().clone())
@@ -301,6 +303,7 @@ class Recorder(Hook):
         self.grads.append(gates.theta.grad)
         self.sizes.append(
             sum(one.numel() for one in runner.model.parameters()))
+        self.behind.append(takeover is not None and takeover.is_behind())
 
 
 @dataclasses.dataclass(frozen=True)
