@@ -101,6 +101,11 @@ def parse_args() -> argparse.Namespace:
         help='train on three quarters of the training images and evaluate on '
         'the rest, to choose settings on them')
     parser.add_argument(
+        '--float32',
+        action='store_true',
+        help='train in float32: processors without instructions for bfloat16 '
+        'take many times as long in it')
+    parser.add_argument(
         '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
         '--report', type=Path, required=True, help='file for all rows')
@@ -247,7 +252,8 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
         f'(start: {lr_of_start(args)}), '
         f'{_decay(args, cfg)} decay',
-        precision='bfloat16 autocast in training, float32 in evaluation',
+        precision='float32' if args.float32 else
+        'bfloat16 autocast in training, float32 in evaluation',
         phases=list(PHASES),
         **place())
 
@@ -260,7 +266,8 @@ def _unusual_flags(args: argparse.Namespace) -> str:
         f' --{name} {getattr(args, name):g}' for name, value in usual.items()
         if getattr(args, name) != value
     ]
-    return ''.join(flags + [' --tune'] * args.tune)
+    return ''.join(flags + [' --tune'] * args.tune +
+                   [' --float32'] * args.float32)
 
 
 def _decay(args: argparse.Namespace, cfg: Config) -> str:
