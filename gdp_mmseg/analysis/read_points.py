@@ -2,35 +2,25 @@
 
 A gate method may judge a channel by the statistics of the batch norm in front
 of a layer that reads it. For that, an expression travels beside each
-activation of a trace: which batch norm wrote it, and what happened since. A
-norm begins a new expression; an activation function, a sum or a concatenation
-makes one of others; pooling, resizing, padding and views pass it on. What else
-an operator does loses it, with a reason.
-
-Expressions do not say which channels they are about. An expression is
-evaluated for one group of channels at a time: a norm tells something of a
-group only if the group lies on the norm's own axis.
+activation of a trace: which batch norm wrote it, and what happened since (see
+:mod:`gdp_mmseg.analysis.expressions`). Pooling, resizing, padding and views
+pass it on.
 
 Gates, too, may stand at norms instead of the layers behind them, if a factor
 g >= 0 of a norm's output reaches the layers as it is.
 """
 from __future__ import annotations
 
-import dataclasses
-from typing import Callable, Iterable, Iterator, Mapping
+from typing import Iterable, Mapping
 
 from torch import Tensor
 
+from .expressions import (Activated, Axis, Bounded, Expression, Joined, Leaf,
+                          Lost, OtherNorm, Points, Sum)
 from .labels import Labels
 from .operators import SPATIAL, Operation
 from .structure import ReadPoint
 
-# An axis of a parameter, and whether a group lies on it.
-Axis = tuple[str, int]
-LiesOn = Callable[[Axis], bool]
-_Points = tuple[ReadPoint, ...]
-# Most read points of an expression: sums of concatenations multiply them.
-_MAX_POINTS = 64
 _NORMS = ('native_batch_norm', '_native_batch_norm_legit',
           '_native_batch_norm_legit_no_training', 'cudnn_batch_norm',
           'miopen_batch_norm', '_batch_norm_with_update',
@@ -48,159 +38,6 @@ _ACTIVATIONS = dict(
 # Functions with values in [0, 1], and the activation that is its argument
 # times such a function.
 _BOUNDED = dict(sigmoid='silu', hardsigmoid='hardswish')
-
-
-class Expression:
-    """Knowledge of an activation, which ``points`` evaluates."""
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        """List what it tells of a group of channels.
-
-        Args:
-            lies_on (LiesOn): Whether the group lies on an axis.
-
-        Returns:
-            _Points: None of them if the group is not in the activation.
-        """
-        raise NotImplementedError
-
-    def scales(self) -> bool:
-        """Tell whether it grows with the norms' outputs in proportion."""
-        return all(part.scales() for part in self._operands())
-
-    def norms(self, lies_on: LiesOn) -> Iterator[str]:
-        """Yield the last norms on the ways to it, whatever came after."""
-        for part in self._operands():
-            yield from part.norms(lies_on)
-
-    def _operands(self) -> Iterator[Expression]:
-        """Yield the expressions that it is made of."""
-        for value in vars(self).values():
-            for part in value if isinstance(value, tuple) else (value, ):
-                if isinstance(part, Expression):
-                    yield part
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Leaf(Expression):
-    """Output of a batch norm, or of a layer before any norm."""
-    axis: Axis
-    point: ReadPoint
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        return (self.point, ) if lies_on(self.axis) else ()
-
-    def norms(self, lies_on: LiesOn) -> Iterator[str]:
-        yield from self.point.norms if lies_on(self.axis) else ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Joined(Expression):
-    """Several activations side by side."""
-    parts: tuple[Expression, ...]
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        return tuple(
-            dict.fromkeys(
-                point for part in self.parts
-                for point in part.points(lies_on)))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Activated(Expression):
-    """An activation function, or a factor in [0, 1], of an activation."""
-    inner: Expression
-    name: str
-    in_proportion: bool = False
-
-    def scales(self) -> bool:
-        return self.in_proportion and super().scales()
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        return tuple(map(self._of, self.inner.points(lies_on)))
-
-    def _of(self, point: ReadPoint) -> ReadPoint:
-        if (not self.name or point.reason
-                or point.activation == self.name == 'relu'):
-            return point
-        if point.activation:
-            return ReadPoint(reason=f'{self.name} after {point.activation} at '
-                             f'{point.norms[0]}')
-        return dataclasses.replace(point, activation=self.name)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Lost(Expression):
-    """Result of an operator that changes channels in another way."""
-    inner: Expression
-    reason: str
-
-    def scales(self) -> bool:
-        return False
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        inner = self.inner.points(lies_on)
-        known = tuple(point for point in inner if point.reason)
-        return known[:1] or self._all(inner)
-
-    def _all(self, inner: _Points) -> _Points:
-        return (ReadPoint(reason=self.reason), ) if inner else ()
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _OtherNorm(_Lost):
-    """Output of a norm that tells nothing of its channels."""
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        # It tells more than that no batch norm came before.
-        return self._all(self.inner.points(lies_on))
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Bounded(_Lost):
-    """Function with values in [0, 1]."""
-    name: str
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Sum(Expression):
-    """Sum of two activations.
-
-    Where one of them is behind an activation function, the sum is about zero
-    if both are; two outputs of norms add up to one.
-    """
-    first: Expression
-    second: Expression
-
-    def points(self, lies_on: LiesOn) -> _Points:
-        first, second = (
-            part.points(lies_on) for part in (self.first, self.second))
-        if not first or not second:
-            return first or second
-        plain = [[point for point in points if not _is_final(point)]
-                 for points in (first, second)]
-        final = [point for point in (*first, *second) if _is_final(point)]
-        if all(plain):
-            added = [
-                _added(one, other) for one in plain[0] for other in plain[1]
-            ]
-        else:
-            added = plain[0] + plain[1]
-        found = dict.fromkeys(
-            dataclasses.replace(point, summed=not point.reason)
-            for point in (*final, *added))
-        if len(found) > _MAX_POINTS:
-            return (ReadPoint(reason='a sum of many concatenations'), )
-        return tuple(found)
-
-
-def _is_final(point: ReadPoint) -> bool:
-    return bool(point.activation or point.reason)
-
-
-def _added(one: ReadPoint, other: ReadPoint) -> ReadPoint:
-    return ReadPoint(
-        one.norms + other.norms, of_sum=one.of_sum or other.of_sum)
 
 
 class ReadPointTracker:
@@ -237,7 +74,7 @@ class ReadPointTracker:
                 self._known[id(output)] = found
 
     def points(self, kernels: Iterable[str], counts: Mapping[Axis,
-                                                             int]) -> _Points:
+                                                             int]) -> Points:
         """List the read points of a group of channels.
 
         Args:
@@ -316,22 +153,22 @@ class ReadPointTracker:
         ]
         if not known:
             return None
-        whole = known[0] if len(known) == 1 else _Joined(tuple(known))
+        whole = known[0] if len(known) == 1 else Joined(tuple(known))
         if name in _NORMS:
             return self._norm(operation, whole)
         if name == 'native_group_norm':
-            return _OtherNorm(whole, f'group norm in {self._labels.here()}')
+            return OtherNorm(whole, f'group norm in {self._labels.here()}')
         if name in _PASSING or name.startswith(SPATIAL):
             return whole if _keeps_zero(operation) else self._lost(
                 whole, operation)
         activation = _activation(operation, name)
         if activation in _BOUNDED:
-            return _Bounded(whole, f'{name} in {self._labels.here()}',
-                            activation)
+            return Bounded(whole, f'{name} in {self._labels.here()}',
+                           activation)
         if activation:
-            return _Activated(whole, activation, name == 'relu')
+            return Activated(whole, activation, name == 'relu')
         if len(known) == 2 and name == 'add':
-            return _Sum(*known)
+            return Sum(*known)
         if len(known) == 2 and name == 'mul':
             return _product(*known) or self._lost(whole, operation)
         return self._lost(whole, operation)
@@ -350,15 +187,15 @@ class ReadPointTracker:
         self._reads.setdefault(kernel, []).append(self._known.get(id(inputs)))
         axis = labels.calls[kernel].axes[1]
         module = kernel.rpartition('.')[0]
-        return _Leaf((kernel, axis),
-                     ReadPoint(reason=f'no batch norm (after {module})'))
+        return Leaf((kernel, axis),
+                    ReadPoint(reason=f'no batch norm (after {module})'))
 
     def _norm(self, operation: Operation, inner: Expression) -> Expression:
         self._normed.append(inner)
         name, shift = map(self._name_of, operation.args[1:3])
         norm, _, leaf = (name or '').rpartition('.')
         if name is None or leaf != 'weight':
-            return _OtherNorm(
+            return OtherNorm(
                 inner, f'batch norm without scale ({self._labels.here()})')
         if self._labels.here() == norm and shift == f'{norm}.bias':
             self._modules.add(norm)
@@ -366,26 +203,25 @@ class ReadPointTracker:
             self._calls[norm] = self._calls.get(norm, 0) + 1
         if self._calls.get(norm, 0) > 1:
             self._repeated.add(norm)
-            return _OtherNorm(inner,
-                              f'batch norm used more than once ({norm})')
-        return _Leaf((name, 0),
-                     ReadPoint((norm, ), of_sum=isinstance(inner, _Sum)))
+            return OtherNorm(inner, f'batch norm used more than once ({norm})')
+        return Leaf((name, 0),
+                    ReadPoint((norm, ), of_sum=isinstance(inner, Sum)))
 
     def _name_of(self, argument: object) -> str | None:
         return self._labels.name_of(argument) if isinstance(argument,
                                                             Tensor) else None
 
     def _lost(self, inner: Expression, operation: Operation) -> Expression:
-        return _Lost(inner, f'{operation.name} in {self._labels.here()}')
+        return Lost(inner, f'{operation.name} in {self._labels.here()}')
 
 
 def _product(first: Expression, second: Expression) -> Expression | None:
     """Expression of a product; None if it is lost."""
     for one, other in ((first, second), (second, first)):
-        if isinstance(other, _Bounded):
+        if isinstance(other, Bounded):
             # An attention in [0, 1] makes no dead channel alive.
             itself = other.inner is one
-            return _Activated(one, _BOUNDED[other.name] if itself else '')
+            return Activated(one, _BOUNDED[other.name] if itself else '')
     return None
 
 
