@@ -284,7 +284,8 @@ class Recorder(Hook):
         self.observed: list[int] = []
         self.grads: list[Tensor | None] = []
         self.sizes: list[int] = []
-        self.behind: list[bool] = []
+        # Openness of closed gates that nothing has taken over yet.
+        self.left: list[Tensor] = []
 
     def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         pruner = find_pruner(runner.model)
@@ -303,7 +304,8 @@ class Recorder(Hook):
         self.grads.append(gates.theta.grad)
         self.sizes.append(
             sum(one.numel() for one in runner.model.parameters()))
-        self.behind.append(takeover is not None and takeover.is_behind())
+        if takeover is not None:
+            self.left.append(takeover.level * gates.is_closed())
 
 
 @dataclasses.dataclass(frozen=True)
