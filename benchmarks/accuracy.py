@@ -40,6 +40,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
+from gdp_mmseg.engine.amp import precision_of_training
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
@@ -100,11 +101,6 @@ def parse_args() -> argparse.Namespace:
         action='store_true',
         help='train on three quarters of the training images and evaluate on '
         'the rest, to choose settings on them')
-    parser.add_argument(
-        '--float32',
-        action='store_true',
-        help='train in float32: processors without instructions for bfloat16 '
-        'take many times as long in it')
     parser.add_argument(
         '--jobs', type=int, default=1, help='runs at the same time')
     parser.add_argument(
@@ -252,8 +248,7 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
         f'(start: {lr_of_start(args)}), '
         f'{_decay(args, cfg)} decay',
-        precision='float32' if args.float32 else
-        'bfloat16 autocast in training, float32 in evaluation',
+        precision=precision_of_training(),
         phases=list(PHASES),
         **place())
 
@@ -266,8 +261,7 @@ def _unusual_flags(args: argparse.Namespace) -> str:
         f' --{name} {getattr(args, name):g}' for name, value in usual.items()
         if getattr(args, name) != value
     ]
-    return ''.join(flags + [' --tune'] * args.tune +
-                   [' --float32'] * args.float32)
+    return ''.join(flags + [' --tune'] * args.tune)
 
 
 def _decay(args: argparse.Namespace, cfg: Config) -> str:

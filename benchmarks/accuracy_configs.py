@@ -38,7 +38,7 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     length = args.start if name == START_RUN else args.iterations
     unusual = args.start != task_of(args).start
     start = f'-from-{args.start}' if unusual else ''
-    start += '-tune' * args.tune + '-float32' * args.float32
+    start += '-tune' if args.tune else ''
     if name != START_RUN and (args.lr,
                               args.hold) != (task_of(args).lr_after_start,
                                              task_of(args).hold):
@@ -77,8 +77,6 @@ def config_of(args: argparse.Namespace, method: str, target: float,
         start=args.start,
         narrow=args.start + args.iterations).get(method, args.iterations)
     cfg.randomness = dict(seed=seed)
-    if args.float32:
-        cfg.optim_wrapper.type = 'OptimWrapper'
     cfg.train_cfg.update(max_iters=iterations, val_interval=iterations)
     cfg.param_scheduler[0].end = iterations
     cfg.default_hooks.checkpoint.interval = iterations

@@ -156,6 +156,7 @@ def complete_report(folder: Path, seconds: dict[str, float]) -> Report:
 
 def conditions(cfg: Any) -> dict[str, Any]:
     """Return data, schedule and machine of the demo as plain types."""
+    from ..engine.amp import precision_of_training
     return dict(
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
         train='600 drawn images of 128 x 128, 3 classes, seed 0',
@@ -164,7 +165,7 @@ def conditions(cfg: Any) -> dict[str, Any]:
         batch_size=cfg.train_dataloader.batch_size,
         iterations=cfg.train_cfg.max_iters,
         seeds=[cfg.randomness.seed],
-        precision='bfloat16 autocast in training, float32 in evaluation',
+        precision=precision_of_training(),
         machine=f'{platform.machine()}, {os.cpu_count()} CPU cores')
 
 

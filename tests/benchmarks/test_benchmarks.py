@@ -616,7 +616,6 @@ def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
         iterations=10,
         start=accuracy_configs.TASKS[name].start,
         tune=False,
-        float32=False,
         lr=accuracy_configs.TASKS[name].lr_after_start,
         hold=0.)
     start = accuracy_configs.config_of(args, 'start', 1., 0)
@@ -637,9 +636,10 @@ def test_classifier_starts_from_weights_and_is_gated(name: str) -> None:
         data_root=str(Path('data').resolve()))
 
 
-def _args(**changed: Any) -> Any:
-    """Flags of trainings on CamVid."""
-    flags = dict(
+def _config_of(method: str) -> Any:
+    """Config of a training on CamVid with changes."""
+    import accuracy_configs
+    args: Any = SimpleNamespace(
         data='camvid',
         data_root=Path('data'),
         weights=Path('weights.pth'),
@@ -647,29 +647,9 @@ def _args(**changed: Any) -> Any:
         iterations=100,
         start=700,
         tune=False,
-        float32=False,
         lr=1e-3,
         hold=0.6)
-    return SimpleNamespace(**flags | changed)
-
-
-def _config_of(method: str, **changed: Any) -> Any:
-    """Config of a training on CamVid with changes."""
-    import accuracy_configs
-    return accuracy_configs.config_of(_args(**changed), method, 0.4, 0)
-
-
-def test_precision_is_a_flag_and_has_a_folder_of_its_own() -> None:
-    import accuracy_configs
-    single = dict(float32=True)
-    assert _config_of('gdp').optim_wrapper.type.endswith(
-        'BFloat16OptimWrapper')
-    assert _config_of('gdp', **single).optim_wrapper.type == 'OptimWrapper'
-    folders = {
-        accuracy_configs.start_checkpoint(_args(**flags))
-        for flags in (single, {})
-    }
-    assert len(folders) == 2
+    return accuracy_configs.config_of(args, method, 0.4, 0)
 
 
 def test_rate_is_twice_as_high_after_the_pruning_phase() -> None:
