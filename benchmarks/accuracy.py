@@ -40,12 +40,12 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 
-from gdp_mmseg.engine.amp import precision_of_training
 from gdp_mmseg.engine.forwards import inference_forward
 from gdp_mmseg.export.export import export
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.pruner import Pruner
 from gdp_mmseg.report.measure import count_flops, count_parameters
+from gdp_mmseg.report.precision import precision_of_training
 from gdp_mmseg.report.record import last_metrics
 
 from accuracy_configs import (GATED, PHASES, START_RUN, config_of, folder_of,

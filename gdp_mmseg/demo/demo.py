@@ -156,7 +156,7 @@ def complete_report(folder: Path, seconds: dict[str, float]) -> Report:
 
 def conditions(cfg: Any) -> dict[str, Any]:
     """Return data, schedule and machine of the demo as plain types."""
-    from ..engine.amp import precision_of_training
+    from ..report.precision import precision_of_training
     return dict(
         title='DeepLabV3Plus-ResNet50 on drawn shapes',
         train='600 drawn images of 128 x 128, 3 classes, seed 0',

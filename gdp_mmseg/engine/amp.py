@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from ..registry import OPTIM_WRAPPERS
+from ..report.precision import computes_in_bfloat16
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -38,25 +39,3 @@ class BFloat16OptimWrapper(OptimWrapper):
         with super().optim_context(model), torch.autocast(
                 device, torch.bfloat16, enabled=is_quick):
             yield
-
-
-def computes_in_bfloat16(device: str) -> bool:
-    """Tell whether a type of device has instructions for bfloat16.
-
-    Args:
-        device (str): Type of the device, e.g. ``'cpu'``.
-    """
-    if device != 'cpu':
-        return True
-    # A build of torch may lack the library or the operator.
-    supports = getattr(torch.ops.mkldnn, '_is_mkldnn_bf16_supported', None)
-    return (torch.backends.mkldnn.is_available() and supports is not None
-            and bool(supports()))
-
-
-def precision_of_training() -> str:
-    """Describe the precision of trainings with this wrapper, for a report."""
-    device = 'cuda' if torch.cuda.is_available() else 'cpu'
-    if computes_in_bfloat16(device):
-        return 'bfloat16 autocast in training, float32 in evaluation'
-    return 'float32'

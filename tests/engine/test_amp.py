@@ -11,7 +11,9 @@ pytest.importorskip('mmengine')
 import torch
 from torch import nn
 
-from gdp_mmseg.engine import amp
+from gdp_mmseg.engine.amp import BFloat16OptimWrapper
+from gdp_mmseg.report.precision import (computes_in_bfloat16,
+                                        precision_of_training)
 
 
 def output(monkeypatch: pytest.MonkeyPatch, operators: Any) -> torch.Tensor:
@@ -20,7 +22,7 @@ def output(monkeypatch: pytest.MonkeyPatch, operators: Any) -> torch.Tensor:
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     layer = nn.Linear(4, 4)
-    wrapper = amp.BFloat16OptimWrapper(torch.optim.SGD(layer.parameters(), 1.))
+    wrapper = BFloat16OptimWrapper(torch.optim.SGD(layer.parameters(), 1.))
     with wrapper.optim_context(layer):
         found: torch.Tensor = layer(torch.ones(2, 4))
     return found
@@ -30,7 +32,7 @@ def test_cpu_with_bfloat16_trains_in_it(
         monkeypatch: pytest.MonkeyPatch) -> None:
     operators = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True)
     assert output(monkeypatch, operators).dtype == torch.bfloat16
-    assert amp.precision_of_training().startswith('bfloat16')
+    assert precision_of_training().startswith('bfloat16')
 
 
 @pytest.mark.parametrize('operators', [
@@ -41,5 +43,5 @@ def test_cpu_without_bfloat16_trains_in_float32(
         operators: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.warns(UserWarning, match='no instructions for bfloat16'):
         assert output(monkeypatch, operators).dtype == torch.float32
-    assert amp.precision_of_training() == 'float32'
-    assert amp.computes_in_bfloat16('cuda')
+    assert precision_of_training() == 'float32'
+    assert computes_in_bfloat16('cuda')
