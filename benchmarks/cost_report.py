@@ -104,7 +104,7 @@ def _whole(speed: Report | None) -> Iterable[tuple[str, int, float]]:
         runs = dict(whole['runs'])
         dense = runs.pop('dense')
         for name, found in runs.items():
-            share = statistics.median(one['seconds'] / other['seconds']
+            share = statistics.median(one / other
                                       for one, other in zip(found, dense))
             yield (f'DeepLabV3Plus-ResNet50 on random images, {name}',
                    whole['iterations'], share)

@@ -4,20 +4,23 @@
 
 Each training is a run of mmengine's runner in a process of its own, on random
 images. They take turns after each iteration, so that what else the machine
-does slows all of them alike. Prints the process time of the iterations and the
-peak memory of each process, or of the tensors on the GPU where there is one.
-``benchmarks/speed.py`` has the results in its report.
+does slows all of them alike. Prints the process time of the iterations and,
+from further trainings that end early, the peak memory of each process, or of
+the tensors on the GPU where there is one. ``benchmarks/speed.py`` has the
+results in its report.
 """
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from multiprocessing.connection import Connection
 from statistics import median
-from typing import Any, Sequence
+from typing import Any
+from unittest import mock
 
 import torch
 from mmengine.config import Config
@@ -43,11 +46,19 @@ RUNS: dict[str, dict[str, Any] | None] = {
     'default phases, shrink=False': dict(shrink=False),
     'default phases, takeover=False': dict(takeover=False),
 }
+# Share of a training in which the peak memory is reached: that is before
+# channels leave, so early in the pruning phase.
+MEMORY_SHARE = 0.6
 # What the peak memory is that of, by ``memory`` of the report.
 MEMORY = dict(
-    cuda='Peak memory of the tensors on the GPU.',
-    process='Peak memory of the process, which builds and analyses the model, '
-    'too.')
+    cuda='tensors on the GPU',
+    process='process, which builds and analyses the model, too')
+# glibc then gives all but small tensors back to the system when they are
+# freed. Else the peak of a process varies by some percent, and not with what
+# it needs. Steps take longer, so times are measured apart.
+GIVE_BACK = dict(MALLOC_MMAP_THRESHOLD_='131072')
+# Processes that begin anew, with the environment of their start.
+_CONTEXT = multiprocessing.get_context('spawn')
 # Our goals for the time, over that of the dense training.
 GOALS = {'phases 0.1, 0.2, 0.7': 0.7, 'default phases': 1.0}
 
@@ -88,7 +99,6 @@ class Clock(Hook):
 
     Attributes:
         seconds (float): Process time of all iterations.
-        peak (int): Peak memory of the tensors on the GPU in bytes.
     """
 
     # Before all other hooks; the last of them is :class:`Stop`.
@@ -97,17 +107,11 @@ class Clock(Hook):
     def __init__(self, turns: Connection) -> None:
         self.turns = turns
         self.seconds = 0.
-        self.peak = 0
 
     def before_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
         """Wait, and start the clock."""
         self.turns.recv()
         self.start = time.process_time()
-
-    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
-        """Look at the memory before a log forgets its peak."""
-        if torch.cuda.is_available():
-            self.peak = max(self.peak, torch.cuda.max_memory_allocated())
 
 
 class Stop(Hook):
@@ -126,6 +130,29 @@ class Stop(Hook):
         """Stop the clock, and pass the turn on."""
         self.clock.seconds += time.process_time() - self.clock.start
         self.clock.turns.send(self.clock.seconds)
+
+
+class Memory(Hook):
+    """Hook that looks at the memory before a log forgets its peak.
+
+    It ends the training when the peak has been reached.
+
+    Attributes:
+        peak (int): Peak memory in bytes, of the tensors on the GPU if there
+            is one, else of the process.
+    """
+
+    priority = 0
+    peak = 0
+
+    def after_train_iter(self, runner: Runner, *_: Any, **__: Any) -> None:
+        """Look at the memory."""
+        runner.train_loop.stop_training = (
+            runner.iter + 1 >= MEMORY_SHARE * runner.max_iters)
+        self.peak = max(
+            self.peak,
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
@@ -167,50 +194,74 @@ def config_of(gdp: dict[str, Any] | None, size: int, iterations: int,
     return cfg
 
 
-def train(name: str, size: int, iterations: int, turns: Connection) -> None:
-    """Train in this process; send its time and peak memory at the end."""
+def train(name: str, size: int, iterations: int, *hooks: Hook) -> None:
+    """Train in this process."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        cfg = config_of(RUNS[name], size, iterations, folder)
-        runner, clock = Runner.from_cfg(cfg), Clock(turns)
-        runner.register_hook(clock)
-        runner.register_hook(Stop(clock))
+        runner = Runner.from_cfg(
+            config_of(RUNS[name], size, iterations, folder))
+        for hook in hooks:
+            runner.register_hook(hook)
         runner.train()
-    peak = clock.peak
-    if not torch.cuda.is_available():
-        # It varies by some percent from one process to the next.
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    turns.send(dict(seconds=clock.seconds, peak_kb=peak / 1e3))
+
+
+def train_in_turns(name: str, size: int, iterations: int,
+                   turns: Connection) -> None:
+    """Train in this process; send the time at the end."""
+    clock = Clock(turns)
+    train(name, size, iterations, clock, Stop(clock))
+    turns.send(clock.seconds)
+
+
+def train_once(name: str, size: int, iterations: int, end: Connection) -> None:
+    """Train in this process; send the peak memory at the end."""
+    memory = Memory()
+    train(name, size, iterations, memory)
+    end.send(memory.peak)
 
 
 def measure(size: int, iterations: int, rounds: int) -> dict[str, Any]:
     """Train each of :data:`RUNS` in processes of their own, in rounds.
 
     Returns:
-        dict[str, Any]: The conditions, and time and memory of each training
-        and round.
+        dict[str, Any]: The conditions, the peak memory of each training, and
+        the time of each in each round.
     """
+    peaks = {name: _peak(name, size, iterations) for name in RUNS}
     found = [_round(size, iterations) for _ in range(rounds)]
     return dict(
         size=size,
         iterations=iterations,
         target=TARGET,
         memory='cuda' if torch.cuda.is_available() else 'process',
+        peaks=peaks,
         runs={name: [one[name] for one in found]
               for name in RUNS})
 
 
-def _round(size: int, iterations: int) -> dict[str, dict[str, float]]:
-    """Train each of :data:`RUNS` once; return time and memory of each.
+def _peak(name: str, size: int, iterations: int) -> int:
+    """Peak memory of a training in bytes."""
+    ours, end = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(
+        target=train_once, args=(name, size, iterations, end))
+    with mock.patch.dict(os.environ, GIVE_BACK):
+        process.start()
+    end.close()
+    peak: int = ours.recv()
+    process.join()
+    return peak
+
+
+def _round(size: int, iterations: int) -> dict[str, float]:
+    """Train each of :data:`RUNS` once; return the time of each.
 
     They take turns after each iteration, so that what else the machine does
     slows all of them alike.
     """
-    context = multiprocessing.get_context('spawn')
-    ends = {name: context.Pipe() for name in RUNS}
+    ends = {name: _CONTEXT.Pipe() for name in RUNS}
     for name, (_, end) in ends.items():
-        context.Process(
-            target=train, args=(name, size, iterations, end)).start()
+        _CONTEXT.Process(
+            target=train_in_turns, args=(name, size, iterations, end)).start()
         # A training that fails then ends the wait for its turn.
         end.close()
     for _ in range(iterations):
@@ -226,37 +277,30 @@ def markdown(report: dict[str, Any]) -> str:
     Args:
         report (dict[str, Any]): Result of :func:`measure`.
     """
-    dense = report['runs']['dense']
+    dense, peaks = report['runs']['dense'], report['peaks']
     rows = [['whole training', 'time / dense', 'goal', 'peak memory / dense']]
     for name, found in report['runs'].items():
-        time_ratios, memory_ratios = (
-            sorted(one[key] / other[key] for one, other in zip(found, dense))
-            for key in ('seconds', 'peak_kb'))
+        ratios = sorted(one / other for one, other in zip(found, dense))
         goal = GOALS.get(name)
-        missed = ', missed' if goal and median(time_ratios) > goal else ''
+        missed = ', missed' if goal and median(ratios) > goal else ''
         rows.append([
             name,
-            _with_range(time_ratios),
+            f'{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})',
             f'at most {goal:.2f}{missed}' if goal else '-',
-            _with_range(memory_ratios)
+            f'{peaks[name] / peaks["dense"]:.3f}'
         ])
-    seconds, peak = (
-        median(one[key] for one in dense) for key in ('seconds', 'peak_kb'))
     return '\n'.join([
         table(rows), '',
         f'{report["iterations"]} iterations of batch 2 of {report["size"]} x '
         f'{report["size"]} by the runner of mmengine, target '
         f'{report["target"]}; process time of the iterations, one thread, all '
-        f'trainings in turn. {MEMORY[report["memory"]]} Median and range of '
-        f'{len(dense)} rounds. The dense training took {seconds:.0f} s and '
-        f'{peak / 1e6:.2f} GB. With `shrink=False`, closed channels stay in '
-        'the model; with `takeover=False`, other channels take over nothing.'
+        f'trainings in turn. Median and range of {len(dense)} rounds. Peak '
+        f'memory of the {MEMORY[report["memory"]]}, in trainings of their own '
+        f'that end after {MEMORY_SHARE:.0%}. The dense training took '
+        f'{median(dense):.0f} s and {peaks["dense"] / 1e9:.2f} GB. With '
+        '`shrink=False`, closed channels stay in the model; with '
+        '`takeover=False`, other channels take over nothing.'
     ])
-
-
-def _with_range(ratios: Sequence[float]) -> str:
-    """Write the median of sorted ratios, and their range."""
-    return f'{median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})'
 
 
 def main() -> None:
