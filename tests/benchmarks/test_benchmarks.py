@@ -265,7 +265,7 @@ def test_facts_of_all_sections_are_said_once() -> None:
 def test_time_of_whole_trainings_becomes_iterations() -> None:
     from cost_report import equal_time
     runs = {
-        name: [dict(seconds=share * dense) for dense in (10., 5., 20.)]
+        name: [share * dense for dense in (10., 5., 20.)]
         for name, share in dict(dense=1., short=0.8).items()
     }
     report = _report(
