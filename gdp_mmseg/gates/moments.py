@@ -59,9 +59,8 @@ class Moments:
         scale = functional.pad(factors, (1, 0), value=1)
         found = (inputs.T @ inputs / len(inputs)).div_(
             torch.outer(scale, scale)).cpu()
-        matrix, weight = found.new_zeros(2 * [len(self.channels) + 1]), 1.
-        if self.values is not None:
-            matrix, weight = self._matrix().to(found), 1 - _KEPT
+        weight = 1. if self.values is None else 1 - _KEPT
+        matrix = self._matrix(found.dtype)
         places = functional.pad(rows + 1, (1, 0))
         at = places[:, None], places
         # Inputs that are not finite teach nothing.
@@ -75,12 +74,14 @@ class Moments:
         size = len(self.channels) + 1
         return torch.tril_indices(size, size)
 
-    def _matrix(self) -> Tensor:
-        """Return the whole matrix ``(c + 1, c + 1)`` of what is known."""
-        assert self.values is not None
-        rows, columns = self._triangle()
-        matrix = self.values.new_empty(2 * [len(self.channels) + 1])
-        matrix[rows, columns] = matrix[columns, rows] = self.values
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        """Matrix ``(c + 1, c + 1)`` of what is known; zero if nothing is."""
+        size = len(self.channels) + 1
+        matrix = torch.zeros(size, size, dtype=dtype)
+        if self.values is not None:
+            rows, columns = self._triangle()
+            values = self.values.to(dtype)
+            matrix[rows, columns] = matrix[columns, rows] = values
         return matrix
 
     def agree_(self, like: Tensor) -> None:
@@ -117,7 +118,8 @@ class Moments:
             tuple[Tensor, Tensor]: Coefficients ``(k, s)`` and constants
             ``(k,)``.
         """
-        moments = self._matrix().double()
+        assert self.values is not None
+        moments = self._matrix(torch.double)
         mean = moments[1:, 0] * is_centred
         covariance = moments[1:, 1:] - torch.outer(mean, mean)
         inner = covariance[others[:, None], others]
