@@ -311,7 +311,13 @@ def known_rows(report: Path, shared: dict[str, Any]) -> dict[str, Any]:
             sys.exit(f'--report: expected {key} {value!r} as in this run, but '
                      f'{report} has {content[key]!r}; choose another file')
     made = {key: content[key] for key in place()}
-    return {name_of(row): dict(made, **row) for row in rows}
+    known: dict[str, Any] = {}
+    for row in rows:
+        name = name_of(row)
+        if name in known:  # from another start
+            name += f' from {row.get("start_score")}'
+        known[name] = dict(made, **row)
+    return known
 
 
 def name_of(row: dict[str, Any]) -> str:

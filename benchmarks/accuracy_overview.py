@@ -13,7 +13,7 @@ from gdp_mmseg.report.tables import table
 from accuracy_report import (COLOURS, WITHOUT_TAKEOVER, draw_dense,
                              draw_method, is_without_takeover, network_of,
                              short_name)
-from accuracy_scores import (GATES, LABELS, differences, gate_of,
+from accuracy_scores import (GATES, LABELS, dense_beside, differences, gate_of,
                              mean_and_interval, mean_and_spread, targets_of,
                              values_of)
 
@@ -36,7 +36,7 @@ def overview(reports: Sequence[Report]) -> list[str]:
     for report, target in compared:
         rows.append([
             *_place(report, target),
-            mean_and_spread(values_of(report, 'dense', 1.)),
+            mean_and_spread(dense_beside(report, 'gdp', target)),
             mean_and_spread(values_of(report, 'gdp', target)),
             mean_and_interval(differences(report, 'gdp', target)),
             best_alternative(report, target)
@@ -46,8 +46,9 @@ def overview(reports: Sequence[Report]) -> list[str]:
         table(rows), '',
         '- Scores: mean ± standard deviation (seeds) of the mIoU, or of the '
         'accuracy on CIFAR-10. Dense: the network trained on for as long '
-        'without pruning. FLOPs: share of its multiply-adds of one image. '
-        'ResNet18, ResNet50 and MobileNetV2 are backbones of DeepLabV3Plus.',
+        'without pruning, from the start that GDP has. FLOPs: share of its '
+        'multiply-adds of one image. ResNet18, ResNet50 and MobileNetV2 are '
+        'backbones of DeepLabV3Plus.',
         '- GDP minus dense: mean difference of runs with the same seed, data '
         'order and start, and its interval by the paired t test. **Three '
         'seeds are few**: the interval has 4.3 standard errors to each side '
@@ -148,9 +149,9 @@ def readme_table(reports: Sequence[Report]) -> str:
     for report, target in compared:
         cells.append([
             network_of(report), report['metric'],
-            mean_and_spread(values_of(report, 'dense', 1.)), f'{target:g}',
-            *(mean_and_spread(values_of(report, name, target))
-              for name in gates),
+            mean_and_spread(dense_beside(report, 'gdp', target)),
+            f'{target:g}', *(mean_and_spread(values_of(report, name, target))
+                             for name in gates),
             best_alternative(report, target)
         ])
     facts = [

@@ -95,9 +95,16 @@ def _scores(report: Report) -> str:
     targets = reversed(targets_of(report, *LABELS))
     return _table(report, ['dense'], [
         ('dense', 'dense', 1.),
-        *((LABELS[method], method, target) for target in targets
+        *((_label_of(report, method), method, target) for target in targets
           for method in filter(ran.__contains__, LABELS)),
     ])
+
+
+def _label_of(report: Report, method: str) -> str:
+    """Return the name of a method, and whether it ran before takeover."""
+    before = any(not row.get('takeover', True) for row in report['rows']
+                 if row['method'] == method)
+    return LABELS[method] + ', takeover=False' * before
 
 
 def changes(report: Report) -> list[str]:
@@ -162,7 +169,8 @@ def _cell(report: Report, method: str, target: float) -> str:
 def tried(report: Report) -> Section:
     """Return the section of changes that were tried one by one."""
     return Section(
-        f'{title_of(report)}: changes to the training',
+        f'{title_of(report)}: changes to the training' +
+        ' without takeover' * is_without_takeover(report),
         changes(report)[3:], [
             'Runs with the same seed have the same start and the same order '
             'of the data.' + ' These scores chose the learning rate of later '
@@ -257,15 +265,22 @@ def _groups(rows: Sequence[Report],
 
 
 def _names(some: Sequence[Report], rows: Sequence[Report]) -> str:
-    """Return the names of some rows, and the seeds that are among them."""
-    names = []
-    for seed, number in Counter(row['seed'] for row in some).items():
-        whole = number == sum(row['seed'] == seed for row in rows)
-        names += [f'seed {seed}'] if whole else [
-            f'`{row["method"]}-{row["target"]}-{seed}`' for row in some
-            if row['seed'] == seed
-        ]
-    return ', '.join(names)
+    """Return the names of some rows, and the seeds that are among them.
+
+    Rows that differ in their seeds alone have one name, as in ``gdp-0.4-0/1``.
+    """
+    of_some, of_all = (
+        Counter(row['seed'] for row in found) for found in (some, rows))
+    whole = [seed for seed in of_some if of_some[seed] == of_all[seed]]
+    seeds: dict[str, list[str]] = {}
+    for row in some:
+        if row['seed'] not in whole:
+            seeds.setdefault(f'{row["method"]}-{row["target"]}',
+                             []).append(str(row['seed']))
+    return ', '.join([
+        *(f'`{run}-{"/".join(found)}`' for run, found in seeds.items()),
+        *(f'seed {seed}' for seed in whole)
+    ])
 
 
 def plot_name(report: Report) -> str:

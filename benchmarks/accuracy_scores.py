@@ -4,6 +4,7 @@ A row is one training; its name in a report is ``method-target-seed``.
 """
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from typing import Any, Sequence
@@ -41,6 +42,18 @@ def values_of(report: Report,
               key: str = 'score') -> list[float]:
     """Return a value of the rows of all seeds that met the target."""
     return [row[key] for row in rows_of(report, method, target)]
+
+
+def dense_beside(report: Report, method: str, target: float) -> list[float]:
+    """Return the scores of the dense runs that start where a method's do."""
+    starts = {
+        row.get('start_score')
+        for row in rows_of(report, method, target)
+    }
+    return [
+        row['score'] for row in rows_of(report, 'dense', 1.)
+        if row.get('start_score') in starts
+    ]
 
 
 def targets_of(report: Report, *methods: str) -> list[float]:
@@ -113,8 +126,10 @@ def mean_and_interval(values: Sequence[float]) -> str:
     """
     if not values:
         return '-'
-    mean = f'{statistics.mean(values):+.2f}'
-    if len(values) == 1:
-        return f'{mean} (1)'
-    low, high = stats.ttest_1samp(values, 0.).confidence_interval(0.95)
-    return f'{mean} ({low:+.2f} to {high:+.2f}; {len(values)})'
+    mean, deviation = mean_and_deviation(values)
+    number = len(values)
+    if number == 1:
+        return f'{mean:+.2f} (1)'
+    half = stats.t.ppf(0.975, number - 1) * deviation / math.sqrt(number)
+    return (f'{mean:+.2f} ({mean - half:+.2f} to {mean + half:+.2f}; '
+            f'{number})')

@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-import torch
+from distill_hooks import DistillHook, FeatureHook
 from gate_hooks import GainHook, StreamHook
 from mmengine.config import Config
-from mmengine.hooks import Hook
-from mmengine.registry import HOOKS, MODELS
-from mmengine.runner import Runner, load_checkpoint
-from torch import Tensor
-from torch.nn import functional as F
 
+# Share of the training after which the gates are fixed.
+SETTLING = 0.3
 # Share of the training after which weights are averaged: GDP's gates are
 # fixed by then.
 AVERAGED_FROM = 0.5
@@ -25,72 +22,6 @@ AVERAGED_FROM = 0.5
 CLOSE_BELOW = 0.5
 # Factor of the learning rate after the pruning phase.
 RESTART = 2.
-
-
-@HOOKS.register_module()
-class DistillHook(Hook):
-    """Add the divergence from a trained dense network to the loss.
-
-    The classes' probabilities of student and teacher are compared at each
-    pixel of the decoder's logits (Hinton et al., 2015).
-
-    Args:
-        model (dict): Config of the dense network.
-        checkpoint (str): Its weights.
-        weight (float): Factor of the divergence in the loss.
-        temperature (float): Divisor of the logits; the divergence is
-            multiplied by its square.
-        begin (float): Share of the training after which it counts.
-    """
-
-    def __init__(self,
-                 model: dict[str, Any],
-                 checkpoint: str,
-                 weight: float = 1.,
-                 temperature: float = 2.,
-                 begin: float = 0.) -> None:
-        self.model = model
-        self.checkpoint = checkpoint
-        self.weight = weight
-        self.temperature = temperature
-        self.begin = begin
-
-    def before_train(self, runner: Runner) -> None:
-        """Build the teacher and add its term to the decoder's loss."""
-        student: Any = runner.model
-        teacher: Any = MODELS.build(self.model)
-        load_checkpoint(teacher, self.checkpoint, 'cpu')
-        teacher = teacher.to(next(student.parameters()).device).eval()
-        teacher.to(memory_format=torch.channels_last)
-        images: list[Tensor] = []
-        student.backbone.register_forward_pre_hook(
-            lambda _, args: images.append(args[0]))
-        plain = student.decode_head.loss_by_feat
-
-        def loss_by_feat(logits: Tensor, samples: Any) -> dict[str, Tensor]:
-            if runner.iter < self.begin * runner.max_iters:
-                images.clear()
-                return plain(logits, samples)
-            with torch.no_grad():
-                wanted = teacher.decode_head(teacher.backbone(images.pop()))
-            images.clear()
-            losses: dict[str, Tensor] = plain(logits, samples)
-            losses['loss_distill'] = self.weight * _divergence(
-                logits.float() / self.temperature,
-                wanted.float() / self.temperature) * self.temperature**2
-            return losses
-
-        student.decode_head.loss_by_feat = loss_by_feat
-
-
-def _divergence(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Mean divergence over the pixels of logits ``(N, C, H, W)``."""
-    pixels = F.kl_div(
-        logits.log_softmax(1),
-        wanted.log_softmax(1),
-        reduction='none',
-        log_target=True)
-    return pixels.sum(1).mean()
 
 
 def _ema(cfg: Config, teacher: Path) -> None:
@@ -114,18 +45,38 @@ def _distilled(weight: float = 1.,
     """Distil from the dense network that was trained on, its own too."""
 
     def change(cfg: Config, teacher: Path) -> None:
-        model = dict(cfg.model)
-        model.pop('gdp', None)
-        model['type'] = 'EncoderDecoder'
         _add_hook_(
             cfg,
             type=DistillHook.__name__,
-            model=model,
+            model=_dense(cfg),
             checkpoint=str(teacher),
             weight=weight,
             begin=begin)
 
     return change
+
+
+def _features(weight: float) -> Callable[[Config, Path], None]:
+    """Stay near the features of the start, once the gates are fixed."""
+
+    def change(cfg: Config, teacher: Path) -> None:
+        _add_hook_(
+            cfg,
+            type=FeatureHook.__name__,
+            model=_dense(cfg),
+            checkpoint=cfg.load_from,
+            weight=weight,
+            begin=SETTLING)
+
+    return change
+
+
+def _dense(cfg: Config) -> dict[str, Any]:
+    """Return the config of the dense network of a training."""
+    model = dict(cfg.model)
+    model.pop('gdp', None)
+    model['type'] = 'EncoderDecoder'
+    return model
 
 
 def _faster(factor: float) -> Callable[[Config, Path], None]:
@@ -213,6 +164,8 @@ class Change:
     teacher: bool = False
 
 
+# After the pruning phase.
+_FEATURES = 'features of the start as a target, weight'
 CHANGES: dict[str, Change] = dict(
     ema=Change('average of the weights over the second half', _ema),
     kd=Change(
@@ -227,8 +180,11 @@ CHANGES: dict[str, Change] = dict(
     kd_late=Change(
         'distillation from the dense network that was trained on, after the '
         'pruning phase',
-        _distilled(begin=0.3),
+        _distilled(begin=SETTLING),
         teacher=True),
+    feat=Change(f'{_FEATURES} 1', _features(1.)),
+    feat5=Change(f'{_FEATURES} 5', _features(5.)),
+    feat20=Change(f'{_FEATURES} 20', _features(20.)),
     close=Change('gates close at an openness of 0.5', _close_early),
     alone=Change('no takeover', _take_over_nothing),
     gains=Change('longer means of the gains', _long_means),

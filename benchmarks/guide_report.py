@@ -7,7 +7,8 @@ from typing import Any, Iterable, Mapping, Sequence
 from gdp_mmseg.report import tables
 
 from accuracy_report import network_of
-from accuracy_scores import differences, mean_and_spread, targets_of, values_of
+from accuracy_scores import (dense_beside, differences, mean_and_spread,
+                             targets_of, values_of)
 from budget_report import POINT, error_of, phases
 
 Report = dict[str, Any]
@@ -51,7 +52,7 @@ def _targets(reports: Mapping[str, Report]) -> str:
                 network_of(report),
                 str(report['iterations']), f'{target:g}',
                 f'{statistics.mean(params):.2f}',
-                mean_and_spread(values_of(report, 'dense', 1.)),
+                mean_and_spread(dense_beside(report, 'gdp', target)),
                 mean_and_spread(values_of(report, 'gdp', target)),
                 _difference(report, target)
             ])
@@ -61,7 +62,8 @@ def _targets(reports: Mapping[str, Report]) -> str:
         'mean and standard deviation, with the number of seeds in brackets. '
         'All of these networks were trained before they were pruned; '
         '`iterations` is the length of the gated training. The dense network '
-        'was trained for the same number of further iterations. Difference: '
+        'was trained for the same number of further iterations, from the same '
+        'start. Difference: '
         'mean over the seeds that both have.', '',
         _sources(reports)
     ])

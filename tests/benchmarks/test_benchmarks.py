@@ -171,6 +171,29 @@ def test_differences_are_those_of_pairs_with_their_interval() -> None:
     assert mean_and_interval([]) == '-'
 
 
+def test_gdp_stands_beside_the_dense_runs_of_its_start() -> None:
+    import results
+    report = _report(
+        _row('dense', 60., 0, 1.), _row('gdp', 58., 0),
+        dict(_row('dense', 70., 0, 1.), start_score=55.),
+        dict(_row('l1', 62., 0), start_score=55.),
+        dict(_row('gdp_slow', 57., 0), takeover=False))
+    row = _cells('\n'.join(results.overview([report])))[1]
+    assert row[3:] == [
+        '60.00 (1)', '58.00 (1)', '-2.00 (1)', '62.00 (1), L1 norm'
+    ]
+    cells = _cells(results.accuracy(report).body[0])
+    assert cells[1:] == [
+        ['dense', '1', '65.00 ± 7.07 (2)', '-'],
+        ['GDP', '0.4', '58.00 (1)', '-2.00 (1)'],
+        ['L1 norm', '0.4', '62.00 (1)', '-8.00 (1)'],
+        [
+            'GDP, pruning for 0.6, settling for 0.3, takeover=False', '0.4',
+            '57.00 (1)', '-3.00 (1)'
+        ],
+    ]
+
+
 def test_changes_are_compared_with_no_change_run_by_run() -> None:
     import results
     from accuracy_variants import CHANGES
@@ -206,9 +229,12 @@ def test_rows_from_elsewhere_are_named() -> None:
     report = _report(
         _row('dense', 60., 0, 1.), _row('gdp', 58., 0), _row('l1', 58., 0),
         _row('l1', 58., 1), dict(_row('gdp', 58., 1), **there),
+        dict(_row('dense', 60., 0, 1.), **there),
+        dict(_row('dense', 60., 1, 1.), **there),
         dict(_row('gdp', 58., 2), **there))
-    assert places(report) == ('here, torch 2.0, Torch-Pruning 1.6; '
-                              '`gdp-0.4-1`, seed 2: there, torch 2.1')
+    assert places(report) == (
+        'here, torch 2.0, Torch-Pruning 1.6; `gdp-0.4-1`, `dense-1.0-0/1`, '
+        'seed 2: there, torch 2.1')
 
 
 def test_report_is_completed_on_another_machine(
@@ -225,7 +251,11 @@ def test_report_is_completed_on_another_machine(
     ])
     args = accuracy.parse_args()
     old = dict(machine='old', torch='1.0', torch_pruning='')
-    rows = [_row('start', 50., 0, 1.), _row('dense', 60., 0, 1.)]
+    rows = [
+        _row('start', 50., 0, 1.),
+        _row('dense', 60., 0, 1.),
+        dict(_row('dense', 62., 0, 1.), start_score=52.)
+    ]
     report.write_text(
         json.dumps(dict(accuracy.conditions(args), **old, rows=rows)))
     # The start was trained again here, and so was the second seed.
@@ -238,6 +268,7 @@ def test_report_is_completed_on_another_machine(
     accuracy.main()
     assert json.loads(report.read_text())['rows'] == [
         dict(rows[1], **old),
+        dict(rows[2], **old),
         dict(again[1], **accuracy.place()),
         dict(rows[0], **old)
     ]
@@ -669,6 +700,52 @@ def test_rate_is_twice_as_high_after_the_pruning_phase() -> None:
     assert rates[30] == 2e-3
     assert rates[65] == pytest.approx(1e-3, rel=0.02)
     assert rates[-1] < 5e-5
+
+
+def test_features_of_the_start_are_predicted_from_those_that_are_left(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    import distill_hooks
+    torch.manual_seed(0)
+
+    class Segmentor(nn.Module):
+
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.backbone: Any = nn.Conv2d(3, channels, 1)
+            self.backbone.register_forward_hook(lambda *args: (args[2], ))
+            self.decode_head = nn.Identity()
+            self.decode_head.loss_by_feat = lambda logits, samples: {}
+
+    # The three channels of the teacher are the colours; the student has two.
+    teacher, student = Segmentor(3), Segmentor(2)
+    with torch.no_grad():
+        teacher.backbone.weight.copy_(torch.eye(3)[:, :, None, None])
+        student.backbone.weight.copy_(torch.eye(3)[:2, :, None, None])
+    monkeypatch.setattr(distill_hooks.MODELS, 'build', lambda _: teacher)
+    monkeypatch.setattr(distill_hooks, 'load_checkpoint', lambda *_: None)
+    monkeypatch.setattr(distill_hooks, 'RATE_OF_MAPS', 0.1)
+    hook = distill_hooks.FeatureHook(
+        model={}, checkpoint='', weight=6., begin=0.5)
+    runner: Any = SimpleNamespace(model=student, iter=0, max_iters=300)
+    hook.before_train(runner)
+    heads: Any = student.decode_head
+    weight = student.backbone.weight
+    images = torch.randn(4, 3, 8, 8)
+    for runner.iter in range(300):
+        losses = heads.loss_by_feat(student.backbone(images), None)
+        assert bool(losses) == (runner.iter >= 150)
+        if losses:
+            losses['loss_features'].backward()
+            # At first the maps learn alone.
+            assert (weight.grad is not None) == (
+                runner.iter >= 150 + distill_hooks.ALONE)
+        hook.after_train_iter(runner, 0)
+    # One of three channels cannot be told from the others.
+    assert losses['loss_features'].item() == pytest.approx(2., abs=0.1)
+    # Channels that leave the student leave the maps, too.
+    assert [one.in_channels for one in hook.maps] == [2]
+    hook.term(teacher, images, Segmentor(1).backbone(images), images)
+    assert [one.in_channels for one in hook.maps] == [1]
 
 
 def test_residual_streams_keep_their_share() -> None:
