@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from distill_hooks import DistillHook, FeatureHook
+from distill_hooks import ChannelHook, DistillHook, FeatureHook
 from gate_hooks import GainHook, StreamHook
 from mmengine.config import Config
 
@@ -67,6 +67,22 @@ def _features(weight: float) -> Callable[[Config, Path], None]:
             checkpoint=cfg.load_from,
             weight=weight,
             begin=SETTLING)
+
+    return change
+
+
+def _channels(weight: float,
+              begin: float = SETTLING) -> Callable[[Config, Path], None]:
+    """Keep each channel of the backbone's features near what it was."""
+
+    def change(cfg: Config, teacher: Path) -> None:
+        _add_hook_(
+            cfg,
+            type=ChannelHook.__name__,
+            model=_dense(cfg),
+            checkpoint=cfg.load_from,
+            weight=weight,
+            begin=begin)
 
     return change
 
@@ -166,6 +182,7 @@ class Change:
 
 # After the pruning phase.
 _FEATURES = 'features of the start as a target, weight'
+_CHANNELS = 'each channel of the start as a target, weight'
 CHANGES: dict[str, Change] = dict(
     ema=Change('average of the weights over the second half', _ema),
     kd=Change(
@@ -185,6 +202,9 @@ CHANGES: dict[str, Change] = dict(
     feat=Change(f'{_FEATURES} 1', _features(1.)),
     feat5=Change(f'{_FEATURES} 5', _features(5.)),
     feat20=Change(f'{_FEATURES} 20', _features(20.)),
+    same5=Change(f'{_CHANNELS} 5', _channels(5.)),
+    same20=Change(f'{_CHANNELS} 20', _channels(20.)),
+    always5=Change(f'{_CHANNELS} 5, from the beginning', _channels(5., 0.)),
     close=Change('gates close at an openness of 0.5', _close_early),
     alone=Change('no takeover', _take_over_nothing),
     gains=Change('longer means of the gains', _long_means),

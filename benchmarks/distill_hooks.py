@@ -9,6 +9,11 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import Runner, load_checkpoint
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gdp_mmseg.engine.model import find_pruner
+from gdp_mmseg.engine.shrinking import ShrinkHook
+from gdp_mmseg.gates.lookup import slot_values
 
 # Iterations in which only the maps of features learn, and learning rate of
 # these maps.
@@ -41,6 +46,7 @@ class _TeacherHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Build the teacher and add the term to the decoder's loss."""
+        self.runner = runner
         student: Any = runner.model
         teacher: Any = MODELS.build(self.model)
         load_checkpoint(teacher, self.checkpoint, 'cpu')
@@ -141,12 +147,10 @@ class FeatureHook(_TeacherHook):
         self._fit_maps_(features, wanted)
         if self.iteration < ALONE:  # a random map would teach noise
             features = tuple(feature.detach() for feature in features)
-        shares = []
-        for one, feature, target in zip(self.maps, features, wanted):
-            error = (one(feature) - target).float().square().mean((0, 2, 3))
-            variance = target.float().var((0, 2, 3), correction=0)
-            shares.append((error / (variance + 1e-3 * variance.mean())).mean())
-        return torch.stack(shares).mean()
+        return torch.stack([
+            _shares(one(feature), target).mean()
+            for one, feature, target in zip(self.maps, features, wanted)
+        ]).mean()
 
     def _fit_maps_(self, features: tuple[Tensor, ...],
                    wanted: tuple[Tensor, ...]) -> None:
@@ -170,3 +174,78 @@ class FeatureHook(_TeacherHook):
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
+
+
+@HOOKS.register_module()
+class ChannelHook(_TeacherHook):
+    """Compare the channels that are left with what they were at the start.
+
+    Channels of the features that the stages of the backbone return count as
+    much as their gates are open.
+    """
+
+    name = 'loss_channels'
+
+    def term(self, teacher: Any, images: Tensor, features: tuple[Tensor, ...],
+             logits: Tensor) -> Tensor:
+        """Return the share of the variance by which channels have changed.
+
+        It is the mean over the stages and over the channels that are left.
+        """
+        with torch.no_grad():
+            wanted = teacher.backbone(images)
+        means = []
+        norms = _last_norms(self.runner.model)
+        for norm, feature, target in zip(norms, features, wanted):
+            left, openness = self._channels(norm, target)
+            shares = _shares(feature, target[:, left])
+            means.append(shares @ openness / openness.sum())
+        return torch.stack(means).mean()
+
+    def _channels(self, norm: str, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Numbers and openness of the channels that are left of a stage."""
+        runner = self.runner
+        left = torch.arange(target.shape[1], device=target.device)
+        openness = torch.ones(len(left), device=target.device)
+        if not hasattr(runner.model, 'gdp'):
+            return left, openness
+        pruner = find_pruner(runner.model)
+        slots = pruner.analysis.gate_of_slot.get((f'{norm}.weight', 0))
+        if slots is None:
+            return left, openness
+        slots = slots.to(target.device)
+        openness = slot_values(pruner.gates.openness().detach(), slots)
+        for hook in runner.hooks:
+            if isinstance(hook, ShrinkHook) and hook._shrinkages:
+                present = hook._shrinkages[0].present.to(target.device)
+                left = ((slots < 0) | present[slots]).nonzero()[:, 0]
+        return left, openness[left]
+
+
+def _last_norms(model: Any) -> list[str]:
+    """Names of the last batch norm of each stage whose features are read."""
+    backbone = model.backbone
+    stages = getattr(backbone, 'res_layers', None) or backbone.layers
+    return [
+        f'backbone.{stage}.{norms[-1]}'
+        for stage in (stages[index] for index in backbone.out_indices)
+        if (norms := [
+            name for name, module in getattr(backbone, stage).named_modules()
+            if isinstance(module, _BatchNorm)
+        ])
+    ]
+
+
+def _shares(features: Tensor, wanted: Tensor) -> Tensor:
+    """Mean square errors over the variances of channels.
+
+    Args:
+        features (Tensor): ``(N, C, H, W)``.
+        wanted (Tensor): Values that they should have.
+
+    Returns:
+        Tensor: ``(C,)``; 1 if a feature were the mean of its values.
+    """
+    error = (features - wanted).float().square().mean((0, 2, 3))
+    variance = wanted.float().var((0, 2, 3), correction=0)
+    return error / (variance + 1e-3 * variance.mean())

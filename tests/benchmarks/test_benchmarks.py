@@ -748,6 +748,61 @@ def test_features_of_the_start_are_predicted_from_those_that_are_left(
     assert [one.in_channels for one in hook.maps] == [1]
 
 
+def test_channels_that_are_left_are_compared_with_their_own(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    import distill_hooks
+
+    from gdp_mmseg.engine.model import add_gates_
+    from gdp_mmseg.engine.shrinking import ShrinkHook
+    from gdp_mmseg.pruner.settings import Settings
+
+    from helpers.toys import TOYS
+    net, analysis = TOYS['residual'].analyse()
+    add_gates_(net, analysis, Settings.from_config(dict(target=0.5)))
+    norm, gates = next(
+        (name.removesuffix('.weight'), gates)
+        for (name, _), gates in analysis.gate_of_slot.items() if
+        isinstance(net.get_submodule(name.rpartition('.')[0]), nn.BatchNorm2d)
+        and len(gates) == 4)
+    monkeypatch.setattr(distill_hooks, '_last_norms', lambda _: [norm])
+    openness = torch.zeros(analysis.num_gates)
+    openness[gates] = torch.tensor([1., 0.5, 0., 1.])
+    pruner: Any = net.gdp
+    monkeypatch.setattr(pruner.gates, 'openness', lambda: openness)
+    hook = distill_hooks.ChannelHook(model={}, checkpoint='')
+    cut = ShrinkHook()
+    hook.runner = SimpleNamespace(model=net, hooks=[cut])
+    wanted = torch.randn(2, 4, 5, 5)
+    wanted /= wanted.std((0, 2, 3), correction=0)[:, None, None]
+    teacher = SimpleNamespace(backbone=lambda images: (wanted, ))
+    features = wanted.clone()
+    features[:, 1] += 1
+    features[:, 2] += 9  # a closed channel does not count
+    found = hook.term(teacher, wanted, (features, ), wanted)
+    assert found.item() == pytest.approx(0.5 / 2.5, rel=1e-2)
+    # The closed channel has left.
+    cut._shrinkages = [SimpleNamespace(present=openness > 0)]
+    found = hook.term(teacher, wanted, (features[:, [0, 1, 3]], ), wanted)
+    assert found.item() == pytest.approx(0.5 / 2.5, rel=1e-2)
+    # A dense network has all channels.
+    hook.runner = SimpleNamespace(model=nn.Identity(), hooks=[])
+    found = hook.term(teacher, wanted, (wanted + 1, ), wanted)
+    assert found.item() == pytest.approx(1., rel=1e-2)
+
+
+def test_last_norms_of_stages_write_their_features() -> None:
+    from distill_hooks import _last_norms
+    from mmseg.models import MobileNetV2, ResNet
+    nets = [
+        SimpleNamespace(backbone=ResNet(50)),
+        SimpleNamespace(backbone=MobileNetV2(out_indices=(1, 6)))
+    ]
+    assert [_last_norms(net) for net in nets] == [[
+        'backbone.layer1.2.bn3', 'backbone.layer2.3.bn3',
+        'backbone.layer3.5.bn3', 'backbone.layer4.2.bn3'
+    ], ['backbone.layer2.1.conv.2.bn', 'backbone.layer7.0.conv.2.bn']]
+
+
 def test_residual_streams_keep_their_share() -> None:
     from gate_hooks import GainHook, StreamHook
 
