@@ -4,16 +4,21 @@ Letters: ``G`` gates, ``C`` channels on an axis of a kernel.
 """
 from __future__ import annotations
 
+import functools
 from typing import Any, Iterator, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis
 from .base import GateMethod, has_processes
-from .scaling import scaled
+from .operators import Convolution, Matrix, Operator, Plain
+from .scaling import Scaling, run
+
+# Forwards of convolutions whose operator is known.
+_FORWARDS = (nn.Conv1d._conv_forward, nn.Conv2d._conv_forward,
+             nn.Conv3d._conv_forward)
 
 
 def gate_(model: nn.Module, analysis: Analysis, gates: GateMethod) -> None:
@@ -259,37 +264,50 @@ class _GatedLayer(_GatedForward):
     # Axis of the kernel along which its inputs lie.
     axis = 1
 
-    def gated(self, inputs: Tensor, weight: Tensor,
-              inputs_axis: int) -> tuple[Tensor, Tensor]:
-        """Multiply inputs or kernel, whichever is smaller, by the gates.
+    def run(self, operator: Operator | Plain, inputs: Tensor, weight: Tensor,
+            bias: Tensor | None, inputs_axis: int) -> Tensor:
+        """Compute outputs with gates on inputs or kernel, the smaller one.
 
         Args:
+            operator (Operator | Plain): Operator of the layer, or a plain
+                function.
             inputs (Tensor): Inputs of the layer.
             weight (Tensor): Its kernel.
+            bias (Tensor, optional): Its bias.
             inputs_axis (int): Axis of the inputs that has the channels.
-
-        Returns:
-            tuple[Tensor, Tensor]: Inputs and kernel, one of them multiplied.
         """
         factors = self.factors(weight)
-        modes = self.gates.neutral, self.heeded
         # The slots of a grouped kernel stand for one channel of each group.
         # A layer with a frozen kernel does not keep its inputs, which other
         # code may then change.
-        if (inputs.numel() < weight.numel() and weight.requires_grad
-                and inputs.shape[inputs_axis] == len(factors)):
-            return scaled(inputs, factors, inputs_axis, *modes), weight
-        return inputs, scaled(weight, factors, self.axis, *modes)
+        of_inputs = (
+            inputs.numel() < weight.numel() and weight.requires_grad
+            and inputs.shape[inputs_axis] == len(factors))
+        return run(
+            operator, inputs, weight, bias, factors,
+            Scaling(of_inputs, inputs_axis if of_inputs else self.axis,
+                    self.gates.neutral, self.heeded))
 
 
 class _GatedConvolution(_GatedLayer):
 
     def __call__(self, inputs: Tensor, weight: Tensor,
                  bias: Tensor | None) -> Tensor:
+        return self.run(
+            self._operator(inputs.dim() == weight.dim()), inputs, weight, bias,
+            1 - weight.dim())
+
+    def _operator(self, is_batch: bool) -> Operator | Plain:
+        """Operator of the layer, or a plain function where it has no own."""
+        layer: Any = self.module
         # The class's own method: the layer's attribute is this object.
-        plain: Any = type(self.module)
-        inputs, weight = self.gated(inputs, weight, 1 - weight.dim())
-        return plain._conv_forward(self.module, inputs, weight, bias)
+        forward = type(layer)._conv_forward
+        if (not is_batch or forward not in _FORWARDS
+                or layer.padding_mode != 'zeros'
+                or isinstance(layer.padding, str)):
+            return functools.partial(forward, layer)
+        return Convolution(layer.stride, layer.padding, layer.dilation, False,
+                           layer.output_padding, layer.groups)
 
 
 class _GatedTransposed(_GatedLayer):
@@ -300,19 +318,19 @@ class _GatedTransposed(_GatedLayer):
                  output_size: list[int] | None = None) -> Tensor:
         layer: Any = self.module
         axes = len(layer.kernel_size)
-        convolve = (F.conv_transpose1d, F.conv_transpose2d,
-                    F.conv_transpose3d)[axes - 1]
         added = layer._output_padding(inputs, output_size, layer.stride,
                                       layer.padding, layer.kernel_size, axes,
                                       layer.dilation)
-        inputs, weight = self.gated(inputs, layer.weight, -1 - axes)
-        return convolve(inputs, weight, layer.bias, layer.stride,
-                        layer.padding, added, layer.groups, layer.dilation)
+        operator = Convolution(layer.stride, layer.padding, layer.dilation,
+                               True, tuple(added), layer.groups)
+        is_batch = inputs.dim() == axes + 2
+        outputs = self.run(operator, inputs if is_batch else inputs[None],
+                           layer.weight, layer.bias, -1 - axes)
+        return outputs if is_batch else outputs[0]
 
 
 class _GatedLinear(_GatedLayer):
 
     def __call__(self, inputs: Tensor) -> Tensor:
         layer: Any = self.module
-        inputs, weight = self.gated(inputs, layer.weight, -1)
-        return F.linear(inputs, weight, layer.bias)
+        return self.run(Matrix(), inputs, layer.weight, layer.bias, -1)

@@ -1,4 +1,4 @@
-"""Inputs or kernel of a layer times the factors of its input channels.
+"""Layers whose inputs or kernel are multiplied by factors of channels.
 
 A layer is linear in its inputs x and in its kernel W, so that it computes
 conv(x g, W) = conv(x, W g). The smaller of the two tensors is multiplied:
@@ -8,10 +8,12 @@ Letters: ``C`` channels on an axis of the tensor.
 """
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .operators import Convolution, Matrix, Operator, Plain
 
 # Elements of a tensor that are worked on at once in the backward pass: they
 # stay in the processor's cache. A GPU takes the whole tensor.
@@ -20,67 +22,131 @@ _CHUNK = 2**18
 _SMALL = 2**18
 
 
-def scaled(tensor: Tensor,
-           factors: Tensor,
-           axis: int,
-           neutral: bool = False,
-           heeded: bool = True) -> Tensor:
-    """Compute the product with factors, differentiable in both.
-
-    Nothing but a layer may read the product, because its gradient is
-    overwritten.
+class Scaling(NamedTuple):
+    """Tensor of a layer that factors ``(C,)`` multiply, and how.
 
     Args:
-        tensor (Tensor): Inputs or kernel of a layer. The product has their
-            data type.
-        factors (Tensor): ``(C,)``.
+        of_inputs (bool): Whether it is the inputs, else the kernel.
         axis (int): Axis of the tensor that has the ``C`` channels.
         neutral (bool): Whether all factors are 1, so that the product is the
             tensor itself.
         heeded (bool): Whether a gradient of the factors would be used. If
-            not, it is zero.
+            not, it may be zero.
     """
-    axis %= tensor.dim()
-    is_linked = factors.requires_grad
-    if neutral and not is_linked:
-        return tensor
-    is_small = tensor.numel() < _SMALL and not neutral
-    if (torch.compiler.is_compiling() or not tensor.requires_grad
-            or (heeded and not is_linked)
-            or (is_small and heeded == is_linked)):
-        return (tensor * along(factors, tensor, axis)).to(tensor.dtype)
-    product: Tensor = _Product.apply(tensor, factors, axis, neutral, heeded)
-    return product
+    of_inputs: bool
+    axis: int
+    neutral: bool = False
+    heeded: bool = True
 
 
-class _Product(torch.autograd.Function):
+def run(operator: Operator | Plain, inputs: Tensor, weight: Tensor,
+        bias: Tensor | None, factors: Tensor, scaling: Scaling) -> Tensor:
+    """Compute the outputs of a layer, differentiable in all tensors.
+
+    No product of a large tensor is kept for the backward pass.
+
+    Args:
+        operator (Operator | Plain): Operator of the layer. A plain function
+            does not compute its gradients, so the product is kept.
+        inputs (Tensor): Inputs of the layer; of a convolution, a batch.
+        weight (Tensor): Kernel.
+        bias (Tensor, optional): Bias.
+        factors (Tensor): ``(C,)``.
+        scaling (Scaling): What the factors multiply.
+    """
+    tensor = inputs if scaling.of_inputs else weight
+    if scaling.neutral and not factors.requires_grad:
+        return operator(inputs, weight, bias)
+    is_large = scaling.neutral or tensor.numel() >= _SMALL
+    if (is_large and tensor.requires_grad
+            and isinstance(operator, (Convolution, Matrix))
+            and not torch.compiler.is_compiling()):
+        # Autocast does so, too: what is kept for the backward pass is cast.
+        dtype = output_type(inputs)
+        outputs: Tensor = _Gated.apply(
+            inputs.to(dtype), weight, None if bias is None else bias.to(dtype),
+            factors, operator, scaling)
+        return outputs
+    return operator(*_multiplied(inputs, weight, factors, scaling, None), bias)
+
+
+def output_type(inputs: Tensor) -> torch.dtype:
+    """Data type of a layer's outputs, which autocast may choose."""
+    device = inputs.device.type
+    if torch.is_autocast_enabled(device) and inputs.dtype != torch.double:
+        return torch.get_autocast_dtype(device)
+    return inputs.dtype
+
+
+def _multiplied(inputs: Tensor, weight: Tensor, factors: Tensor,
+                scaling: Scaling,
+                dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """Multiply the inputs or the kernel of a layer by factors.
+
+    Args:
+        inputs (Tensor): Inputs.
+        weight (Tensor): Kernel.
+        factors (Tensor): ``(C,)``.
+        scaling (Scaling): What the factors multiply.
+        dtype (torch.dtype, optional): Data type of the results. Defaults to
+            that of each tensor.
+
+    Returns:
+        tuple[Tensor, Tensor]: Inputs and kernel.
+    """
+    tensors = [inputs, weight]
+    place = 0 if scaling.of_inputs else 1
+    tensor = tensors[place]
+    if not scaling.neutral:
+        shaped = along(factors, tensor, scaling.axis)
+        if torch.is_grad_enabled():
+            tensors[place] = (tensor * shaped).to(dtype or tensor.dtype)
+        else:
+            tensors[place] = torch.mul(
+                tensor, shaped, out=torch.empty_like(tensor, dtype=dtype))
+    inputs, weight = (one.to(dtype or one.dtype) for one in tensors)
+    return inputs, weight
+
+
+class _Gated(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, factors: Tensor, axis: int,
-                neutral: bool, heeded: bool) -> Tensor:
-        ctx.save_for_backward(factors, *[tensor] * heeded)
-        ctx.axis, ctx.neutral = axis, neutral
-        if neutral:
-            return tensor.view_as(tensor)
-        return torch.mul(
-            tensor, along(factors, tensor, axis), out=torch.empty_like(tensor))
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None,
+                factors: Tensor, operator: Operator,
+                scaling: Scaling) -> Tensor:
+        ctx.save_for_backward(inputs, weight, factors)
+        ctx.operator, ctx.scaling = operator, scaling
+        return operator(
+            *_multiplied(inputs, weight, factors, scaling, inputs.dtype), bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
-        factors, *seen = ctx.saved_tensors
-        axis, dtype = ctx.axis, factors.dtype
-        shaped = None if ctx.neutral else along(factors, gradient, axis)
-        of_factors = torch.zeros_like(factors)
+        inputs, weight, factors = ctx.saved_tensors
+        scaling: Scaling = ctx.scaling
+        *wanted, is_linked = ctx.needs_input_grad[:4]
+        found = list(
+            ctx.operator.gradients(
+                gradient,
+                *_multiplied(inputs, weight, factors, scaling, inputs.dtype),
+                wanted))
+        place = 0 if scaling.of_inputs else 1
+        tensor = (inputs, weight)[place]
+        product: Tensor = found[place].to(tensor.dtype)
+        axis, dtype = scaling.axis % tensor.dim(), factors.dtype
+        shaped = None if scaling.neutral else along(factors, tensor, axis)
+        of_factors = torch.zeros_like(factors) if is_linked else None
+        is_seen = is_linked and scaling.heeded
         if torch.is_grad_enabled():  # The gradient is differentiated again.
-            if seen:
-                of_factors = _sums(gradient, seen[0], axis, dtype)
+            if is_seen:
+                of_factors = _sums(product, tensor, axis, dtype)
             if shaped is not None:
-                gradient = (gradient * shaped).to(gradient.dtype)
-        elif seen:
-            of_factors = _gradients_(gradient, seen[0], shaped, axis, dtype)
+                product = (product * shaped).to(product.dtype)
+        elif is_seen:
+            of_factors = _gradients_(product, tensor, shaped, axis, dtype)
         elif shaped is not None:
-            gradient *= shaped
-        return gradient, of_factors, None, None, None
+            product *= shaped
+        found[place] = product
+        return *found, of_factors, None, None
 
 
 def _gradients_(gradient: Tensor, tensor: Tensor, shaped: Tensor | None,
@@ -121,7 +187,9 @@ def _sums(gradient: Tensor, tensor: Tensor, axis: int,
           dtype: torch.dtype) -> Tensor:
     """Sum the products of two tensors for each channel: ``(C,)``."""
     others = [other for other in range(tensor.dim()) if other != axis]
-    return (gradient.to(dtype) * tensor.to(dtype)).sum(others)
+    products = gradient.to(dtype) * tensor.to(dtype)
+    # A sum over no axis would be one over all.
+    return products.sum(others) if others else products
 
 
 def along(values: Tensor, tensor: Tensor, axis: int) -> Tensor:

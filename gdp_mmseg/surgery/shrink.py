@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..analysis.structure import Analysis
 from ..gates.layers import select_slots_
+from ..gates.scaling import output_type
 from .constant import Expansion
 from .outputs import first_line
 from .prune import put_back, take
@@ -269,14 +270,11 @@ class _EmptyLayer(_Empty):
         self.expand = Expansion(layer)
 
     def __call__(self, inputs: Tensor, *_: Any) -> Tensor:
-        layer, device = self.layer, inputs.device.type
-        dtype = (
-            torch.get_autocast_dtype(device)
-            if torch.is_autocast_enabled(device) else inputs.dtype)
+        layer = self.layer
         channels = (
             layer.weight.new_zeros(_outputs(layer))
             if layer.bias is None else layer.bias)
-        return self.expand(channels.to(dtype), inputs)
+        return self.expand(channels.to(output_type(inputs)), inputs)
 
 
 def _outputs(layer: nn.Linear | _ConvNd) -> int:

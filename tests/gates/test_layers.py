@@ -64,6 +64,21 @@ def test_gated_layer_is_the_layer_on_gated_activations(name: str) -> None:
     assert by_weight[1] == 0 and (by_weight[[0, 2]] != 0).all()
 
 
+@pytest.mark.parametrize('name',
+                         [name for name in LAYERS if 'reflection' not in name])
+def test_no_gated_kernel_is_kept_for_the_backward_pass(
+        name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, '_SMALL', 0)
+    layer, gates, inputs = layer_and_gates(name)
+    gate_layer_(layer, gates, SLOTS)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor) or tensor, lambda one: one):
+        layer(inputs.requires_grad_())
+    kernels = [one for one in kept if one.numel() == layer.weight.numel()]
+    assert [one.data_ptr() for one in kernels] == [layer.weight.data_ptr()]
+
+
 @pytest.mark.parametrize('name', LAYERS)
 def test_gradient_of_theta_is_the_finite_difference(name: str) -> None:
     layer, gates, inputs = layer_and_gates(name)
