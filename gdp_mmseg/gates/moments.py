@@ -5,7 +5,7 @@ Letters: ``c`` channels, ``n`` positions.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,76 @@ _POSITIONS = 4096
 # Share of what was known that stays when a batch is observed: a single one
 # tells too little of channels that are only seen at few positions.
 _KEPT = 0.7
+# What stands for a correlation of 1.
+_ONE = 2**15 - 1
+
+
+class Known(NamedTuple):
+    """Means and covariance of channels, in little memory.
+
+    Correlations are in [-1, 1], and 16 bits of a whole number round them by
+    at most 1.6e-5. Whatever the channels are, that is less than the share of
+    variance that is added to 256 of them, so a covariance stays positive.
+
+    Args:
+        mean (Tensor): ``(c,)``.
+        deviation (Tensor): ``(c,)`` standard deviations.
+        correlations (Tensor): ``(c (c - 1) / 2,)`` int16, the lower triangle
+            of the correlations, times :data:`_ONE`.
+    """
+    mean: Tensor
+    deviation: Tensor
+    correlations: Tensor
+
+    @classmethod
+    def of(cls, mean: Tensor, covariance: Tensor) -> Known:
+        """Keep a mean ``(c,)`` and a covariance ``(c, c)``."""
+        deviation = covariance.diagonal().clamp(min=0).sqrt()
+        # Channels that are constant are correlated with none.
+        products = torch.outer(
+            deviation, deviation).clamp_(min=torch.finfo(mean.dtype).tiny)
+        correlations = (covariance / products).clamp_(-1, 1).mul_(_ONE)
+        rows, columns = _triangle(len(mean))
+        return cls(mean, deviation,
+                   correlations[rows, columns].round_().to(torch.int16))
+
+    @classmethod
+    def of_moments(cls, moments: Tensor) -> Known:
+        """Keep means of products of a constant 1 and the channels.
+
+        Args:
+            moments (Tensor): ``((c + 1) (c + 2) / 2,)`` lower triangle of
+                their matrix, of which the constant is the first row. Earlier
+                versions kept these.
+        """
+        size = (math.isqrt(8 * len(moments) + 1) - 1) // 2
+        rows, columns = _triangle(size, 0)
+        matrix = moments.new_zeros(size, size)
+        matrix[rows, columns] = matrix[columns, rows] = moments
+        mean = matrix[0, 1:]
+        return cls.of(mean, matrix[1:, 1:] - torch.outer(mean, mean))
+
+    def moments(self) -> Tensor:
+        """Undo :meth:`of_moments`."""
+        covariance = self.covariance(self.mean.dtype)
+        matrix = functional.pad(covariance, (1, 0, 1, 0))
+        mean = functional.pad(self.mean, (1, 0), value=1)
+        matrix += torch.outer(mean, mean)
+        return matrix[tuple(_triangle(len(mean), 0))]
+
+    def covariance(self, dtype: torch.dtype) -> Tensor:
+        """Covariance ``(c, c)`` in a data type."""
+        rows, columns = _triangle(len(self.mean))
+        deviation = self.deviation.to(dtype)
+        matrix = torch.eye(len(deviation), dtype=dtype)
+        matrix[rows, columns] = matrix[columns, rows] = (
+            self.correlations.to(dtype) / _ONE)
+        return matrix * torch.outer(deviation, deviation)
+
+
+def _triangle(size: int, offset: int = -1) -> Tensor:
+    """Rows and columns of the lower triangle of a matrix."""
+    return torch.tril_indices(size, size, offset)
 
 
 class Moments:
@@ -34,55 +104,51 @@ class Moments:
             reads.
 
     Attributes:
-        values (Tensor | None): ``((c + 1) (c + 2) / 2,)`` running means of
-            the products of a constant 1 and the channels with each other, so
-            of the channels themselves, too: the lower triangle of a matrix
-            that is symmetric. None before anything was observed. They are in
-            main memory, because few steps use them.
+        known (Known | None): Running means; None before anything was
+            observed. They are in main memory, because few steps use them.
     """
 
     def __init__(self, channels: Tensor) -> None:
         self.channels = channels
-        self.values: Tensor | None = None
+        self.known: Known | None = None
 
     def observe_(self, inputs: Tensor, factors: Tensor, rows: Tensor) -> None:
         """Average with the moments of channels at positions, in place.
 
         Args:
             inputs (Tensor): ``(n, k)`` ``k`` of the channels at positions,
-                times their factors.
+                times their factors. They are overwritten.
             factors (Tensor): ``(k,)``, none of them zero.
             rows (Tensor): ``(k,)`` places of these channels in the block, on
                 the CPU.
         """
-        inputs = functional.pad(inputs.to(factors), (1, 0), value=1)
-        scale = functional.pad(factors, (1, 0), value=1)
-        found = (inputs.T @ inputs / len(inputs)).div_(
-            torch.outer(scale, scale)).cpu()
-        weight = 1. if self.values is None else 1 - _KEPT
-        matrix = self._matrix(found.dtype)
-        places = functional.pad(rows + 1, (1, 0))
-        at = places[:, None], places
+        inputs = inputs.to(factors)
+        mean = inputs.mean(0)
+        inputs -= mean
+        covariance = (inputs.T @ inputs / len(inputs)).div_(
+            torch.outer(factors, factors))
+        found = torch.cat(((mean / factors)[None], covariance)).cpu()
         # Inputs that are not finite teach nothing.
-        finite = found.isfinite().all()
-        matrix[at] = matrix[at].lerp(
-            found.nan_to_num(0, 0, 0), weight * finite.to(found))
-        self.values = matrix[tuple(self._triangle())]
+        if found.isfinite().all():
+            self._average_(found[0], found[1:], rows)
 
-    def _triangle(self) -> Tensor:
-        """Rows and columns of the lower triangle of the matrix."""
-        size = len(self.channels) + 1
-        return torch.tril_indices(size, size)
-
-    def _matrix(self, dtype: torch.dtype) -> Tensor:
-        """Matrix ``(c + 1, c + 1)`` of what is known; zero if nothing is."""
-        size = len(self.channels) + 1
-        matrix = torch.zeros(size, size, dtype=dtype)
-        if self.values is not None:
-            rows, columns = self._triangle()
-            values = self.values.to(dtype)
-            matrix[rows, columns] = matrix[columns, rows] = values
-        return matrix
+    def _average_(self, mean: Tensor, covariance: Tensor,
+                  rows: Tensor) -> None:
+        """Average with a mean ``(k,)`` and a covariance, in place."""
+        size, weight = len(self.channels), 1 - _KEPT
+        if self.known is None:
+            all_mean, weight = mean.new_zeros(size), 1.
+            whole = covariance.new_zeros(size, size)
+        else:
+            all_mean = self.known.mean.clone()
+            whole = self.known.covariance(covariance.dtype)
+        at = rows[:, None], rows
+        step = mean - all_mean[rows]
+        all_mean[rows] += weight * step
+        # Means that differ add to the variance of both together.
+        whole[at] = whole[at].lerp(covariance, weight).addr_(
+            step, step, alpha=weight * (1 - weight))
+        self.known = Known.of(all_mean, whole)
 
     def agree_(self, like: Tensor) -> None:
         """Take the mean of what all processes know, in place.
@@ -94,14 +160,15 @@ class Moments:
             return
         number = like.new_ones(1)
         # A layer may not have run in this process.
-        if self.values is None:
+        if self.known is None:
             number = like.new_zeros(1)
-            values = like.new_zeros(self._triangle().shape[1])
+            size = len(self.channels) + 1
+            moments = like.new_zeros(size * (size + 1) // 2)
         else:
-            values = self.values.to(like)
-        dist.all_reduce(values)
+            moments = self.known.moments().to(like)
+        dist.all_reduce(moments)
         dist.all_reduce(number)
-        self.values = (values / number.clamp(min=1)).cpu()
+        self.known = Known.of_moments((moments / number.clamp(min=1)).cpu())
 
     def estimate(self, ours: Tensor, others: Tensor, is_centred: bool,
                  like: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,10 +185,12 @@ class Moments:
             tuple[Tensor, Tensor]: Coefficients ``(k, s)`` and constants
             ``(k,)``.
         """
-        assert self.values is not None
-        moments = self._matrix(torch.double)
-        mean = moments[1:, 0] * is_centred
-        covariance = moments[1:, 1:] - torch.outer(mean, mean)
+        assert self.known is not None
+        mean = self.known.mean.double()
+        covariance = self.known.covariance(torch.double)
+        if not is_centred:
+            covariance += torch.outer(mean, mean)
+            mean = torch.zeros_like(mean)
         inner = covariance[others[:, None], others]
         inner.diagonal().add_(_RIDGE * inner.diagonal().mean() + _LEAST_RIDGE)
         factor, failed = torch.linalg.cholesky_ex(inner)

@@ -37,7 +37,7 @@ from ..analysis.liveness import kept_slots
 from ..analysis.structure import Analysis, Layer
 from .base import GateMethod
 from .lookup import slot_values
-from .moments import Moments, spread
+from .moments import Known, Moments, spread
 from .scaling import along
 
 # Most channels that tell each other. With more, hardly less is lost, and the
@@ -141,7 +141,7 @@ class Takeover(nn.Module):
         """Forget what the layers read, in place: nothing moves any more."""
         for reader in self.readers:
             for block in reader.blocks:
-                block.values = None
+                block.known = None
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str,
                               *args: Any, **kwargs: Any) -> None:
@@ -253,7 +253,7 @@ class _Reader(nn.Module):
             channels = block.channels[rows]
             ours = (old != new)[channels]
             others = ~ours & (new[channels] > 0)
-            if (block.values is None or not ours.any() or not others.any()
+            if (block.known is None or not ours.any() or not others.any()
                     or not len(kernel)):
                 continue
             coefficients, constant = block.estimate(rows[ours], rows[others],
@@ -280,15 +280,23 @@ class _Reader(nn.Module):
                             keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for index, block in enumerate(self.blocks):
-            if block.values is not None:
-                destination[f'{prefix}{index}'] = block.values
+            if block.known is not None:
+                for name, value in block.known._asdict().items():
+                    destination[f'{prefix}{index}.{name}'] = value
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str,
                               *args: Any, **kwargs: Any) -> None:
         for index, block in enumerate(self.blocks):
-            values = state_dict.pop(f'{prefix}{index}', None)
-            block.values = (None if values is None else values.to(
-                'cpu', copy=True))
+            key = f'{prefix}{index}'
+            found = [
+                state_dict.pop(f'{key}.{name}', None) for name in Known._fields
+            ]
+            block.known = None
+            if key in state_dict:  # Of a version that kept moments.
+                block.known = Known.of_moments(state_dict.pop(key).cpu())
+            elif all(value is not None for value in found):
+                block.known = Known(*(value.to('cpu', copy=True)
+                                      for value in found))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 

@@ -23,7 +23,7 @@ SHAPE = (3, 9, 9)
 @pytest.fixture(autouse=True)
 def small_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setattr(moments, '_RIDGE', 1e-6)
+    monkeypatch.setattr(moments, '_RIDGE', 1e-4)
 
 
 class Gated:
@@ -111,7 +111,7 @@ def _assert_taken_over(gated: Gated, openness: float = 0.) -> None:
     gated.set_(openness, 3)
     lost = (gated.net(inputs) - wanted).abs().max()
     gated.take_over_()
-    assert (gated.net(inputs) - wanted).abs().max() < 1e-3 * lost
+    assert (gated.net(inputs) - wanted).abs().max() < 3e-3 * lost
 
 
 READERS: list[tuple[nn.Module, dict[str, nn.Module]]] = [
@@ -251,6 +251,20 @@ def test_what_is_known_is_in_the_state_until_gates_move_no_more() -> None:
         assert torch.equal(value, state[name]), name
     gated.takeover.forget_()
     assert [*gated.pruner.state_dict()] == names
+
+
+def test_moments_of_earlier_versions_are_read() -> None:
+    gated = Gated(nn.Conv2d(6, 4, 1))
+    gated.observe_()
+    state = copy.deepcopy(gated.pruner.state_dict())
+    reader = 'takeover.readers.0.0'
+    known = moments.Known(*(state.pop(f'{reader}.{name}')
+                            for name in moments.Known._fields))
+    state[reader] = known.moments()
+    other = Gated(nn.Conv2d(6, 4, 1))
+    other.pruner.load_state_dict(state)
+    for name, value in other.pruner.state_dict().items():
+        torch.testing.assert_close(value, gated.pruner.state_dict()[name])
 
 
 def test_frozen_and_shared_kernels_stay_as_they_are() -> None:
