@@ -46,16 +46,28 @@ class Known(NamedTuple):
     correlations: Tensor
 
     @classmethod
-    def of(cls, mean: Tensor, covariance: Tensor) -> Known:
-        """Keep a mean ``(c,)`` and a covariance ``(c, c)``."""
-        deviation = covariance.diagonal().clamp(min=0).sqrt()
+    def zeros(cls, size: int, dtype: torch.dtype) -> Known:
+        """Make that of ``size`` channels that are zero."""
+        return cls(
+            torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype),
+            torch.zeros(size * (size - 1) // 2, dtype=torch.int16))
+
+    def set_(self, mean: Tensor, covariance: Tensor) -> None:
+        """Keep a mean ``(c,)`` and a covariance ``(c, c)``, in place.
+
+        New tensors would be scattered over the memory of a training.
+        """
+        self.mean.copy_(mean)
+        self.deviation.copy_(covariance.diagonal().clamp(min=0).sqrt())
         # Channels that are constant are correlated with none.
         products = torch.outer(
-            deviation, deviation).clamp_(min=torch.finfo(mean.dtype).tiny)
+            self.deviation,
+            self.deviation).clamp_(min=torch.finfo(mean.dtype).tiny)
         correlations = (covariance / products).clamp_(-1, 1).mul_(_ONE)
-        rows, columns = _triangle(len(mean))
-        return cls(mean, deviation,
-                   correlations[rows, columns].round_().to(torch.int16))
+        torch.take(
+            correlations.round_().to(torch.int16),
+            _triangle(len(mean), -1),
+            out=self.correlations)
 
     @classmethod
     def of_moments(cls, moments: Tensor) -> Known:
@@ -67,33 +79,33 @@ class Known(NamedTuple):
                 versions kept these.
         """
         size = (math.isqrt(8 * len(moments) + 1) - 1) // 2
-        rows, columns = _triangle(size, 0)
-        matrix = moments.new_zeros(size, size)
-        matrix[rows, columns] = matrix[columns, rows] = moments
-        mean = matrix[0, 1:]
-        return cls.of(mean, matrix[1:, 1:] - torch.outer(mean, mean))
+        half = moments.new_zeros(size, size).put_(_triangle(size, 0), moments)
+        mean, products = half[1:, 0], half[1:, 1:]
+        known = cls.zeros(size - 1, moments.dtype)
+        known.set_(mean,
+                   products + products.tril(-1).T - torch.outer(mean, mean))
+        return known
 
     def moments(self) -> Tensor:
         """Undo :meth:`of_moments`."""
-        covariance = self.covariance(self.mean.dtype)
-        matrix = functional.pad(covariance, (1, 0, 1, 0))
+        matrix = functional.pad(self.covariance(self.mean.dtype), (1, 0, 1, 0))
         mean = functional.pad(self.mean, (1, 0), value=1)
         matrix += torch.outer(mean, mean)
-        return matrix[tuple(_triangle(len(mean), 0))]
+        return matrix.take(_triangle(len(mean), 0))
 
     def covariance(self, dtype: torch.dtype) -> Tensor:
         """Covariance ``(c, c)`` in a data type."""
-        rows, columns = _triangle(len(self.mean))
-        deviation = self.deviation.to(dtype)
-        matrix = torch.eye(len(deviation), dtype=dtype)
-        matrix[rows, columns] = matrix[columns, rows] = (
-            self.correlations.to(dtype) / _ONE)
-        return matrix * torch.outer(deviation, deviation)
+        size, deviation = len(self.mean), self.deviation.to(dtype)
+        half = torch.zeros(size, size, dtype=torch.int16)
+        half.put_(_triangle(size, -1), self.correlations)
+        correlations = (half + half.T).to(dtype).div_(_ONE).fill_diagonal_(1)
+        return correlations.mul_(torch.outer(deviation, deviation))
 
 
-def _triangle(size: int, offset: int = -1) -> Tensor:
-    """Rows and columns of the lower triangle of a matrix."""
-    return torch.tril_indices(size, size, offset)
+def _triangle(size: int, offset: int) -> Tensor:
+    """Places of the lower triangle in the entries of a square matrix."""
+    rows, columns = torch.tril_indices(size, size, offset)
+    return rows.mul_(size).add_(columns)
 
 
 class Moments:
@@ -135,20 +147,19 @@ class Moments:
     def _average_(self, mean: Tensor, covariance: Tensor,
                   rows: Tensor) -> None:
         """Average with a mean ``(k,)`` and a covariance, in place."""
-        size, weight = len(self.channels), 1 - _KEPT
+        weight = 1 - _KEPT
         if self.known is None:
-            all_mean, weight = mean.new_zeros(size), 1.
-            whole = covariance.new_zeros(size, size)
-        else:
-            all_mean = self.known.mean.clone()
-            whole = self.known.covariance(covariance.dtype)
+            self.known = Known.zeros(len(self.channels), mean.dtype)
+            weight = 1.
+        all_mean = self.known.mean.clone()
+        whole = self.known.covariance(mean.dtype)
         at = rows[:, None], rows
         step = mean - all_mean[rows]
         all_mean[rows] += weight * step
         # Means that differ add to the variance of both together.
         whole[at] = whole[at].lerp(covariance, weight).addr_(
             step, step, alpha=weight * (1 - weight))
-        self.known = Known.of(all_mean, whole)
+        self.known.set_(all_mean, whole)
 
     def agree_(self, like: Tensor) -> None:
         """Take the mean of what all processes know, in place.
