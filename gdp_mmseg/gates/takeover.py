@@ -60,8 +60,6 @@ class Takeover(nn.Module):
         gates (GateMethod): Its gates.
 
     Attributes:
-        analysis (Analysis): Analysis of the model, which tells where its gates
-            stand.
         level (Tensor): ``(G,)`` openness for which the kernels are: what gates
             have let through less since then is not taken over yet.
         watches (Tensor): Scalar, 1 if the next passes are observed, else 0.
@@ -75,7 +73,6 @@ class Takeover(nn.Module):
     def __init__(self, analysis: Analysis, model: nn.Module,
                  gates: GateMethod) -> None:
         super().__init__()
-        self.analysis = analysis
         # In a tuple, because the model is no part of this module.
         self._parts = model, gates
         self._release: list[Callable[[], None]] = []
@@ -85,6 +82,12 @@ class Takeover(nn.Module):
         self.readers: Any = nn.ModuleList(
             _reader_of(layer, analysis, model)
             for layer in _taking_over(analysis, model))
+        self.place_(analysis)
+
+    def place_(self, analysis: Analysis) -> None:
+        """Note where the gates of the analysis stand, in place."""
+        for reader in self.readers:
+            reader.place_(analysis)
 
     def watch_(self, watches: bool) -> None:
         """Observe what the layers read in the next passes, or no longer."""
@@ -195,6 +198,8 @@ class _Reader(nn.Module):
 
     Attributes:
         left (Tensor): ``(C,)`` bool on the CPU, channels in the model.
+        here (Tensor): ``(C,)`` bool on the CPU, channels that no gate has
+            multiplied when the layer reads them.
         blocks (list[Moments]): What is known of each block. It is in the
             state dict while there is anything.
     """
@@ -209,6 +214,11 @@ class _Reader(nn.Module):
         self.blocks = [
             Moments(channels[first::number]) for first in range(number)
         ]
+
+    def place_(self, analysis: Analysis) -> None:
+        """Note where the gates of the analysis stand, in place."""
+        stands_here = analysis.stands_at(self.name)
+        self.here = (self.slots < 0) | stands_here[self.slots.clamp(min=0)]
 
     def observe_(self, inputs: Tensor, factors: Tensor) -> None:
         """Take what the layer reads into account, in place.
@@ -313,8 +323,6 @@ class _Observer:
                  gates: GateMethod) -> None:
         self.takeover, self.reader = takeover, reader
         self.gates = gates
-        # The others stand at norms and have multiplied the inputs already.
-        self.at_layer = takeover.analysis.stands_at(reader.name)
 
     @torch.compiler.disable
     @torch.no_grad()
@@ -325,7 +333,7 @@ class _Observer:
             return
         openness = self.gates.openness()
         factors = slot_values(openness, slots.to(openness.device))
-        here = (slots < 0) | self.at_layer[slots.clamp(min=0)]
+        here = self.reader.here[self.reader.left]
         # What a closed gate let through counts no longer.
         factors = factors.masked_fill(
             here.to(factors.device) | (factors == 0), 1)

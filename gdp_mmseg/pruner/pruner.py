@@ -86,7 +86,7 @@ class Pruner(WithConstants):
         """Move the gates at norms of the model to the layers, in place."""
         self.analysis = move_to_layers_(model, self.analysis, self.gates)
         if self.takeover is not None:
-            self.takeover.analysis = self.analysis
+            self.takeover.place_(self.analysis)
 
     # -- cost and target ---------------------------------------------------
 

@@ -141,6 +141,18 @@ def test_inputs_that_a_norm_gates_are_seen_without_their_gates() -> None:
     _assert_taken_over(gated)
 
 
+def test_gates_that_move_to_the_layers_multiply_no_inputs() -> None:
+    gated = Gated(nn.Conv2d(6, 4, 1), before=nn.BatchNorm2d(6))
+    reader = gated.takeover.readers[0]
+    assert not reader.here.any()
+    gated.pruner.move_to_layers_(gated.net)
+    assert reader.here.all()
+    gated.set_(0.5, 1)
+    gated.observe_()
+    gated.take_over_()
+    _assert_taken_over(gated)
+
+
 def test_openness_at_which_others_take_over_counts() -> None:
     gated = Gated(nn.Conv2d(6, 4, 1))
     gated.set_(0.5, 1)
