@@ -95,16 +95,9 @@ def _scores(report: Report) -> str:
     targets = reversed(targets_of(report, *LABELS))
     return _table(report, ['dense'], [
         ('dense', 'dense', 1.),
-        *((_label_of(report, method), method, target) for target in targets
+        *((_label(report, method), method, target) for target in targets
           for method in filter(ran.__contains__, LABELS)),
     ])
-
-
-def _label_of(report: Report, method: str) -> str:
-    """Return the name of a method, and whether it ran before takeover."""
-    before = any(not row.get('takeover', True) for row in report['rows']
-                 if row['method'] == method)
-    return LABELS[method] + ', takeover=False' * before
 
 
 def changes(report: Report) -> list[str]:
@@ -117,7 +110,7 @@ def changes(report: Report) -> list[str]:
     })
     bases = [('dense', 1.),
              *(('gdp', target) for target in targets_of(report, *names))]
-    rows = [(_label(method), method, target) for base, target in bases
+    rows = [(_label(report, method), method, target) for base, target in bases
             for method in (base, *names) if method.split('+')[0] == base]
     return [
         '', 'One change at a time:', '',
@@ -125,11 +118,18 @@ def changes(report: Report) -> list[str]:
     ] if names else []
 
 
-def _label(method: str) -> str:
-    """Return a method and the changes to its training as text."""
+def _label(report: Report, method: str) -> str:
+    """Return a method and the changes to its training as text.
+
+    It says, too, if rows of a newer report are from before takeover.
+    """
     base, *names = method.split('+')
-    return ', '.join(
-        [LABELS.get(base, base), *(CHANGES[name].label for name in names)])
+    before = any(not row.get('takeover', True) for row in report['rows']
+                 if row['method'] == method)
+    return ', '.join([
+        LABELS.get(base, base), *(CHANGES[name].label for name in names),
+        *['takeover=False'] * before
+    ])
 
 
 def _table(report: Report, bases: Sequence[str],

@@ -12,6 +12,7 @@ from typing import Any, Callable
 from distill_hooks import ChannelHook, DistillHook, FeatureHook
 from gate_hooks import GainHook, StreamHook
 from mmengine.config import Config
+from mmengine.hooks import Hook
 
 # Share of the training after which the gates are fixed.
 SETTLING = 0.3
@@ -40,47 +41,26 @@ def _add_hook_(cfg: Config, **hook: Any) -> None:
     cfg.custom_hooks = [*cfg.get('custom_hooks', []), hook]
 
 
-def _distilled(weight: float = 1.,
-               begin: float = 0.) -> Callable[[Config, Path], None]:
-    """Distil from the dense network that was trained on, its own too."""
+def _taught(hook: type[Hook],
+            weight: float,
+            begin: float = SETTLING,
+            by_start: bool = True) -> Callable[[Config, Path], None]:
+    """Compare with a dense network, by one of the hooks that do.
+
+    Args:
+        hook (type[Hook]): The hook.
+        weight (float): Factor of its term in the loss.
+        begin (float): Share of the training after which it counts.
+        by_start (bool): Whether the teacher is the network that the training
+            starts from, else the dense one that was trained on.
+    """
 
     def change(cfg: Config, teacher: Path) -> None:
         _add_hook_(
             cfg,
-            type=DistillHook.__name__,
+            type=hook.__name__,
             model=_dense(cfg),
-            checkpoint=str(teacher),
-            weight=weight,
-            begin=begin)
-
-    return change
-
-
-def _features(weight: float) -> Callable[[Config, Path], None]:
-    """Stay near the features of the start, once the gates are fixed."""
-
-    def change(cfg: Config, teacher: Path) -> None:
-        _add_hook_(
-            cfg,
-            type=FeatureHook.__name__,
-            model=_dense(cfg),
-            checkpoint=cfg.load_from,
-            weight=weight,
-            begin=SETTLING)
-
-    return change
-
-
-def _channels(weight: float,
-              begin: float = SETTLING) -> Callable[[Config, Path], None]:
-    """Keep each channel of the backbone's features near what it was."""
-
-    def change(cfg: Config, teacher: Path) -> None:
-        _add_hook_(
-            cfg,
-            type=ChannelHook.__name__,
-            model=_dense(cfg),
-            checkpoint=cfg.load_from,
+            checkpoint=cfg.load_from if by_start else str(teacher),
             weight=weight,
             begin=begin)
 
@@ -187,24 +167,25 @@ CHANGES: dict[str, Change] = dict(
     ema=Change('average of the weights over the second half', _ema),
     kd=Change(
         'distillation from the dense network that was trained on',
-        _distilled(),
+        _taught(DistillHook, 1., 0., by_start=False),
         teacher=True),
     kd_half=Change(
         'distillation from the dense network that was trained on, at weight '
         '0.5',
-        _distilled(0.5),
+        _taught(DistillHook, 0.5, 0., by_start=False),
         teacher=True),
     kd_late=Change(
         'distillation from the dense network that was trained on, after the '
         'pruning phase',
-        _distilled(begin=SETTLING),
+        _taught(DistillHook, 1., by_start=False),
         teacher=True),
-    feat=Change(f'{_FEATURES} 1', _features(1.)),
-    feat5=Change(f'{_FEATURES} 5', _features(5.)),
-    feat20=Change(f'{_FEATURES} 20', _features(20.)),
-    same5=Change(f'{_CHANNELS} 5', _channels(5.)),
-    same20=Change(f'{_CHANNELS} 20', _channels(20.)),
-    always5=Change(f'{_CHANNELS} 5, from the beginning', _channels(5., 0.)),
+    feat=Change(f'{_FEATURES} 1', _taught(FeatureHook, 1.)),
+    feat5=Change(f'{_FEATURES} 5', _taught(FeatureHook, 5.)),
+    feat20=Change(f'{_FEATURES} 20', _taught(FeatureHook, 20.)),
+    same5=Change(f'{_CHANNELS} 5', _taught(ChannelHook, 5.)),
+    same20=Change(f'{_CHANNELS} 20', _taught(ChannelHook, 20.)),
+    always5=Change(f'{_CHANNELS} 5, from the beginning',
+                   _taught(ChannelHook, 5., 0.)),
     close=Change('gates close at an openness of 0.5', _close_early),
     alone=Change('no takeover', _take_over_nothing),
     gains=Change('longer means of the gains', _long_means),

@@ -42,7 +42,12 @@ class _TeacherHook(Hook):
         self.checkpoint = checkpoint
         self.weight = weight
         self.begin = begin
-        self.iteration = 0  # since the term counts
+
+    @property
+    def iteration(self) -> int:
+        """Iterations since the term counts, below 0 before that."""
+        return int(self.runner.iter -
+                   round(self.begin * self.runner.max_iters))
 
     def before_train(self, runner: Runner) -> None:
         """Build the teacher and add the term to the decoder's loss."""
@@ -61,7 +66,6 @@ class _TeacherHook(Hook):
         def loss_by_feat(logits: Tensor, samples: Any) -> dict[str, Tensor]:
             losses: dict[str, Tensor] = plain(logits, samples)
             images, features = seen.pop('images'), seen.pop('features')
-            self.iteration = runner.iter - round(self.begin * runner.max_iters)
             if self.iteration >= 0:
                 losses[self.name] = self.weight * self.term(
                     teacher, images, features, logits)
@@ -186,6 +190,11 @@ class ChannelHook(_TeacherHook):
 
     name = 'loss_channels'
 
+    def before_train(self, runner: Runner) -> None:
+        """Find the norms that write the features, too."""
+        super().before_train(runner)
+        self.norms = _last_norms(runner.model)
+
     def term(self, teacher: Any, images: Tensor, features: tuple[Tensor, ...],
              logits: Tensor) -> Tensor:
         """Return the share of the variance by which channels have changed.
@@ -195,8 +204,7 @@ class ChannelHook(_TeacherHook):
         with torch.no_grad():
             wanted = teacher.backbone(images)
         means = []
-        norms = _last_norms(self.runner.model)
-        for norm, feature, target in zip(norms, features, wanted):
+        for norm, feature, target in zip(self.norms, features, wanted):
             left, openness = self._channels(norm, target)
             shares = _shares(feature, target[:, left])
             means.append(shares @ openness / openness.sum())

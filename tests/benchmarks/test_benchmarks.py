@@ -764,12 +764,12 @@ def test_channels_that_are_left_are_compared_with_their_own(
         for (name, _), gates in analysis.gate_of_slot.items() if
         isinstance(net.get_submodule(name.rpartition('.')[0]), nn.BatchNorm2d)
         and len(gates) == 4)
-    monkeypatch.setattr(distill_hooks, '_last_norms', lambda _: [norm])
     openness = torch.zeros(analysis.num_gates)
     openness[gates] = torch.tensor([1., 0.5, 0., 1.])
     pruner: Any = net.gdp
     monkeypatch.setattr(pruner.gates, 'openness', lambda: openness)
     hook = distill_hooks.ChannelHook(model={}, checkpoint='')
+    hook.norms = [norm]
     cut = ShrinkHook()
     hook.runner = SimpleNamespace(model=net, hooks=[cut])
     wanted = torch.randn(2, 4, 5, 5)
