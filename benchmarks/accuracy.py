@@ -248,7 +248,6 @@ def conditions(args: argparse.Namespace) -> dict[str, Any]:
         optimizer=f'{optimizer.type}, lr {optimizer.lr:g} '
         f'(start: {lr_of_start(args)}), '
         f'{_decay(args, cfg)} decay',
-        precision=precision_of_training(),
         phases=list(PHASES),
         **place())
 
@@ -281,7 +280,10 @@ def place() -> dict[str, str]:
     except PackageNotFoundError:  # only the alternatives need it
         torch_pruning = ''
     return dict(
-        machine=machine, torch=torch.__version__, torch_pruning=torch_pruning)
+        machine=machine,
+        torch=torch.__version__,
+        torch_pruning=torch_pruning,
+        precision=precision_of_training())
 
 
 def lr_of_start(args: argparse.Namespace) -> str:

@@ -244,11 +244,12 @@ def places(report: Report) -> str:
     """Return where most rows ran, and which rows ran elsewhere."""
 
     def place(row: Report) -> str:
-        machine, torch, torch_pruning = (
+        machine, torch, torch_pruning, precision = (
             row.get(key, report[key])
-            for key in ('machine', 'torch', 'torch_pruning'))
+            for key in ('machine', 'torch', 'torch_pruning', 'precision'))
         pruning = f', Torch-Pruning {torch_pruning}' if torch_pruning else ''
-        return f'{machine}, torch {torch}{pruning}'
+        other = f', {precision}' if precision != report['precision'] else ''
+        return f'{machine}, torch {torch}{pruning}{other}'
 
     (usual, _), *others = _groups(report['rows'], place)
     return usual + ''.join(f'; {names}: {place}' for place, names in others)

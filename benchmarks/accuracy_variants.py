@@ -14,6 +14,8 @@ from gate_hooks import GainHook, StreamHook
 from mmengine.config import Config
 from mmengine.hooks import Hook
 
+from gdp_mmseg.pruner.schedule import Schedule
+
 # Share of the training after which the gates are fixed.
 SETTLING = 0.3
 # Share of the training after which weights are averaged: GDP's gates are
@@ -198,4 +200,6 @@ CHANGES: dict[str, Change] = dict(
     flat=Change('learning rate held for 0.6, then linear', _flat),
     early=Change('phases 0.05, 0.1, 0.85', _phases(0.05, 0.1, 0.85)),
     mid=Change('phases 0.1, 0.35, 0.55', _phases(0.1, 0.35, 0.55)),
-    late=Change('phases 0.3, 0.3, 0.4', _phases(0.3, 0.3, 0.4)))
+    late=Change('phases 0.3, 0.3, 0.4', _phases(0.3, 0.3, 0.4)),
+    usual=Change('phases 0.35, 0.5, 0.15, the default',
+                 _phases(*Schedule.phases)))

@@ -225,7 +225,8 @@ def test_changes_are_compared_with_no_change_run_by_run() -> None:
 
 def test_rows_from_elsewhere_are_named() -> None:
     from accuracy_report import places
-    there = dict(machine='there', torch='2.1', torch_pruning='')
+    there = dict(
+        machine='there', torch='2.1', torch_pruning='', precision='bfloat16')
     report = _report(
         _row('dense', 60., 0, 1.), _row('gdp', 58., 0), _row('l1', 58., 0),
         _row('l1', 58., 1), dict(_row('gdp', 58., 1), **there),
@@ -234,7 +235,7 @@ def test_rows_from_elsewhere_are_named() -> None:
         dict(_row('gdp', 58., 2), **there))
     assert places(report) == (
         'here, torch 2.0, Torch-Pruning 1.6; `gdp-0.4-1`, `dense-1.0-0/1`, '
-        'seed 2: there, torch 2.1')
+        'seed 2: there, torch 2.1, bfloat16')
 
 
 def test_report_is_completed_on_another_machine(
@@ -250,7 +251,8 @@ def test_report_is_completed_on_another_machine(
         str(report)
     ])
     args = accuracy.parse_args()
-    old = dict(machine='old', torch='1.0', torch_pruning='')
+    old = dict(
+        machine='old', torch='1.0', torch_pruning='', precision='bfloat16')
     rows = [
         _row('start', 50., 0, 1.),
         _row('dense', 60., 0, 1.),
