@@ -9,14 +9,14 @@ import torch
 from mmengine.config import Config
 
 from gdp_mmseg.files import write_whole
+from gdp_mmseg.pruner.schedule import Schedule
 
 from accuracy_tasks import TASKS, Task
 from accuracy_variants import CHANGES, hold_
 
 HERE = Path(__file__).resolve().parent
-# Phases of the gates: a trained network needs no long warm-up, the pruned one
-# needs time to settle.
-PHASES = (0.1, 0.2, 0.7)
+# Phases of the gates: those that a user gets.
+PHASES = Schedule.phases
 # Gates and their variants, each with the settings that it needs.
 GATED: dict[str, dict[str, Any]] = dict(
     gdp={},

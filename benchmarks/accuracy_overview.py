@@ -10,10 +10,11 @@ from matplotlib.figure import Figure
 
 from gdp_mmseg.report.tables import table
 
-from accuracy_report import (COLOURS, WITHOUT_TAKEOVER, draw_dense,
-                             draw_method, is_without_takeover, network_of,
+from accuracy_report import (COLOURS, DEFAULT_PHASES, WITHOUT_TAKEOVER,
+                             draw_dense, draw_method, has_other_phases,
+                             is_without_takeover, network_of, phases_of,
                              short_name)
-from accuracy_scores import (GATES, LABELS, dense_beside, differences, gate_of,
+from accuracy_scores import (GATES, LABELS, beside, differences, gate_of,
                              mean_and_interval, mean_and_spread, targets_of,
                              values_of)
 
@@ -28,7 +29,7 @@ PLOT = 'accuracy_overview.png'
 def overview(reports: Sequence[Report]) -> list[str]:
     """Return where GDP stands on all networks: a sentence, table and plot."""
     rows = [[
-        'network and data', 'iterations', 'FLOPs', 'dense', 'GDP',
+        'network and data', 'iterations', 'phases', 'FLOPs', 'dense', 'GDP',
         'GDP minus dense (95 % interval; pairs)', OTHER
     ]]
     compared = [(report, target) for report in reports
@@ -36,7 +37,7 @@ def overview(reports: Sequence[Report]) -> list[str]:
     for report, target in compared:
         rows.append([
             *_place(report, target),
-            mean_and_spread(dense_beside(report, 'gdp', target)),
+            mean_and_spread(beside(report, 'gdp', target)),
             mean_and_spread(values_of(report, 'gdp', target)),
             mean_and_interval(differences(report, 'gdp', target)),
             best_alternative(report, target)
@@ -53,8 +54,10 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'order and start, and its interval by the paired t test. **Three '
         'seeds are few**: the interval has 4.3 standard errors to each side '
         'with three pairs, 12.7 with two. Where it includes 0, the difference '
-        'may be chance.', *(f'- {fact}'
-                            for fact in _without_takeover(reports)), '',
+        'may be chance.',
+        '- Phases: shares of the training that are warm-up, pruning and '
+        f'settling; the default is {", ".join(map(str, DEFAULT_PHASES))}.',
+        *(f'- {fact}' for fact in _without_takeover(reports)), '',
         'The three gates, where they were compared:', '',
         table(_gates(compared)), '',
         f'![Scores over FLOPs on each network]({PLOT})', ''
@@ -63,22 +66,46 @@ def overview(reports: Sequence[Report]) -> list[str]:
 
 def _without_takeover(reports: Sequence[Report]) -> list[str]:
     """Name the reports of GDP without takeover in a sentence, if any are."""
+    found = [report for report in reports if is_without_takeover(report)]
+    return _naming(WITHOUT_TAKEOVER, found, reports)
+
+
+def _other_phases(reports: Sequence[Report]) -> list[str]:
+    """Name the reports with other phases than the default in sentences."""
+    found: dict[str, list[Report]] = {}
+    for report in filter(has_other_phases, reports):
+        found.setdefault(phases_of(report), []).append(report)
+    return [
+        fact for phases, those in found.items() for fact in _naming(
+            f'Gates with `phases=({phases})`, not the default', those, reports)
+    ]
+
+
+def _naming(fact: str, some: Sequence[Report],
+            reports: Sequence[Report]) -> list[str]:
+    """Return a sentence on some of the reports, if there are any."""
     names = [
         f'{short_name(report)} ({report["iterations"]} iterations)'
-        for report in reports if is_without_takeover(report)
+        for report in some
     ]
     on = '' if len(names) == len(reports) else f': {", ".join(names)}'
-    return [f'{WITHOUT_TAKEOVER}{on}.'] if names else []
+    return [f'{fact}{on}.'] if names else []
 
 
 def _place(report: Report, target: float) -> list[str]:
-    """Return network and data, iterations and FLOPs of a row."""
-    return [short_name(report), str(report['iterations']), f'{target:g}']
+    """Return network and data, iterations, phases and FLOPs of a row."""
+    return [
+        short_name(report),
+        str(report['iterations']),
+        phases_of(report), f'{target:g}'
+    ]
 
 
 def _gates(compared: Sequence[tuple[Report, float]]) -> list[list[str]]:
     """Return the rows of the comparisons with more gates than GDP's."""
-    rows = [['network and data', 'iterations', 'FLOPs', *GATES.values()]]
+    rows = [[
+        'network and data', 'iterations', 'phases', 'FLOPs', *GATES.values()
+    ]]
     for report, target in compared:
         scores = [values_of(report, gate, target) for gate in GATES]
         if sum(map(bool, scores)) > 1:
@@ -149,15 +176,16 @@ def readme_table(reports: Sequence[Report]) -> str:
     for report, target in compared:
         cells.append([
             network_of(report), report['metric'],
-            mean_and_spread(dense_beside(report, 'gdp', target)),
-            f'{target:g}', *(mean_and_spread(values_of(report, name, target))
-                             for name in gates),
+            mean_and_spread(beside(report, 'gdp', target)), f'{target:g}',
+            *(mean_and_spread(values_of(report, name, target))
+              for name in gates),
             best_alternative(report, target)
         ])
     facts = [
         'FLOPs: share of those of the dense network.',
         'Mean and standard deviation (number of seeds).',
         *_without_takeover([report for report, _ in compared]),
+        *_other_phases([report for report, _ in compared]),
         '[All results](docs/results.md).'
     ]
     return f'{table(cells)}\n\n{" ".join(facts)}'

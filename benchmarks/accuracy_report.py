@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gdp_mmseg.pruner.schedule import Schedule
 from gdp_mmseg.report.tables import table
 
 from accuracy_scores import (GATES, LABELS, differences, gate_of,
@@ -30,6 +31,8 @@ COLOURS = {
 # Base of a change: the same method without it.
 _NO_CHANGE = 'no change'
 WITHOUT_TAKEOVER = 'GDP with `takeover=False`, the default at that time'
+# Phases of gates that a user gets, unless the config has others.
+DEFAULT_PHASES = list(Schedule.phases)
 # Facts that are true of all comparisons.
 COMPARED = (
     'All rows of a section start from one dense network and train on for '
@@ -75,6 +78,7 @@ def accuracy(report: Report) -> Section:
 def title_of(report: Report) -> str:
     """Return network, data and length of a comparison."""
     return (f'{network_of(report)}, {report["iterations"]} iterations' +
+            f', phases {phases_of(report)}' * has_other_phases(report) +
             ', on held-out training images' * is_held_out(report))
 
 
@@ -82,6 +86,16 @@ def is_held_out(report: Report) -> bool:
     """Tell whether scores are those of images held out of the training."""
     return ('--tune' in report.get('flags', '')
             or report['file'].startswith('tuning'))
+
+
+def phases_of(report: Report) -> str:
+    """Return the phases of the gates of a comparison."""
+    return ', '.join(map(str, report['phases']))
+
+
+def has_other_phases(report: Report) -> bool:
+    """Tell whether the phases of the gates are not the default."""
+    return bool(report['phases'] != DEFAULT_PHASES)
 
 
 def is_without_takeover(report: Report) -> bool:

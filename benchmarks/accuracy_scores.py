@@ -44,14 +44,25 @@ def values_of(report: Report,
     return [row[key] for row in rows_of(report, method, target)]
 
 
-def dense_beside(report: Report, method: str, target: float) -> list[float]:
-    """Return the scores of the dense runs that start where a method's do."""
+def beside(report: Report,
+           method: str,
+           target: float,
+           base: str = 'dense') -> list[float]:
+    """Return the scores of a base's runs that start where a method's do.
+
+    Args:
+        report (Report): Report with the rows of both.
+        method (str): Name of the method.
+        target (float): Its target.
+        base (str): Name of the base, at the same target unless it is the
+            dense network. Defaults to ``'dense'``.
+    """
     starts = {
         row.get('start_score')
         for row in rows_of(report, method, target)
     }
     return [
-        row['score'] for row in rows_of(report, 'dense', 1.)
+        row['score'] for row in _base_rows(report, base, target)
         if row.get('start_score') in starts
     ]
 
@@ -104,12 +115,16 @@ def differences(report: Report,
     """
     others = {
         _pairing(row): row['score']
-        for row in rows_of(report, base, 1. if base == 'dense' else target)
+        for row in _base_rows(report, base, target)
     }
     return [
         row['score'] - others[_pairing(row)]
         for row in rows_of(report, method, target) if _pairing(row) in others
     ]
+
+
+def _base_rows(report: Report, base: str, target: float) -> list[Report]:
+    return rows_of(report, base, 1. if base == 'dense' else target)
 
 
 def _pairing(row: Report) -> tuple[int, float | None]:

@@ -16,15 +16,14 @@ from mmengine.hooks import Hook
 
 from gdp_mmseg.pruner.schedule import Schedule
 
-# Share of the training after which the gates are fixed.
-SETTLING = 0.3
-# Share of the training after which weights are averaged: GDP's gates are
-# fixed by then.
+# Share of the training after which weights are averaged.
 AVERAGED_FROM = 0.5
 # Openness under which a gate closes for good in all steps.
 CLOSE_BELOW = 0.5
 # Factor of the learning rate after the pruning phase.
 RESTART = 2.
+# Phases of the gates with a short warm-up and a long settling phase.
+SHORT = (0.1, 0.2, 0.7)
 
 
 def _ema(cfg: Config, teacher: Path) -> None:
@@ -45,14 +44,15 @@ def _add_hook_(cfg: Config, **hook: Any) -> None:
 
 def _taught(hook: type[Hook],
             weight: float,
-            begin: float = SETTLING,
+            begin: float | None = None,
             by_start: bool = True) -> Callable[[Config, Path], None]:
     """Compare with a dense network, by one of the hooks that do.
 
     Args:
         hook (type[Hook]): The hook.
         weight (float): Factor of its term in the loss.
-        begin (float): Share of the training after which it counts.
+        begin (float, optional): Share of the training after which it counts.
+            Defaults to that of warm-up and pruning.
         by_start (bool): Whether the teacher is the network that the training
             starts from, else the dense one that was trained on.
     """
@@ -64,9 +64,15 @@ def _taught(hook: type[Hook],
             model=_dense(cfg),
             checkpoint=cfg.load_from if by_start else str(teacher),
             weight=weight,
-            begin=begin)
+            begin=_end_of_pruning(cfg) if begin is None else begin)
 
     return change
+
+
+def _end_of_pruning(cfg: Config) -> float:
+    """Share of a training after which gates are fixed, or would be."""
+    phases = cfg.model.get('gdp', {}).get('phases', Schedule.phases)
+    return float(phases[0] + phases[1])
 
 
 def _dense(cfg: Config) -> dict[str, Any]:
@@ -135,7 +141,7 @@ def _keep_streams(cfg: Config, teacher: Path) -> None:
 def _restart(cfg: Config, teacher: Path) -> None:
     """Double the learning rate after the pruning phase, then let it fall."""
     end = cfg.train_cfg.max_iters
-    begin = round(sum(cfg.model.gdp.phases[:2]) * end)
+    begin = round(_end_of_pruning(cfg) * end)
     hold_(cfg, begin / end)
     cfg.param_scheduler.insert(
         0,
@@ -200,6 +206,4 @@ CHANGES: dict[str, Change] = dict(
     flat=Change('learning rate held for 0.6, then linear', _flat),
     early=Change('phases 0.05, 0.1, 0.85', _phases(0.05, 0.1, 0.85)),
     mid=Change('phases 0.1, 0.35, 0.55', _phases(0.1, 0.35, 0.55)),
-    late=Change('phases 0.3, 0.3, 0.4', _phases(0.3, 0.3, 0.4)),
-    usual=Change('phases 0.35, 0.5, 0.15, the default',
-                 _phases(*Schedule.phases)))
+    short=Change('phases 0.1, 0.2, 0.7', _phases(*SHORT)))

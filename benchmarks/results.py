@@ -141,8 +141,10 @@ def main() -> None:
         put_between(README, 'accuracy', readme_table(compared))
     for report in reports.get('demo', []):
         show_demo(report)
-    show_guide(
-        [*compared, *reports.get('budget', []), *reports.get('demo', [])])
+    show_guide([
+        report for kind in ('accuracy', 'budget', 'demo', 'phases')
+        for report in reports.get(kind, [])
+    ])
     print(f'wrote {RESULTS}')
 
 

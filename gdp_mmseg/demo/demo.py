@@ -81,6 +81,17 @@ class Clock:
         self.show(stage, min(self.reached.values()), text)
 
 
+def draw_data(cfg: Any) -> Path:
+    """Draw the data of the demo, unless they are there; return their folder.
+
+    Args:
+        cfg (Config): Config of a training of the demo.
+    """
+    root = Path(cfg.train_dataloader.dataset.data_root)
+    make_demo_data(root, train=600, val=160, size=128, seed=0)
+    return root
+
+
 def train_both(folder: Path, clock: Clock) -> dict[str, float]:
     """Train dense and gated at the same time, each by a command.
 
@@ -190,7 +201,6 @@ def main() -> None:
     from ..report.tables import comparison
     folder = args.work_dir.resolve()
     cfg = load_config(str(GATED))
-    data_root = Path(cfg.train_dataloader.dataset.data_root)
     clock = Clock(cfg.train_cfg.max_iters)
     folder.mkdir(parents=True, exist_ok=True)
     # Only folders that a demo writes are removed: the work folder may hold
@@ -198,7 +208,7 @@ def main() -> None:
     for name in ('dense', 'gated', 'export'):
         shutil.rmtree(folder / name, ignore_errors=True)
     clock.show('data', 0, 'drawing shapes')
-    make_demo_data(data_root, train=600, val=160, size=128, seed=0)
+    data_root = draw_data(cfg)
     seconds = train_both(folder, clock)
     export(folder, clock)
     report = complete_report(folder, seconds)

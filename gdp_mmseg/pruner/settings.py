@@ -195,7 +195,7 @@ class Settings:
     target: Target
     input_shape: tuple[int, ...] | None = None
     gate: Gate = Gate()
-    phases: tuple[float, float, float] = (0.35, 0.5, 0.15)
+    phases: tuple[float, float, float] = Schedule.phases
     epsilon: tuple[float, float] = (0.1, 1e-4)
     gate_travel: float = 8.
     close_below: float = 1e-2

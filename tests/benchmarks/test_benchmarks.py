@@ -135,7 +135,7 @@ def test_accuracy_of_several_seeds_becomes_a_table_and_a_plot(
         dict(method='l1', target=0.4, seed=0, score=None, start_score=50.))
     section = results.accuracy(report)
     facts = '\n'.join(section.facts)
-    assert section.title == 'M on D, 8 iterations'
+    assert section.title == 'M on D, 8 iterations, phases 0.1, 0.6, 0.3'
     assert _cells(section.body[0]) == [
         ['training', 'FLOPs', 'mIoU', 'minus dense (95 % interval; pairs)'],
         ['dense', '1', '62.00 ± 2.83 (2)', '-'],
@@ -179,7 +179,8 @@ def test_gdp_stands_beside_the_dense_runs_of_its_start() -> None:
         dict(_row('l1', 62., 0), start_score=55.),
         dict(_row('gdp_slow', 57., 0), takeover=False))
     row = _cells('\n'.join(results.overview([report])))[1]
-    assert row[3:] == [
+    assert row[2:4] == ['0.1, 0.6, 0.3', '0.4']
+    assert row[4:] == [
         '60.00 (1)', '58.00 (1)', '-2.00 (1)', '62.00 (1), L1 norm'
     ]
     cells = _cells(results.accuracy(report).body[0])
@@ -690,7 +691,7 @@ def test_rate_is_twice_as_high_after_the_pruning_phase() -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], 1e-3)
     schedulers = [
         PARAM_SCHEDULERS.build(dict(one, optimizer=optimizer))
-        for one in _config_of('gdp+restart').param_scheduler
+        for one in _config_of('gdp+short+restart').param_scheduler
     ]
     rates = []
     for _ in range(100):
@@ -822,3 +823,43 @@ def test_residual_streams_keep_their_share() -> None:
     assert pruner.min_kept.tolist() == [3, 1]
     GainHook((0.5, 0.6)).before_train(runner)
     assert pruner.gates.betas == (0.5, 0.6)
+
+
+def test_phases_are_compared_in_one_training_each(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import phases
+
+    from gdp_mmseg.report.record import GateRow, append_row, begin_record
+    commands = []
+
+    def train(command: list[str], **_: Any) -> None:
+        commands.append(command)
+        folder = Path(command[command.index('--work-dir') + 1])
+        (folder / 'log/vis_data').mkdir(parents=True)
+        (folder / 'iter_500.pth').touch()
+        begin_record(folder / 'gates.jsonl', [], 0)
+        append_row(
+            folder / 'gates.jsonl',
+            GateRow(500, flops=0.41, budget=0.4, held_cost=0.4, openness=[]))
+        (folder / 'log/vis_data/scalars.json').write_text('{"mIoU": 80.5}\n')
+
+    report = tmp_path / 'phases.json'
+    monkeypatch.setattr(phases.subprocess, 'run', train)
+    monkeypatch.setattr(phases, 'draw_data', lambda cfg: None)
+    monkeypatch.setattr(sys, 'argv', [
+        'phases.py', '--report',
+        str(report), '--work-dir',
+        str(tmp_path), '--seeds', '3'
+    ])
+    phases.main()
+    row = dict(target=0.4, seed=3, macs=0.41, score=80.5)
+    assert json.loads(report.read_text())['rows'] == [
+        dict(row, method='gdp'),
+        dict(row, method='gdp+short')
+    ]
+    assert [command[-2:] for command in commands] == [
+        ['randomness.seed=3', 'model.gdp.phases=[0.35, 0.5, 0.15]'],
+        ['randomness.seed=3', 'model.gdp.phases=[0.1, 0.2, 0.7]'],
+    ]
+    phases.main()
+    assert len(commands) == 2
