@@ -8,15 +8,17 @@ from typing import Any, Sequence
 
 from matplotlib.figure import Figure
 
+from gdp_mmseg.pruner.schedule import Schedule
 from gdp_mmseg.report.tables import table
 
-from accuracy_report import (COLOURS, DEFAULT_PHASES, WITHOUT_TAKEOVER,
-                             draw_dense, draw_method, has_other_phases,
+from accuracy_report import (COLOURS, WITHOUT_TAKEOVER, draw_dense,
+                             draw_method, has_other_phases,
                              is_without_takeover, network_of, phases_of,
                              short_name)
 from accuracy_scores import (GATES, LABELS, beside, differences, gate_of,
                              mean_and_interval, mean_and_spread, targets_of,
                              values_of)
+from budget_report import listed
 
 Report = dict[str, Any]
 
@@ -56,7 +58,7 @@ def overview(reports: Sequence[Report]) -> list[str]:
         'with three pairs, 12.7 with two. Where it includes 0, the difference '
         'may be chance.',
         '- Phases: shares of the training that are warm-up, pruning and '
-        f'settling; the default is {", ".join(map(str, DEFAULT_PHASES))}.',
+        f'settling; the default is {listed(Schedule.phases)}.',
         *(f'- {fact}' for fact in _without_takeover(reports)), '',
         'The three gates, where they were compared:', '',
         table(_gates(compared)), '',
@@ -165,6 +167,7 @@ def best_alternative(report: Report, target: float) -> str:
 def readme_table(reports: Sequence[Report]) -> str:
     """Return the README's table: the longest runs of each data set."""
     compared = longest(reports)
+    shown = [report for report, _ in compared]
     gates = [
         name for name in GATES if any(
             values_of(report, name, target) for report, target in compared)
@@ -184,8 +187,7 @@ def readme_table(reports: Sequence[Report]) -> str:
     facts = [
         'FLOPs: share of those of the dense network.',
         'Mean and standard deviation (number of seeds).',
-        *_without_takeover([report for report, _ in compared]),
-        *_other_phases([report for report, _ in compared]),
+        *_without_takeover(shown), *_other_phases(shown),
         '[All results](docs/results.md).'
     ]
     return f'{table(cells)}\n\n{" ".join(facts)}'

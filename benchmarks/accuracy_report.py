@@ -18,7 +18,7 @@ from accuracy_scores import (GATES, LABELS, differences, gate_of,
                              mean_and_deviation, mean_and_interval,
                              mean_and_spread, rows_of, targets_of, values_of)
 from accuracy_variants import CHANGES
-from budget_report import phases
+from budget_report import listed, phases
 from pages import Section
 
 Report = dict[str, Any]
@@ -31,8 +31,6 @@ COLOURS = {
 # Base of a change: the same method without it.
 _NO_CHANGE = 'no change'
 WITHOUT_TAKEOVER = 'GDP with `takeover=False`, the default at that time'
-# Phases of gates that a user gets, unless the config has others.
-DEFAULT_PHASES = list(Schedule.phases)
 # Facts that are true of all comparisons.
 COMPARED = (
     'All rows of a section start from one dense network and train on for '
@@ -90,12 +88,12 @@ def is_held_out(report: Report) -> bool:
 
 def phases_of(report: Report) -> str:
     """Return the phases of the gates of a comparison."""
-    return ', '.join(map(str, report['phases']))
+    return listed(report['phases'])
 
 
 def has_other_phases(report: Report) -> bool:
     """Tell whether the phases of the gates are not the default."""
-    return bool(report['phases'] != DEFAULT_PHASES)
+    return tuple(report['phases']) != Schedule.phases
 
 
 def is_without_takeover(report: Report) -> bool:

@@ -72,7 +72,7 @@ def _taught(hook: type[Hook],
 def _end_of_pruning(cfg: Config) -> float:
     """Share of a training after which gates are fixed, or would be."""
     phases = cfg.model.get('gdp', {}).get('phases', Schedule.phases)
-    return float(phases[0] + phases[1])
+    return Schedule(tuple(phases)).end_of_pruning
 
 
 def _dense(cfg: Config) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Tables of how well trainings meet their budget, for docs/results.md."""
 from __future__ import annotations
 
-from typing import Any, Collection, Iterable
+from typing import Any, Collection, Iterable, Sequence
 
 from gdp_mmseg.report.tables import table
 
@@ -164,8 +164,13 @@ def conditions(report: Report) -> list[str]:
 
 
 def phases(report: Report) -> str:
-    """Return the lengths of the phases of the gates as text."""
-    return f'{", ".join(map(str, report["phases"]))} of the training'
+    """Return the lengths of the phases of the gates as a phrase."""
+    return f'{listed(report["phases"])} of the training'
+
+
+def listed(shares: Sequence[float]) -> str:
+    """Return the shares of a training that the phases are, as text."""
+    return ', '.join(map(str, shares))
 
 
 def error_of(one: Report) -> float:
