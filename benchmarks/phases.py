@@ -4,22 +4,21 @@ Trains the gated network of ``gdp-mmseg demo`` with each choice of phases and
 each seed, and writes a report after each training. Finished trainings are not
 repeated. ``benchmarks/results.py`` makes a table of it for ``docs/guide.md``.
 
-    OMP_NUM_THREADS=1 python benchmarks/phases.py \
-        --report docs/reports/phases.json
+    python benchmarks/phases.py --report docs/reports/phases.json
 """
 from __future__ import annotations
 
 import argparse
 import itertools
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gdp_mmseg.cli.checks import load_config
-from gdp_mmseg.demo.demo import GATED, checkpoint_of, conditions, draw_data
+from gdp_mmseg.demo.commands import Command, run_together
+from gdp_mmseg.demo.demo import (GATED, called, checkpoint_of, conditions,
+                                 draw_data)
 from gdp_mmseg.files import write_json
 from gdp_mmseg.pruner.schedule import Schedule
 from gdp_mmseg.report.record import RECORD, last_metrics, read_rows
@@ -43,14 +42,15 @@ def train(method: str, seed: int, work_dir: Path,
     target, iterations = shared['target'], shared['iterations']
     name = f'{method}-{target}-{seed}'
     if not checkpoint_of(work_dir, name, iterations).exists():
-        print(name, flush=True)
-        command = [
-            sys.executable, '-W', 'ignore', '-m', 'gdp_mmseg', 'train',
-            str(GATED), '--work-dir',
-            str(work_dir / name), '--cfg-options', f'randomness.seed={seed}',
-            f'model.gdp.phases={list(PHASES[method])}'
-        ]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        work_dir.mkdir(parents=True, exist_ok=True)
+        run_together([
+            Command(
+                called('train', GATED, '--work-dir', work_dir / name,
+                       '--cfg-options', f'randomness.seed={seed}',
+                       f'model.gdp.phases={list(PHASES[method])}'),
+                log=work_dir / f'{name}.log',
+                see=lambda line: None)
+        ])
     return dict(
         method=method,
         target=target,

@@ -101,7 +101,7 @@ def train_both(folder: Path, clock: Clock) -> dict[str, float]:
     trainings = {'dense': DENSE, 'gated': GATED}
     seconds = run_together([
         Command(
-            arguments=_called('train', config, '--work-dir', folder / stage),
+            arguments=called('train', config, '--work-dir', folder / stage),
             log=folder / f'{stage}.log',
             see=_shown_as(stage, clock))
         for stage, config in trainings.items()
@@ -114,7 +114,7 @@ def train_both(folder: Path, clock: Clock) -> dict[str, float]:
     return dict(zip(trainings, seconds))
 
 
-def _called(command: str, *arguments: object) -> list[str]:
+def called(command: str, *arguments: object) -> list[str]:
     """Return the interpreter's command line for a command of the package."""
     return ['-m', 'gdp_mmseg', command, *map(str, arguments)]
 
@@ -139,9 +139,9 @@ def export(folder: Path, clock: Clock) -> None:
 
     run_together([
         Command(
-            arguments=_called('export', GATED,
-                              checkpoint_of(folder, 'gated', clock.iterations),
-                              '--out-dir', folder / 'export', *onnx),
+            arguments=called('export', GATED,
+                             checkpoint_of(folder, 'gated', clock.iterations),
+                             '--out-dir', folder / 'export', *onnx),
             log=folder / 'export.log',
             see=see)
     ])

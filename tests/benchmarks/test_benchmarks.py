@@ -832,7 +832,8 @@ def test_phases_are_compared_in_one_training_each(
     from gdp_mmseg.report.record import GateRow, append_row, begin_record
     commands = []
 
-    def train(command: list[str], **_: Any) -> None:
+    def train(started: list[Any]) -> None:
+        command = started[0].arguments
         commands.append(command)
         folder = Path(command[command.index('--work-dir') + 1])
         (folder / 'log/vis_data').mkdir(parents=True)
@@ -844,7 +845,7 @@ def test_phases_are_compared_in_one_training_each(
         (folder / 'log/vis_data/scalars.json').write_text('{"mIoU": 80.5}\n')
 
     report = tmp_path / 'phases.json'
-    monkeypatch.setattr(phases.subprocess, 'run', train)
+    monkeypatch.setattr(phases, 'run_together', train)
     monkeypatch.setattr(phases, 'draw_data', lambda cfg: None)
     monkeypatch.setattr(sys, 'argv', [
         'phases.py', '--report',
