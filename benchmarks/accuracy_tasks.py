@@ -4,14 +4,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 # How the settings of segmentation were chosen.
-_CHOSEN = ('The phases of GDP, whose first is also the time at which the '
-           'alternatives prune, and the learning rate of all rows were chosen '
-           'on these images; no other setting of the alternatives was.')
+_CHOSEN = ('The learning rate of all rows was chosen on these images. The '
+           'phases of GDP, whose first is also the time at which the '
+           'alternatives prune, are the default; no other setting of the '
+           'alternatives was chosen.')
 # The same with a learning rate that is held.
 HELD = ('The learning rate of all rows and its schedule were chosen on a '
-        'quarter of the training images of CamVid, and the phases of GDP on '
-        'the evaluation images of CamVid and of Pascal VOC with smaller '
-        'networks; no other setting of the alternatives was chosen.')
+        'quarter of the training images of CamVid. The phases of GDP are the '
+        'default; no other setting of the alternatives was chosen.')
 
 
 @dataclass(frozen=True)
